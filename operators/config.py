@@ -1,0 +1,109 @@
+"""What an operator can be asked to be. Frozen data, checked on construction, and free of torch.
+
+`OperatorConfig` is the union that a study file is validated against; `kind` tells its members apart. An
+object that exists is valid: every rule is checked in `__post_init__` and a violation is a `ValueError` that
+names the field, the value, the rule and the remedy. Whether a configuration fits a model (heads dividing its
+width) is known only when the operator is built, and is checked there.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+_FORBID_UNKNOWN: dict[str, Any] = {"extra": "forbid"}
+
+
+def _require(condition: bool, name: str, value: object, rule: str, remedy: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {rule} but is {value!r}: {remedy}.")
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """Implicit long filter h(t) = window(t) * (offset + MLP(features(t))), Poli et al. 2023, section 3.3.
+
+    Attributes:
+        features: positional features of the MLP: time, and the real and imaginary parts of
+            (features - 1) / 2 complex exponentials. Odd, at least 3.
+        width: hidden width of the MLP.
+        depth: hidden layers after the first; every hidden layer is followed by a sine.
+        sine_frequency: factor inside the sines, 1 to 14. High values make rough filters and, since it acts in
+            each layer, steep gradients: 1 is the reference code's default, 14 the
+            paper's; at 4, Adam with rates up to 3e-3 is stable.
+        train_frequency: whether the factor, one per hidden unit, is trained.
+        window: "log_spaced": exp(-t / tau) with tau log-spaced over the channels from half a token to the
+            longest sequence, each window summing to 1. "linear": the reference code's, decay rates linearly
+            spaced, not normalised: with `offset` 1 it passes sums over long stretches, so prefer 0 there.
+        offset: 1 starts the filter at its window (the MLP's last layer starts small); 0 is the paper's.
+        train_features: whether the positional features are trained too.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID_UNKNOWN
+
+    features: int = 5
+    width: int = 32
+    depth: int = 2
+    sine_frequency: float = 4.0
+    train_frequency: bool = True
+    window: Literal["log_spaced", "linear"] = "log_spaced"
+    offset: float = 1.0
+    train_features: bool = False
+
+    def __post_init__(self) -> None:
+        odd = self.features >= 3 and self.features % 2 == 1
+        _require(odd, "features", self.features, "odd and at least 3", "time and sine pairs, such as 5")
+        _require(self.width >= 1, "width", self.width, "at least 1", "32 is a good start")
+        _require(self.depth >= 0, "depth", self.depth, "at least 0", "2 is a good start")
+        frequency = self.sine_frequency
+        _require(1.0 <= frequency <= 14.0, "sine_frequency", frequency, "in 1 to 14", "4 is a good start")
+        known = self.window in ("log_spaced", "linear")
+        _require(known, "window", self.window, "'log_spaced' or 'linear'", "use one of the two")
+        _require(math.isfinite(self.offset), "offset", self.offset, "finite", "use 1 (window at start) or 0")
+
+
+@dataclass(frozen=True)
+class HyenaConfig:
+    """Hyena, channel-wise (Poli et al. 2023) or multi-head (Massaroli et al. 2023, section 4).
+
+    Attributes:
+        kind: tells the members of `OperatorConfig` apart.
+        order: N of the channel-wise recurrence: N + 1 projections and N - 1 long convolutions.
+        heads: None for the channel-wise operator; a number for the multi-head one, which has order 2 only.
+        short_taps: length of the depthwise causal convolution after the projections.
+        init: "transfer" copies the projections of the attention that is replaced, "random" does not.
+        filter: the long filters, one per channel and convolution, or one per head.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID_UNKNOWN
+
+    kind: Literal["hyena"] = "hyena"
+    order: int = 2
+    heads: int | None = None
+    short_taps: int = 3
+    init: Literal["transfer", "random"] = "transfer"
+    filter: FilterConfig = field(default_factory=FilterConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.kind == "hyena", "kind", self.kind, "'hyena'", "use the configuration of that operator")
+        _require(self.order >= 2, "order", self.order, "at least 2", "2 gates one long convolution")
+        _require(self.short_taps >= 1, "short_taps", self.short_taps, "at least 1", "3 is usual")
+        known = self.init in ("transfer", "random")
+        _require(known, "init", self.init, "'transfer' or 'random'", "use one of the two")
+        if self.heads is not None:
+            _require(self.heads >= 1, "heads", self.heads, "None or at least 1", "None means channel-wise")
+            _require(self.order == 2, "order", self.order, "2 where heads is set", "or leave heads out")
+
+
+@dataclass(frozen=True)
+class SkipConfig:
+    """The control: an operator without parameters with zero output, so only the residual stream passes."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID_UNKNOWN
+
+    kind: Literal["skip"] = "skip"
+
+    def __post_init__(self) -> None:
+        _require(self.kind == "skip", "kind", self.kind, "'skip'", "use the configuration of that operator")
+
+
+OperatorConfig = HyenaConfig | SkipConfig

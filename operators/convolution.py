@@ -1,0 +1,139 @@
+"""Causal convolutions, long (by FFT) and short (depthwise), each beside its readable reference.
+
+Both fast paths are one autograd node that keeps what backward needs and nothing else: the backward of a real
+FFT that autograd derives is a complex FFT, at twice the cost. They compute in float32, or in float64 where
+the inputs are float64. Every reduction has a fixed order, so results repeat bit for bit at a fixed number of
+threads. First derivatives only.
+
+Shapes: B batch, D channels, E channels of all projections, L positions, K taps.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Precision that filters and mixing compute in: float64 stays, everything else becomes float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def fft_size(minimum: int) -> int:
+    """Smallest even 2^a 3^b 5^c (a >= 1) not below `minimum`; other sizes cost several times as much."""
+    best = 2
+    while best < minimum:
+        best *= 2
+    five = 1
+    while five < best:
+        three = five
+        while three < best:
+            size = 2 * three
+            while size < minimum:
+                size *= 2
+            best = min(best, size)
+            three *= 3
+        five *= 5
+    return best
+
+
+class _LongConv(torch.autograd.Function):
+    """y = h * z + direct z. The direct term is part of the spectrum, and its gradient that of h at lag 0."""
+
+    @staticmethod
+    def forward(ctx: Any, z_BDL: Tensor, h_DL: Tensor, direct_D: Tensor) -> Tensor:
+        length = z_BDL.shape[-1]
+        size = fft_size(2 * length - 1)
+        z_spectrum = torch.fft.rfft(z_BDL, size)
+        h_spectrum = torch.fft.rfft(h_DL, size) + direct_D[:, None]
+        ctx.save_for_backward(z_spectrum, h_spectrum)
+        ctx.length, ctx.size = length, size
+        y_BDL: Tensor = torch.fft.irfft(z_spectrum * h_spectrum, size)[..., :length]
+        return y_BDL
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BDL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z_spectrum, h_spectrum = ctx.saved_tensors
+        grad_spectrum = torch.fft.rfft(grad_BDL, ctx.size)
+        dz_BDL = torch.fft.irfft(grad_spectrum * h_spectrum.conj(), ctx.size)[..., : ctx.length]
+        dh_spectrum = (grad_spectrum * z_spectrum.conj()).sum(0)
+        dh_DL = torch.fft.irfft(dh_spectrum, ctx.size)[..., : ctx.length]
+        return dz_BDL, dh_DL, dh_DL[:, 0]
+
+
+def long_conv(z_BDL: Tensor, h_DL: Tensor, direct_D: Tensor) -> Tensor:
+    """Causal convolution of every channel with its own filter: y_t = sum_{s <= t} h_{t-s} z_s + direct z_t.
+
+    O(L log L) by FFT. The error grows with the largest magnitude in a sequence, before or after the position
+    looked at: test causality with a tolerance that scales with it.
+
+    Args:
+        z_BDL: input; L >= 1.
+        h_DL: filters, as long as the input.
+        direct_D: weight of the input itself.
+
+    Returns:
+        (B, D, L) in float32, or float64 for float64 input.
+    """
+    dtype = compute_dtype(z_BDL.dtype)
+    inputs = (z_BDL.to(dtype), h_DL.to(dtype), direct_D.to(dtype))
+    return cast(Tensor, _LongConv.apply(*inputs))  # type: ignore[no-untyped-call]
+
+
+def long_conv_reference(z_BDL: Tensor, h_DL: Tensor, direct_D: Tensor) -> Tensor:
+    """`long_conv` from its definition, O(L^2), differentiable by autograd."""
+    length = z_BDL.shape[-1]
+    steps = []
+    for t in range(length):
+        past_BD = (z_BDL[..., : t + 1] * h_DL[:, : t + 1].flip(-1)).sum(-1)
+        steps.append(past_BD + direct_D * z_BDL[..., t])
+    return torch.stack(steps, dim=-1)
+
+
+class _ShortConv(torch.autograd.Function):
+    """Shift, scale and add: for a few taps faster than a grouped conv1d, and so is its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, u_BEL: Tensor, weight_EK: Tensor, bias_E: Tensor) -> Tensor:
+        ctx.save_for_backward(u_BEL, weight_EK)
+        y_BEL = torch.addcmul(bias_E[:, None], u_BEL, weight_EK[:, -1:])
+        for lag in range(1, min(weight_EK.shape[1], u_BEL.shape[-1])):
+            y_BEL[..., lag:].addcmul_(u_BEL[..., :-lag], weight_EK[:, -1 - lag, None])
+        return y_BEL
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BEL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        u_BEL, weight_EK = ctx.saved_tensors
+        du_BEL = grad_BEL * weight_EK[:, -1:]
+        dweight_EK = torch.zeros_like(weight_EK)
+        dweight_EK[:, -1] = (grad_BEL * u_BEL).sum((0, 2))
+        for lag in range(1, min(weight_EK.shape[1], u_BEL.shape[-1])):
+            du_BEL[..., :-lag].addcmul_(grad_BEL[..., lag:], weight_EK[:, -1 - lag, None])
+            dweight_EK[:, -1 - lag] = (grad_BEL[..., lag:] * u_BEL[..., :-lag]).sum((0, 2))
+        return du_BEL, dweight_EK, grad_BEL.sum((0, 2))
+
+
+def short_conv(u_BEL: Tensor, weight_EK: Tensor, bias_E: Tensor) -> Tensor:
+    """Depthwise causal convolution; the last tap weighs the present, as in a left-padded `conv1d`.
+
+    Args:
+        u_BEL: input.
+        weight_EK: taps, oldest first.
+        bias_E: added at every position.
+
+    Returns:
+        (B, E, L) in float32, or float64 for float64 input.
+    """
+    dtype = compute_dtype(u_BEL.dtype)
+    inputs = (u_BEL.to(dtype), weight_EK.to(dtype), bias_E.to(dtype))
+    return cast(Tensor, _ShortConv.apply(*inputs))  # type: ignore[no-untyped-call]
+
+
+def short_conv_reference(u_BEL: Tensor, weight_EK: Tensor, bias_E: Tensor) -> Tensor:
+    """`short_conv` by torch's grouped convolution."""
+    taps = weight_EK.shape[1]
+    padded = torch.nn.functional.pad(u_BEL, (taps - 1, 0))
+    return torch.nn.functional.conv1d(padded, weight_EK[:, None], bias_E, groups=weight_EK.shape[0])

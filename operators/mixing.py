@@ -1,0 +1,102 @@
+"""Multi-head mixing: every position gathers the values before it, weighed by lag and by q . k.
+
+    y_t = sum_{s <= t} h_{t-s} (q_t . k_s) v_s                     per head
+
+This is the convolution of h with the outer products of keys and values, contracted with the query (Massaroli
+et al. 2023, section 4), computed as a masked matrix product ((q k^T) * Toeplitz(h)) v over blocks of query
+rows: O(L^2) multiplications but no softmax, and nothing quadratic is kept for backward. Widths of keys and
+values are independent, so feature maps on q and k, or a column of ones in v for a normaliser, need no change
+here. Queries may be fewer than keys: they are the last positions, which is decoding and chunked prefill.
+
+Shapes: B batch, H heads, K key width, V value width, Q queries, T keys (T >= Q), R rows of a block,
+S keys that a block sees. Positions are last throughout.
+"""
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+ROWS = 64
+
+
+def _blocks(queries: int, keys: int) -> Iterator[tuple[slice, slice]]:
+    """Query rows of each block, and the keys at or before its last row."""
+    offset = keys - queries
+    for start in range(0, queries, ROWS):
+        stop = min(start + ROWS, queries)
+        yield slice(start, stop), slice(0, offset + stop)
+
+
+def _lag_weights(h_HS: Tensor, rows: int) -> Tensor:
+    """Weights (H, R, S) of the last R rows over S keys, rows in reverse: a unit-stride view of h reversed."""
+    padded = torch.nn.functional.pad(h_HS.flip(-1), (0, rows - 1))
+    return padded.unfold(-1, h_HS.shape[-1], 1)
+
+
+def _lag_sums(dweights_HRS: Tensor) -> Tensor:
+    """Adjoint of `_lag_weights`: sums (H, S) over equal lags, by writing row r shifted by r places."""
+    heads, rows, keys = dweights_HRS.shape
+    width = keys + rows - 1
+    skewed = dweights_HRS.new_zeros(heads, rows, width)
+    skewed.as_strided((heads, rows, keys), (rows * width, width + 1, 1)).copy_(dweights_HRS)
+    return skewed.sum(1)[:, :keys].flip(-1)
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor) -> Tensor:
+        ctx.save_for_backward(q_BHKQ, k_BHKT, v_BHVT, h_HT)
+        outputs = []
+        for rows, keys in _blocks(q_BHKQ.shape[-1], k_BHKT.shape[-1]):
+            q_BHKR = q_BHKQ[..., rows].flip(-1)
+            scores_BHRS = q_BHKR.transpose(-1, -2) @ k_BHKT[..., keys]
+            scores_BHRS *= _lag_weights(h_HT[:, keys], q_BHKR.shape[-1])
+            outputs.append((v_BHVT[..., keys] @ scores_BHRS.transpose(-1, -2)).flip(-1))
+        return torch.cat(outputs, dim=-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BHVQ: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        q_BHKQ, k_BHKT, v_BHVT, h_HT = ctx.saved_tensors
+        dq, dk, dv, dh = [], torch.zeros_like(k_BHKT), torch.zeros_like(v_BHVT), torch.zeros_like(h_HT)
+        with torch.autocast(grad_BHVQ.device.type, enabled=False):
+            for rows, keys in _blocks(q_BHKQ.shape[-1], k_BHKT.shape[-1]):
+                q_BHKR, grad_BHVR = q_BHKQ[..., rows].flip(-1), grad_BHVQ[..., rows].flip(-1)
+                weights_HRS = _lag_weights(h_HT[:, keys], q_BHKR.shape[-1])
+                scores_BHRS = q_BHKR.transpose(-1, -2) @ k_BHKT[..., keys]
+                dmixed_BHRS = grad_BHVR.transpose(-1, -2) @ v_BHVT[..., keys]
+                dh[:, keys] += _lag_sums((dmixed_BHRS * scores_BHRS).sum(0))
+                dv[..., keys] += grad_BHVR @ scores_BHRS.mul_(weights_HRS)
+                dscores_BHRS = dmixed_BHRS.mul_(weights_HRS)
+                dk[..., keys] += q_BHKR @ dscores_BHRS
+                dq.append((k_BHKT[..., keys] @ dscores_BHRS.transpose(-1, -2)).flip(-1))
+        return torch.cat(dq, dim=-1), dk, dv, dh
+
+
+def mix(q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor) -> Tensor:
+    """Mix values over the past by lag filter and query-key product; see the module's head for the sum.
+
+    Args:
+        q_BHKQ: queries of the last Q positions.
+        k_BHKT, v_BHVT: keys and values of all T positions.
+        h_HT: lag filter of every head, T lags; a scale of q . k belongs in here.
+
+    Returns:
+        (B, H, V, Q), in the inputs' dtype, which should be float32 or float64; run it outside autocast.
+    """
+    return cast(Tensor, _Mix.apply(q_BHKQ, k_BHKT, v_BHVT, h_HT))  # type: ignore[no-untyped-call]
+
+
+def mix_reference(q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor) -> Tensor:
+    """`mix` one query at a time from its definition, differentiable by autograd."""
+    offset = k_BHKT.shape[-1] - q_BHKQ.shape[-1]
+    outputs = []
+    for i in range(q_BHKQ.shape[-1]):
+        seen = offset + i + 1
+        product_BHS = (q_BHKQ[..., i, None] * k_BHKT[..., :seen]).sum(2)
+        weight_BHS = product_BHS * h_HT[:, :seen].flip(-1)
+        outputs.append((weight_BHS[:, :, None] * v_BHVT[..., :seen]).sum(-1))
+    return torch.stack(outputs, dim=-1)

@@ -1,0 +1,60 @@
+"""Which operators exist, what all of them offer, and how a configuration becomes one.
+
+A new operator is a configuration in `config.OperatorConfig`, a module, and a line in `OPERATORS`; the
+contract suite then asks for test cases of it.
+
+Shapes: B batch, L positions, D model width.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from operators.config import OperatorConfig
+from operators.hyena import Hyena
+from operators.skip import Skip
+from operators.state import State
+from operators.transfer import AttentionWeights
+
+
+class Operator(Protocol):
+    """Interface of every operator: causal, built for a width and a longest sequence."""
+
+    d_model: int
+    max_length: int
+
+    def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None) -> Tensor:
+        """Outputs (B, L, D) of whole sequences; a mask is 1 at real tokens and 0 at left padding."""
+
+    def reference(self, x_BLD: Tensor) -> Tensor:
+        """`forward` from the definition, O(L^2), differentiable by autograd."""
+
+    def init_state(self, batch: int) -> State:
+        """State of `batch` sequences of which nothing was seen."""
+
+    def extend(self, x_BLD: Tensor, state: State, mask_BL: Tensor | None = None) -> tuple[Tensor, State]:
+        """Outputs of n >= 1 new positions after those in `state`, and the state, changed in place."""
+
+    def initialise(self, attention: AttentionWeights | None, generator: torch.Generator) -> None:
+        """Set every parameter, as the configuration's `init` says. ValueError if that is impossible."""
+
+
+OPERATORS: dict[str, type[nn.Module]] = {"hyena": Hyena, "skip": Skip}
+
+
+def build(config: OperatorConfig, d_model: int, max_length: int) -> nn.Module:
+    """Build the operator that `config` describes; call its `initialise` before use.
+
+    Args:
+        config: a member of `OperatorConfig`.
+        d_model: width of the model.
+        max_length: longest sequence, prompt and generated tokens together.
+
+    Returns:
+        A module with the interface of `Operator`.
+
+    Raises:
+        ValueError: the configuration does not fit `d_model`.
+    """
+    return OPERATORS[config.kind](config, d_model, max_length)

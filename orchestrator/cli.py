@@ -1,0 +1,211 @@
+"""The command `layerswap`. Exit code 0: all done; 1: something failed; 2: bad input; 130, 143: interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from orchestrator.study.loader import Document, StudyError, read_document, validate
+from orchestrator.study.plan import Plan, make_plan, throughput_specs
+from orchestrator.study.schema import Study
+from orchestrator.study.sources import Resolved, resolve
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="study file, for example studies/layerwise.yaml")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the study; repeatable")
+]
+HomeDirectory = Annotated[
+    Path | None,
+    typer.Option("--home", envvar="LAYERSWAP_HOME", help="store, records, reports; default: runs/ of the repository"),
+]
+EXIT_BAD_INPUT = 2
+# Large tensors come and go every step: keep their pages instead of giving them back to the kernel (glibc), and let
+# threads that wait sleep, so that a busy neighbour does not cost a stage of two threads most of its speed (OpenMP).
+PROCESS = {
+    "MALLOC_MMAP_THRESHOLD_": "33554432",
+    "MALLOC_TRIM_THRESHOLD_": "1073741824",
+    "MALLOC_TOP_PAD_": "16777216",
+    "GOMP_SPINCOUNT": "2000",
+}
+
+
+@app.command()
+def plan(
+    study: StudyFile,
+    overrides: Overrides = None,
+    home: HomeDirectory = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print it as JSON")] = False,
+) -> None:
+    """Print the tree of stages before anything runs."""
+    from orchestrator.record.plan_view import plan_summary, plan_text
+
+    made, _ = _load(study, overrides)
+    store = _store(study, home)
+    print(json.dumps(plan_summary(made, store), indent=1) if as_json else plan_text(made, store))
+
+
+@app.command()
+def run(
+    study: StudyFile,
+    overrides: Overrides = None,
+    home: HomeDirectory = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="a Ray cluster to run on; default: one on this machine")
+    ] = None,
+    device: Annotated[str, typer.Option(help="where stages run: cpu, cuda")] = "cpu",
+    checkpoint_seconds: Annotated[float, typer.Option(help="seconds between checkpoints of a running stage")] = 15.0,
+) -> None:
+    """Run the study, or go on with it: what is finished is never computed again."""
+    for name, value in PROCESS.items():
+        os.environ.setdefault(name, value)  # for the worker processes, which inherit it
+    made, resolved = _load(study, overrides)
+    job = _job(study, overrides, home, made)
+    from orchestrator.distill.context import RunContext
+    from orchestrator.record.driver import run_study
+    from orchestrator.run.sweep import Cluster
+
+    context = RunContext(str(job.home.store.resolve()), device, checkpoint_seconds, locations=resolved.locations)
+    try:
+        raise typer.Exit(run_study(job, context, Cluster(ray_address)))
+    except ValueError as error:
+        _bad_input(error)
+
+
+@app.command()
+def status(study: StudyFile, overrides: Overrides = None, home: HomeDirectory = None) -> None:
+    """Say what is finished, failed, begun or not begun."""
+    from orchestrator.record.plan_view import status_text
+
+    made, _ = _load(study, overrides)
+    print(status_text(made, _store(study, home)))
+
+
+@app.command()
+def report(
+    study: StudyFile,
+    overrides: Overrides = None,
+    home: HomeDirectory = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the records to this file")] = None,
+) -> None:
+    """Print the answer from what is finished, and write the report's files again."""
+    made, _ = _load(study, overrides)
+    job = _job(study, overrides, home, made)
+    from orchestrator.files import write_json
+    from orchestrator.record import driver
+    from orchestrator.record.tracking import Tracker
+
+    records, text = driver.report(job, Tracker(job.home, made, job.speeds))
+    if json_file is not None:
+        write_json(json_file, {"study": job.name, "run": driver.last_run(job), "records": records})
+    print(text)
+
+
+@app.command()
+def export(
+    study: StudyFile,
+    to: Annotated[Path, typer.Option("--to", help="folder to write, which must not exist")],
+    overrides: Overrides = None,
+    home: HomeDirectory = None,
+    stage: Annotated[str | None, typer.Option(help="start of a stage key; default: the end of the best path")] = None,
+) -> None:
+    """Write a finished student as a Hugging Face folder for AutoModelForCausalLM."""
+    made, _ = _load(study, overrides)
+    job = _job(study, overrides, home, made)
+    from orchestrator.distill.export import export_student
+    from orchestrator.record.driver import exported_stage
+
+    store = _store(study, home)
+    try:
+        key = exported_stage(job, stage)
+        tokenizer = store.artefacts(made.tokens.key) / "tokenizer"
+        export_student(store.artefacts(key), store.artefacts(made.teacher.train.key), tokenizer, to)
+    except ValueError as error:
+        _bad_input(error)
+    print(f"wrote {to}; load it with AutoModelForCausalLM.from_pretrained({str(to)!r}, trust_remote_code=True)")
+
+
+@app.command()
+def ui(
+    study: StudyFile,
+    home: HomeDirectory = None,
+    port: Annotated[int, typer.Option(help="port of the MLflow UI")] = 5000,
+) -> None:
+    """Serve the MLflow UI on the study's records until Ctrl-C."""
+    place = _home(study, home)
+    if not (place.root / "mlflow.db").exists():
+        _bad_input(f"{place.root} has no records yet: run the study first, or give its --home")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    print(f"MLflow UI on http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
+    where = ["--backend-store-uri", place.database, "--default-artifact-root", place.artefacts]
+    command = [sys.executable, "-m", "mlflow", "server", *where, "--host", "127.0.0.1", "--port", str(port)]
+    os.execv(sys.executable, command)
+
+
+def _load(study: Path, overrides: list[str] | None) -> tuple[Plan, Resolved]:
+    try:
+        document = read_document(study, tuple(overrides or ()))
+        valid = validate(document)
+        resolved = _resolve(document, valid, study.parent)
+        return make_plan(document, valid, resolved), resolved
+    except StudyError as error:
+        _bad_input(error)
+
+
+def _resolve(document: Document, valid: Study, base: Path) -> Resolved:
+    """`resolve`, its errors placed in the study file by the key they begin with."""
+    try:
+        return resolve(valid, base)
+    except StudyError as error:
+        key = str(error).split(":")[0]
+        path = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+        raise StudyError(f"{document.place(path)}: {error}") from None
+
+
+def _bad_input(error: object) -> NoReturn:
+    print(error, file=sys.stderr)
+    raise typer.Exit(EXIT_BAD_INPUT)
+
+
+def _home(study: Path, home: Path | None) -> Any:
+    from orchestrator.record.home import Home, default_home
+
+    return Home(home or default_home(study))
+
+
+def _store(study: Path, home: Path | None) -> Any:
+    from orchestrator.run.store import Store
+
+    return Store(_home(study, home).store)
+
+
+def _job(study: Path, overrides: list[str] | None, home: Path | None, made: Plan) -> Any:
+    from orchestrator.record.driver import Job
+
+    again = ["layerswap run", str(study), *(f"--set {shlex.quote(item)}" for item in overrides or ())]
+    again += [f"--home {shlex.quote(str(home))}"] if home is not None else []
+    return Job(made, _home(study, home), throughput_specs(made, _hardware()), study, " ".join(again))
+
+
+def _hardware() -> str:
+    """What throughput figures belong to: processor, cores, accelerator and torch."""
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return (
+        f"{(models or [platform.machine()])[0]} x{os.cpu_count()}, accelerator {accelerator}, torch {torch.__version__}"
+    )
+
+
+if __name__ == "__main__":
+    app()

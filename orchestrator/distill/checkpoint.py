@@ -1,0 +1,99 @@
+"""Mid-stage checkpoints: safetensors and JSON, checked by digest, the newest two kept.
+
+Invariant: a checkpoint is used only if its tensors have the digest its manifest states, so a torn or flipped one
+leads back to the one before it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from orchestrator.files import published_directory, read_json, sha256_file, write_json
+
+KEEP = 2
+TENSORS = "state.safetensors"
+MANIFEST = "manifest.json"
+
+
+def save_checkpoint(
+    work: Path, step: int, seconds: float, model: nn.Module, optimizers: list[torch.optim.Optimizer]
+) -> None:
+    """Publish the trainable parameters, optimizer states and random state of `step`; drop all but the newest two."""
+    tensors = {f"model/{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    numbers: dict[str, Any] = {}
+    for index, optimizer in enumerate(optimizers):
+        for position, values in optimizer.state_dict()["state"].items():
+            for name, value in values.items():
+                where = f"optimizer/{index}/{position}/{name}"
+                if isinstance(value, torch.Tensor):
+                    tensors[where] = value
+                else:
+                    numbers[where] = value
+    tensors["random"] = torch.get_rng_state()
+    with published_directory(work / f"step-{step:06d}") as folder:
+        save_file({name: value.cpu().contiguous().clone() for name, value in tensors.items()}, folder / TENSORS)
+        digest = sha256_file(folder / TENSORS)
+        write_json(folder / MANIFEST, {"step": step, "seconds": seconds, "numbers": numbers, "sha256": digest})
+    for old in _folders(work)[:-KEEP]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(
+    work: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]
+) -> tuple[int, float, list[str]]:
+    """Restore the newest whole checkpoint in place.
+
+    Returns:
+        The step to go on from (0 where there is no checkpoint), the seconds spent so far, and a line for every
+        checkpoint that was found damaged and left out.
+    """
+    said: list[str] = []
+    for folder in reversed(_folders(work)):
+        try:
+            manifest = read_json(folder / MANIFEST)
+            if sha256_file(folder / TENSORS) != manifest["sha256"]:
+                raise ValueError("its tensors do not have the digest of its manifest")
+            tensors = load_file(folder / TENSORS)
+        except (OSError, ValueError, KeyError) as error:
+            said.append(f"checkpoint {folder.name} is damaged ({error}); going back to the one before it")
+            shutil.rmtree(folder, ignore_errors=True)
+            continue
+        _restore(tensors, manifest["numbers"], model, optimizers)
+        return int(manifest["step"]), float(manifest["seconds"]), said
+    return 0, 0.0, said
+
+
+def _restore(
+    tensors: dict[str, torch.Tensor],
+    numbers: dict[str, Any],
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+) -> None:
+    trained = {f"model/{name}": p for name, p in model.named_parameters() if p.requires_grad}
+    saved = {name for name in tensors if name.startswith("model/")}
+    if saved != set(trained):
+        raise ValueError(
+            f"the checkpoint holds other parameters than the stage trains: {sorted(saved ^ set(trained))[:3]}"
+        )
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(tensors[name])
+    for index, optimizer in enumerate(optimizers):
+        state: dict[int, dict[str, Any]] = {}
+        for where, value in [*tensors.items(), *numbers.items()]:
+            if where.startswith(f"optimizer/{index}/"):
+                _, _, position, name = where.split("/", 3)
+                state.setdefault(int(position), {})[name] = value
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    torch.set_rng_state(tensors["random"])
+
+
+def _folders(work: Path) -> list[Path]:
+    found = [path for path in work.glob("step-*") if path.is_dir()]
+    return sorted(found, key=lambda path: (len(path.name), path.name))  # steps of more than six digits come last

@@ -1,0 +1,41 @@
+"""A student as a Hugging Face model: the code that travels with an exported folder.
+
+`export` copies this file and what it imports into the folder, so that `AutoModelForCausalLM.from_pretrained(folder,
+trust_remote_code=True)` needs nothing of this project. The model type is its own: without trust_remote_code loading is
+an error, never a GPT-NeoX with random attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from operators.config import FilterConfig, HyenaConfig, OperatorConfig, SkipConfig
+from orchestrator.distill.swap import swap
+
+
+class LayerswapConfig(GPTNeoXConfig):
+    """A GPT-NeoX configuration, and `operators`: layer index (as text) -> configuration of what is there."""
+
+    model_type = "layerswap_gpt_neox"
+    operators: dict[str, Any] | None = None
+
+
+class LayerswapForCausalLM(GPTNeoXForCausalLM):
+    """A GPT-NeoX, the attention of some layers swapped."""
+
+    config_class = LayerswapConfig
+
+    def __init__(self, config: LayerswapConfig) -> None:
+        super().__init__(config)
+        for layer, values in sorted((config.operators or {}).items(), key=lambda item: int(item[0])):
+            swap(self, [int(layer)], operator_config(values), torch.Generator(), initialise=False)
+
+
+def operator_config(values: dict[str, Any]) -> OperatorConfig:
+    """The configuration object of plain values."""
+    if values["kind"] == "skip":
+        return SkipConfig(**values)
+    return HyenaConfig(**{**values, "filter": FilterConfig(**values["filter"])})

@@ -1,0 +1,130 @@
+"""A stage, whatever its kind: specification in, artefacts and a result out.
+
+This is the whole of the science in one place: pretrain, swap, distil, evaluate. Details live where their nouns live.
+Invariant: a result depends on the specification and the parents' artefacts only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orchestrator.distill.context import Workplace
+from orchestrator.distill.data import batch, load_tokens, prepare_tokens
+from orchestrator.distill.evaluate import evaluate
+from orchestrator.distill.losses import batch_losses, next_token_loss
+from orchestrator.distill.models import (
+    import_teacher,
+    load_student,
+    load_teacher,
+    new_teacher,
+    parameter_count,
+    random_like,
+    save_student,
+)
+from orchestrator.distill.optim import make_optimizers, trainable_counts
+from orchestrator.distill.swap import swap
+from orchestrator.distill.throughput import measure_throughput
+from orchestrator.distill.train import Parts, Training, autocast, prepare, train
+from orchestrator.study.spec import DistilSpec, ScratchSpec, TeacherSpec
+
+Result = dict[str, Any]
+STUDENT_ORDER = 1  # added to the seed: students and their control read the text in another order than the teacher did
+
+
+def run_stage(spec: Any, place: Workplace) -> Result:
+    """Compute what `spec` names into `place.out` and return its result, JSON values only."""
+    return STAGES[spec.kind](spec, place)
+
+
+def pretrain_teacher(spec: TeacherSpec, place: Workplace) -> Result:
+    """Train the embedded teacher and save it as a Hugging Face folder."""
+    prepare(spec.numerics, spec.seed)
+    teacher = new_teacher(spec.architecture, spec.seed).to(place.context.device).train()
+    optimizers = make_optimizers(teacher, spec.optimizer)
+    result = train(_language_modelling(spec, teacher, optimizers, place, spec.seed), place)
+    teacher.save_pretrained(place.out)
+    return {**result, "parameters": parameter_count(teacher)}
+
+
+def train_from_scratch(spec: ScratchSpec, place: Workplace) -> Result:
+    """The control: a student's architecture on the same tokens, from random weights and without a teacher."""
+    prepare(spec.numerics, spec.seed)
+    if spec.teacher is None:
+        model = new_teacher(spec.architecture, spec.seed)
+    else:
+        model = random_like(place.inputs["teacher"], spec.seed)
+    swap(model, spec.layers, spec.operator, torch.Generator().manual_seed(spec.seed))
+    model.to(place.context.device).train()
+    optimizers = make_optimizers(model, spec.optimizer)
+    result = train(_language_modelling(spec, model, optimizers, place, spec.seed + STUDENT_ORDER), place)
+    save_student(model, None, place.out)
+    return {**result, "parameters": parameter_count(model)}
+
+
+def distil(spec: DistilSpec, place: Workplace) -> Result:
+    """Swap the new layers, distil, and save what differs from the teacher."""
+    prepare(spec.numerics, spec.seed)
+    device = place.context.device
+    teacher = load_teacher(place.inputs["teacher"]).to(device)
+    base = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    student = load_student(place.inputs["parent"], load_teacher(place.inputs["teacher"]))
+    generator = torch.Generator().manual_seed(spec.seed)
+    swap(student, spec.new_layers, spec.operator, generator)
+    student.to(device).train()
+    result: Result = {"seconds": 0.0, "tokens": 0, "tokens_per_s": None, "said": []}
+    if spec.phases:
+        optimizers = make_optimizers(student, spec.optimizer, spec.freeze)
+        result = train(_distillation(spec, teacher, student, optimizers, place), place)
+    save_student(student, base, place.out)
+    return {**result, "parameters": parameter_count(student), **trainable_counts(student)}
+
+
+def _language_modelling(
+    spec: TeacherSpec | ScratchSpec,
+    model: Any,
+    optimizers: list[torch.optim.Optimizer],
+    place: Workplace,
+    order: int,
+) -> Training:
+    tokens = load_tokens(place.inputs["tokens"], "train")
+    size, length = spec.batch_size, spec.sequence_length
+
+    def loss(step: int) -> tuple[Tensor, Parts]:
+        ids_BL = batch(tokens, length, order, step * size, size).to(place.context.device)
+        with autocast(spec.numerics, place.context.device):
+            entropy = next_token_loss(model, ids_BL)
+        return entropy, {"loss/ce": entropy.detach()}
+
+    steps = spec.token_budget // (size * length)
+    return Training(model, optimizers, spec.optimizer, steps, size * length, loss)
+
+
+def _distillation(
+    spec: DistilSpec, teacher: Any, student: Any, optimizers: list[torch.optim.Optimizer], place: Workplace
+) -> Training:
+    tokens = load_tokens(place.inputs["tokens"], "train")
+    size, length = spec.batch_size, spec.sequence_length
+    phase_of_step = [phase for phase in spec.phases for _ in range(phase.steps)]
+
+    def loss(step: int) -> tuple[Tensor, Parts]:
+        first = spec.first_sequence + step * size
+        ids_BL = batch(tokens, length, spec.seed + STUDENT_ORDER, first, size).to(place.context.device)
+        with autocast(spec.numerics, place.context.device):
+            return batch_losses(teacher, student, ids_BL, spec.layers, phase_of_step[step].losses)
+
+    return Training(student, optimizers, spec.optimizer, len(phase_of_step), size * length, loss)
+
+
+STAGES: dict[str, Callable[[Any, Workplace], Result]] = {
+    "tokens": prepare_tokens,
+    "import": import_teacher,
+    "teacher": pretrain_teacher,
+    "scratch": train_from_scratch,
+    "distil": distil,
+    "evaluate": evaluate,
+    "throughput": measure_throughput,
+}

@@ -1,0 +1,153 @@
+"""Surgery: put an operator where a layer's attention was, and nothing else.
+
+Invariant: what is not named is not touched; a model with no layer swapped is bitwise the model it was.
+
+Shapes: B batch, L positions, D model width, S positions in the mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from operators.config import OperatorConfig
+from operators.registry import build
+from operators.state import State
+from orchestrator.distill.families import family_of
+
+
+class SwappedAttention(nn.Module):
+    """An operator with the call signature of the attention it replaces."""
+
+    def __init__(self, operator: Any, layer: int, cache_argument: str) -> None:
+        super().__init__()
+        self.operator = operator
+        self.layer = layer
+        self.cache_argument = cache_argument
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **others: Any
+    ) -> tuple[Tensor, None]:
+        """(B, L, D) -> (B, L, D) and no attention weights; with a cache, continues from what it has seen."""
+        mask_BL = real_tokens(attention_mask, hidden_states.shape[1])
+        cache: Cache | None = others.get(self.cache_argument)
+        if cache is None:
+            return self.operator(hidden_states, mask_BL), None
+        state = _state(cache, self.layer, self.operator, hidden_states.shape[0])
+        output, _ = self.operator.extend(hidden_states, state, mask_BL)
+        return output, None
+
+
+class OperatorCacheLayer(CacheLayerMixin):
+    """An operator's state in the place of a layer's keys and values."""
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, state: State) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.state = state
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the state is made with the layer."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Never called: a swapped layer has no keys and values."""
+        raise AssertionError("a swapped layer keeps a state, not keys and values")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the mask that covers all positions seen and the new ones."""
+        return self.state.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Positions seen."""
+        return self.state.length
+
+    def get_max_length(self) -> int:
+        """The operator's longest sequence."""
+        return self.state.max_length
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.state.crop(0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let each sequence go on as the one named."""
+        self.state.reorder(beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last positions; the number is given as a negative one."""
+        self.state.crop(self.state.length - abs(tokens_to_remove))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        self.state.repeat(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the named sequences."""
+        self.state.select(torch.arange(self.state.batch)[indices.cpu()])
+
+
+def swap(
+    model: Any, layers: Iterable[int], config: OperatorConfig, generator: torch.Generator, *, initialise: bool = True
+) -> list[SwappedAttention]:
+    """Replace the attention of `layers` in place and return what took its place.
+
+    With `initialise` the operators are set as the configuration's `init` says, from the attention they replace;
+    without, they await a state dict. Raises `ValueError` for an unsupported family or an impossible transfer.
+    """
+    family = family_of(model)
+    blocks = family.layers(model)
+    placed = []
+    for layer in layers:
+        block = blocks[layer]
+        attention = getattr(block, family.attribute)
+        if isinstance(attention, SwappedAttention):
+            raise ValueError(f"layer {layer} is swapped already")
+        operator: Any = build(config, model.config.hidden_size, model.config.max_position_embeddings)
+        if initialise:
+            transfer = getattr(config, "init", "random") == "transfer"
+            operator.initialise(family.read(attention) if transfer else None, generator)
+        operator.to(device=model.device)
+        replacement = SwappedAttention(operator, layer, family.cache_argument)
+        setattr(block, family.attribute, replacement)
+        placed.append(replacement)
+    return placed
+
+
+def attention_of(model: Any, layer: int) -> nn.Module:
+    """The module that mixes positions in a layer, swapped or not."""
+    family = family_of(model)
+    module: nn.Module = getattr(family.layers(model)[layer], family.attribute)
+    return module
+
+
+def real_tokens(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """Which of the last `length` positions hold real tokens, (B, L), from a causal mask (B, 1, L, S); None: all.
+
+    The last query may look at every real token, so its row tells which keys are padding.
+    """
+    if attention_mask is None:
+        return None
+    row_BS = attention_mask[:, 0, -1, :]
+    allowed_BS = row_BS if row_BS.dtype == torch.bool else row_BS == 0
+    mask_BL = allowed_BS[:, -length:]
+    return None if bool(mask_BL.all()) else mask_BL
+
+
+def _state(cache: Cache, layer: int, operator: Any, batch: int) -> State:
+    while len(cache.layers) <= layer:
+        cache.layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]
+    held = cache.layers[layer]
+    if not isinstance(held, OperatorCacheLayer):
+        held = OperatorCacheLayer(operator.init_state(batch))
+        cache.layers[layer] = held
+    if held.state.length == 0 and held.state.batch != batch:
+        held.state = operator.init_state(batch)
+    return held.state

@@ -1,0 +1,1 @@
+"""What is told: MLflow records, progress on the terminal, the report. MLflow is imported in `tracking` only."""

@@ -1,0 +1,56 @@
+"""Where everything of a user's studies lies: one directory with the store, the MLflow database and the reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from orchestrator.files import read_json, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Home:
+    """The `--home` directory."""
+
+    root: Path
+
+    @property
+    def store(self) -> Path:
+        """Stages, shared by all studies of this home."""
+        return self.root / "store"
+
+    @property
+    def database(self) -> str:
+        """MLflow's tracking URI."""
+        return f"sqlite:///{(self.root / 'mlflow.db').resolve()}"
+
+    @property
+    def artefacts(self) -> str:
+        """Where MLflow keeps files."""
+        return (self.root / "mlartifacts").resolve().as_uri()
+
+    def study(self, name: str) -> Path:
+        """Reports of one study."""
+        return self.root / "studies" / name
+
+    def runs(self, name: str) -> list[dict[str, Any]]:
+        """What earlier runs of a study used and trained, oldest first."""
+        try:
+            runs: list[dict[str, Any]] = read_json(self.study(name) / "runs.json")
+        except (OSError, json.JSONDecodeError):
+            return []
+        return runs
+
+    def add_run(self, name: str, run: dict[str, Any]) -> None:
+        """Remember a run."""
+        write_json(self.study(name) / "runs.json", [*self.runs(name), run])
+
+
+def default_home(study: Path) -> Path:
+    """`runs/` beside the study's repository: the nearest folder above with a .git or pyproject.toml, else here."""
+    for folder in study.resolve().parents:
+        if (folder / ".git").exists() or (folder / "pyproject.toml").exists():
+            return folder / "runs"
+    return Path.cwd() / "runs"

@@ -1,0 +1,169 @@
+"""What the terminal shows while a study runs, read from the store: it stays true whoever computes, and needs no tty.
+
+Place in the flow: a thread of the driver calls `tick` every second. Invariant: an estimate is made from measured rates
+only; before the first one it says so.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+from orchestrator.distill.journal import read_journal
+from orchestrator.run.store import Store
+from orchestrator.study.plan import Plan, Step
+from orchestrator.study.spec import ThroughputSpec
+
+EVERY = 20.0  # seconds between lines when nothing happens
+
+
+class Progress:
+    """Tells events at once and a summary every few seconds."""
+
+    def __init__(
+        self, plan: Plan, store: Store, speeds: dict[str, ThroughputSpec], cores: int, out: TextIO = sys.stdout
+    ):
+        self.plan, self.store, self.cores, self.out = plan, store, cores, out
+        self.began = time.time()
+        self.told = self.began
+        self.users = plan.users()
+        self.steps = distinct_steps(plan)
+        self.speeds = {spec.key: spec for spec in speeds.values()}
+        self.finished = {
+            key for key in self.steps if store.finished(key) and store.finished(self.steps[key][1].evaluate.key)
+        }
+        self.reused = set(self.finished)
+        self.started: set[str] = set()
+        self.measured = {key for key in self.speeds if store.finished(key)}
+        self.data_told = store.finished(plan.tokens.key)
+        self.rates: dict[str, float] = {}
+
+    def begin(self) -> None:
+        """Say what is there and what will be done."""
+        total, shared = len(self.steps), sum(len(names) > 1 for names in self.users.values())
+        asked = sum(len(trial.steps) for trial in self.plan.trials)
+        tokens = sum(step.own_tokens for key, (_, step) in self.steps.items() if key not in self.finished)
+        self._say(
+            f"{len(self.plan.trials)} trials ask for {asked} stages, {len(self.users)} distinct ({shared} shared); "
+            f"with teacher and controls {total}: {len(self.finished)} finished before, "
+            f"{total - len(self.finished)} to do, {tokens / 1e6:.2f} M tokens"
+        )
+
+    def tick(self) -> None:
+        """Look at the store and say what is new."""
+        now = time.time()
+        if not self.data_told and self.store.finished(self.plan.tokens.key):
+            self.data_told = True
+            counts = self.store.result(self.plan.tokens.key)
+            self._say(
+                f"text ready: {counts['train_tokens']:,} training and {counts['valid_tokens']:,} validation tokens"
+            )
+        for key, (name, step) in self.steps.items():
+            if key in self.finished:
+                continue
+            if self.store.finished(key) and self.store.finished(step.evaluate.key):
+                self.finished.add(key)
+                self._say(self._done_line(name, step))
+            elif key not in self.started and self._running(key):
+                self.started.add(key)
+                if step.own_tokens:
+                    users = self.users.get(key, [])
+                    shared = f", for {len(users)} trials" if len(users) > 1 else ""
+                    self._say(f"start  {name}: {step.own_tokens:,} tokens{shared}")
+        for key in self.speeds:
+            if key not in self.measured and self.store.finished(key):
+                self.measured.add(key)
+                self._say(f"speed  {len(self.measured)} of {len(self.speeds)} architectures measured")
+        if now - self.told >= EVERY:
+            self._summary()
+
+    def _summary(self) -> None:
+        running = [
+            (name, key, step)
+            for key, (name, step) in self.steps.items()
+            if key not in self.finished and self._running(key)
+        ]
+        left = self._time_left()
+        self._say(f"{len(self.finished)} of {len(self.steps)} stages done, {left}")
+        for name, key, step in running:
+            lines = read_journal(self.store.folder(key))
+            if lines:
+                last = lines[-1]
+                losses = " ".join(
+                    f"{k.removeprefix('loss/')} {v:.3f}"
+                    for k, v in last["metrics"].items()
+                    if k.startswith("loss/") and "layer_" not in k
+                )
+                share = last["tokens"] / max(1, step.own_tokens)
+                rate = last["metrics"]["tokens_per_s"]
+                print(f"          {name}: {share:4.0%}  {losses}  {rate:,.0f} tokens/s", file=self.out)
+        self.out.flush()
+
+    def _running(self, key: str) -> bool:
+        attempt = self.store.attempt(key)
+        return attempt is not None and attempt["started"] >= self.began - 1 and not self.store.finished(key)
+
+    def _time_left(self) -> str:
+        """Work left over the cores, never less than the longest chain of stages that is left."""
+        work, chains = 0.0, {}
+        for key, (_, step) in self.steps.items():
+            if key in self.finished:
+                continue
+            seconds = self._seconds(key, step)
+            if seconds is None:
+                return "time left: known once the first steps are measured"
+            work += seconds * _threads(step)
+            chains[key] = seconds
+        longest = max((sum(chains.get(s.train.key, 0.0) for s in t.steps) for t in self.plan.trials), default=0.0)
+        longest += chains.get(self.plan.teacher.train.key, 0.0)
+        speeds = 5.0 * (len(self.speeds) - len(self.measured))
+        left = max(work / self.cores, longest) + speeds
+        return f"about {left / 60:.0f} min left" if left >= 90 else f"about {max(5, round(left / 5) * 5):.0f} s left"
+
+    def _seconds(self, key: str, step: Step) -> float | None:
+        budget = step.own_tokens
+        if not budget:
+            return 2.0
+        lines = read_journal(self.store.folder(key))
+        kind = step.train.kind  # type: ignore[attr-defined]
+        done = lines[-1]["tokens"] if lines else 0
+        if lines:
+            recent = sorted(line["metrics"]["tokens_per_s"] for line in lines[-9:])
+            self.rates[kind] = recent[len(recent) // 2]
+        rate = self.rates.get(kind) or next(iter(self.rates.values()), None)
+        return None if rate is None else (budget - done) / rate + 3.0
+
+    def _done_line(self, name: str, step: Step) -> str:
+        quality = self.store.result(step.evaluate.key)
+        trained = self.store.result(step.train.key)
+        told = f"perplexity {quality['perplexity']:.2f}, ratio {quality['perplexity_ratio']:.3f}"
+        told += f", agreement {quality['agreement']:.3f}"
+        if step.own_tokens and "rest_trainable" in trained:
+            operator, rest = trained["operator_trainable"], trained["rest_trainable"]
+            told += f" ({operator / 1e6:.2f} M operator and {rest / 1e6:.2f} M other parameters trained)"
+        if trained.get("resumed_at"):
+            told += f", resumed at step {trained['resumed_at']}"
+        return "\n          ".join([f"done   {name}: {told}", *trained.get("said", [])])
+
+    def _say(self, text: str) -> None:
+        self.told = time.time()
+        passed = int(self.told - self.began)
+        print(f"[{passed // 60:3d}:{passed % 60:02d}] {text}", file=self.out, flush=True)
+
+
+def distinct_steps(plan: Plan) -> dict[str, tuple[str, Step]]:
+    """Key of every distinct trained stage -> a name for people and the step."""
+    found: dict[str, tuple[str, Step]] = {plan.teacher.train.key: ("teacher", plan.teacher)}
+    for trial in plan.trials:
+        for index, step in enumerate(trial.steps):
+            label = "joint" if step.joint else f"stage {index + 1}/{len(trial.steps)}"
+            layers = ",".join(map(str, getattr(step.train, "layers", ())))
+            found.setdefault(step.train.key, (f"{trial.name} {label} layers {layers}", step))
+    for name, step in plan.controls.items():
+        found.setdefault(step.train.key, (f"control {name}", step))
+    return found
+
+
+def _threads(step: Step) -> int:
+    return int(step.train.numerics.threads) if hasattr(step.train, "numerics") else 1

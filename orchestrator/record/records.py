@@ -1,0 +1,87 @@
+"""Plan + store -> records: one row for the teacher, each control and each finished stage of each trial."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from orchestrator.run.store import Store
+from orchestrator.study.plan import Plan, Step, operator_name
+from orchestrator.study.spec import ThroughputSpec
+
+Record = dict[str, Any]
+QUALITY = ("perplexity", "perplexity_ratio", "accuracy", "agreement", "kl", "hit_nll", "miss_nll")
+
+
+def make_records(
+    plan: Plan,
+    store: Store,
+    speeds: dict[str, ThroughputSpec],
+    trained: set[str],
+    run_id: Callable[[Step], str | None],
+) -> list[Record]:
+    """The rows of every finished step; `trained` holds the keys that the last run trained itself.
+
+    A metric that was not measured has no entry; nothing is filled in.
+    """
+
+    def record(kind: str, name: str, step: Step, **more: Any) -> Iterator[Record]:
+        if not store.finished(step.train.key) or not store.finished(step.evaluate.key):
+            return
+        trained_result, quality = store.result(step.train.key), store.result(step.evaluate.key)
+        metrics = {**quality, "student_tokens": step.tokens, "parameters": quality["parameters"]}
+        speed = speeds.get(step.train.key)
+        if speed is not None and store.finished(speed.key):
+            metrics |= store.result(speed.key)
+        if trained_result.get("tokens_per_s"):
+            metrics["stage_tokens_per_s"] = trained_result["tokens_per_s"]
+            metrics["stage_seconds"] = trained_result["seconds"]
+        operator = getattr(step.train, "operator", None)
+        yield {
+            "kind": kind,
+            "name": name,
+            "trial": None,
+            "stage_index": None,
+            "stage_count": None,
+            "operator": None if operator is None else operator_name(operator),
+            "swapped_layers": list(step.swapped),
+            "total_layers": plan.total_layers,
+            "values": {},
+            "stage_key": step.train.key,
+            "run_id": run_id(step),
+            "reused": step.train.key not in trained,
+            "metrics": metrics,
+            **more,
+        }
+
+    rows = [*record("teacher", "teacher", plan.teacher)]
+    if rows:
+        rows[0]["metrics"]["teacher_tokens"] = getattr(plan.teacher.train, "token_budget", None)
+    for name, step in plan.controls.items():
+        rows += record("control", name, step)
+    for trial in plan.trials:
+        for index, step in enumerate(trial.steps):
+            place = {"trial": trial.name, "stage_index": index, "stage_count": len(trial.steps), "values": trial.values}
+            label = "joint" if step.joint else f"stage {index + 1}"
+            rows += record("stage", f"{trial.name} {label}", step, joint=step.joint, **place)
+    return rows
+
+
+def best_path(records: list[Record]) -> list[Record]:
+    """The stages of the trial whose last stage swaps most layers at the lowest perplexity ratio; none without one."""
+    last = [row for row in records if row["kind"] == "stage" and row["stage_index"] == row["stage_count"] - 1]
+    if not last:
+        return []
+    best = min(last, key=lambda row: (-len(row["swapped_layers"]), row["metrics"]["perplexity_ratio"]))
+    return [row for row in records if row["trial"] == best["trial"]]
+
+
+def pareto_front(records: list[Record], speed: str, length: str) -> list[Record]:
+    """Students that no other student beats in both quality and speed, slowest first."""
+    measured = [row for row in records if row["kind"] == "stage" and length in row["metrics"].get(speed, {})]
+    ordered = sorted(measured, key=lambda row: (-row["metrics"][speed][length], row["metrics"]["perplexity_ratio"]))
+    front: list[Record] = []
+    for row in ordered:
+        if not front or row["metrics"]["perplexity_ratio"] < front[-1]["metrics"]["perplexity_ratio"]:
+            front.append(row)
+    return front[::-1]

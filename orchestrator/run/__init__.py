@@ -1,0 +1,1 @@
+"""Where stages live and who computes them: store, broker, sweep. Ray is imported here only."""

@@ -1,0 +1,253 @@
+"""Study file and overrides -> `Study`; every error with file, line, column, key, rule and the nearest valid key.
+
+Invariant: nothing is read leniently. YAML is read by the 1.2 core rules (`1e-4` is a number, `no` is a text), a key
+that stands twice is an error, and all errors of a file are told at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from orchestrator.study.explain import NUMBER, Path_, axis_remedy, dotted, explain, steps_of
+from orchestrator.study.schema import Study
+
+
+class StudyError(ValueError):
+    """One or more things wrong with a study; its text is one line an error."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A study as plain values, with where each stood: (line, column) by path, or the `--set` that gave it."""
+
+    file: str
+    values: dict[str, Any]
+    places: Mapping[Path_, str]
+
+    def place(self, path: Path_) -> str:
+        """`file:line:column` of the nearest known key on the way to `path`."""
+        for end in range(len(path), -1, -1):
+            if path[:end] in self.places:
+                return self.places[path[:end]]
+        return f"{self.file}:1:1"
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML with the YAML 1.2 core schema's scalars."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (declared without ClassVar by PyYAML)
+
+
+_INTEGER = re.compile(r"^[-+]?[0-9][0-9_]*$")
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+0123456789."))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+
+
+def load_study(path: Path, overrides: tuple[str, ...] = ()) -> Study:
+    """Read and validate a study file, with `a.b=1` overrides laid over it.
+
+    Raises `StudyError` naming every mistake: `file:line:column: key: what is wrong; what is allowed`.
+    """
+    return validate(read_document(path, overrides))
+
+
+def read_document(path: Path, overrides: tuple[str, ...] = ()) -> Document:
+    """The file's plain values and their places; `StudyError` where it is no file, no YAML or no mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise StudyError(f"{path}: no such study file: name a YAML file, for example studies/layerwise.yaml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    places: dict[Path_, str] = {}
+    errors: list[str] = []
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        values = _construct(node, (), lambda at: _at(path, at), places, errors) if node is not None else {}
+    except yaml.YAMLError as error:
+        where = _at(path, getattr(error, "problem_mark", None))
+        raise StudyError(f"{where}: not valid YAML: {_said(error)}") from error
+    except RecursionError as error:
+        raise StudyError(f"{path}:1:1: a value refers to itself or is nested too deeply; write it out") from error
+    if not isinstance(values, dict):
+        told = "a list" if isinstance(values, list) else "a plain value"
+        raise StudyError(f"{path}:1:1: a study is a mapping of keys (study: ..., recipe: ...), got {told}")
+    for override in overrides:
+        _override(values, places, override, errors)
+    if errors:
+        raise StudyError("\n".join(errors))
+    return Document(str(path), values, places)
+
+
+def validate(document: Document) -> Study:
+    """The study that plain values describe; `StudyError` with every mistake and its place."""
+    try:
+        study = Study.model_validate_json(json.dumps(document.values), strict=True)
+    except ValidationError as error:
+        told = explain(document.values, document.places, error.errors())
+        lines = [f"{document.place(path)}: {dotted(path) or 'study'}: {said}" for path, said in told]
+        raise StudyError("\n".join(lines)) from None
+    lines = []
+    for index, space in enumerate(study.search.spaces):
+        prefix: Path_ = ("search", "space", index) if isinstance(study.search.space, tuple) else ("search", "space")
+        lines += [
+            f"{document.place((*prefix, key))}: {dotted((*prefix, key))}: names no key of the study; {remedy}"
+            for key in space
+            if (remedy := axis_remedy(key))
+        ]
+    if lines:
+        raise StudyError("\n".join(lines))
+    return study
+
+
+def with_values(document: Document, values: Mapping[str, Any]) -> tuple[Study, Document]:
+    """The study at one point of its search space: `values` laid over the file's, the search itself left out.
+
+    The document beside it says of a swept key where the search lists its value.
+    """
+    merged = json.loads(json.dumps(document.values))
+    merged.pop("search", None)
+    places = dict(document.places)
+    try:
+        for key, value in values.items():
+            path = tuple(steps_of(key))
+            _move(places, path, _axis_place(document, key, value))
+            try:
+                _assign(merged, path, value)
+            except StudyError as error:
+                raise StudyError(f"{places[path]}: {error}") from None
+        point = Document(document.file, merged, places)
+        return validate(point), point
+    except StudyError as error:
+        said = ", ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
+        raise StudyError("\n".join(f"{line} (at the search point {said})" for line in str(error).split("\n"))) from None
+
+
+def _axis_place(document: Document, key: str, value: Any) -> str:
+    """Where the search space lists this value of this axis."""
+    for path, place in document.places.items():
+        if path[:2] == ("search", "space") and path[-2:-1] == (key,):
+            axis: Any = document.values
+            for step in path[:-1]:
+                axis = axis[step]
+            if axis[path[-1]] == value:
+                return place
+    return document.place(("search", "space", key))
+
+
+def _at(file: Path, mark: Any) -> str:
+    return f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else f"{file}:1:1"
+
+
+def _said(error: yaml.YAMLError) -> str:
+    said = [part for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part]
+    return ", ".join(said) or str(error)
+
+
+def _construct(
+    node: yaml.Node, path: Path_, at: Callable[[Any], str], places: dict[Path_, str], errors: list[str]
+) -> Any:
+    where = at(node.start_mark)
+    places.setdefault(path, where)
+    if isinstance(node, yaml.MappingNode):
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            here = at(key_node.start_mark)
+            if key in result:
+                errors.append(f"{here}: {dotted((*path, key))}: this key stands twice; keep one of them")
+            places[(*path, key)] = here
+            result[key] = _construct(value_node, (*path, key), at, places, errors)
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(item, (*path, i), at, places, errors) for i, item in enumerate(node.value)]
+    return _scalar(node, path, where, errors)
+
+
+def _scalar(node: yaml.Node, path: Path_, where: str, errors: list[str]) -> Any:
+    text = str(node.value)
+    match node.tag.rsplit(":", 1)[-1]:
+        case "null":
+            return None
+        case "bool":
+            return text.lower() == "true"
+        case "int":
+            return int(text.replace("_", ""))
+        case "float":
+            number = float(text.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan"))
+            if not math.isfinite(number):
+                errors.append(f"{where}: {dotted(path)}: {text} is not a finite number; write one")
+            return number
+        case "str":
+            return text
+        case _:
+            errors.append(f"{where}: {dotted(path)}: YAML tag {node.tag} is not allowed; write a plain value")
+            return None
+
+
+def _override(values: dict[str, Any], places: dict[Path_, str], override: str, errors: list[str]) -> None:
+    key, equals, text = override.partition("=")
+    where = f"--set {override}"
+    if not equals or not key:
+        errors.append(f"{where}: an override is written key=value, for example --set seed=1")
+        return
+    path = tuple(steps_of(key))
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        errors.append(f"{where}: the value is not valid YAML: {_said(error)}")
+        return
+    _move(places, path, where)
+    value = _construct(node, path, lambda _: where, places, errors) if node is not None else None
+    try:
+        _assign(values, path, value)
+    except StudyError as error:
+        errors.append(f"{where}: {error}")
+
+
+def _move(places: dict[Path_, str], path: Path_, where: str) -> None:
+    """From now on `path`, all below it and what has to be made on the way to it stand at `where`."""
+    for known in [known for known in places if known[: len(path)] == path]:
+        del places[known]
+    for end in range(1, len(path) + 1):
+        places.setdefault(path[:end], where)
+
+
+def _assign(values: Any, path: Path_, value: Any) -> None:
+    """Set `values[a][b]...`; missing mappings on the way are made, positions of a list must exist."""
+    for depth, step in enumerate(path):
+        last = depth == len(path) - 1
+        if isinstance(values, list):
+            if not isinstance(step, int) or step >= len(values):
+                there = f"0 to {len(values) - 1}" if values else "none"
+                raise StudyError(f"{dotted(path)}: {step} is no position of the list {dotted(path[:depth])}: {there}")
+        elif not isinstance(values, dict):
+            told = f"{dotted(path[:depth])} is {json.dumps(values)}, which has no keys; give it a mapping as a whole"
+            raise StudyError(f"{dotted(path)}: {told}")
+        elif not last and values.get(str(step)) is None:
+            values[str(step)] = {}
+        at: Any = step if isinstance(values, list) else str(step)
+        if last:
+            values[at] = value
+        else:
+            values = values[at]
+
+
+def dump(value: Any) -> Any:
+    """Plain JSON values of a model or of a configuration dataclass."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return TypeAdapter(type(value)).dump_python(value, mode="json")

@@ -1,0 +1,361 @@
+"""Study + resolved sources -> the tree of stages, printable before anything runs.
+
+A pure function: no clock, no files, no torch. Invariant: two trials that share a prefix of values share its keys, so
+what is shared is computed once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from typing import Any
+
+from operators.config import HyenaConfig, SkipConfig
+from orchestrator.study.explain import steps_of
+from orchestrator.study.loader import Document, StudyError, with_values
+from orchestrator.study.schema import Phase, Pretrain, Space, Study, Uniform
+from orchestrator.study.sources import Resolved
+from orchestrator.study.spec import (
+    DistilSpec,
+    EvaluateSpec,
+    ImportSpec,
+    PhaseSpec,
+    ScratchSpec,
+    Spec,
+    TeacherSpec,
+    ThroughputSpec,
+    TokensSpec,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A trained stage and its evaluation, at its place on a path."""
+
+    train: Spec
+    evaluate: EvaluateSpec
+    swapped: tuple[int, ...]
+    tokens: int  # trained on the path so far, this stage included
+    joint: bool = False
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens that this stage itself trains on."""
+        spec: Any = self.train
+        if hasattr(spec, "token_budget"):
+            return int(spec.token_budget)
+        steps = sum(phase.steps for phase in getattr(spec, "phases", ()))
+        return int(steps * spec.batch_size * spec.sequence_length) if steps else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One point of the search space: a path of stages from the teacher."""
+
+    name: str
+    values: dict[str, Any]
+    study: Study
+    steps: tuple[Step, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything a study asks for, before anything runs."""
+
+    study: Study
+    tokens: TokensSpec
+    teacher: Step
+    controls: dict[str, Step]  # by name
+    trials: tuple[Trial, ...]
+    total_layers: int
+
+    @property
+    def steps(self) -> Iterator[Step]:
+        """Every step of the plan, shared ones as often as they are asked for."""
+        yield self.teacher
+        yield from self.controls.values()
+        for trial in self.trials:
+            yield from trial.steps
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        """Distinct stages by key, parents before children."""
+        first: list[Spec] = [self.teacher.train, self.tokens]
+        if isinstance(self.teacher.train, TeacherSpec):
+            first.reverse()
+        ordered = [*first, *(spec for step in self.steps for spec in (step.train, step.evaluate))]
+        return {spec.key: spec for spec in ordered}
+
+    def users(self) -> dict[str, list[str]]:
+        """Key of each trained stage -> names of the trials that need it."""
+        found: dict[str, list[str]] = {}
+        for trial in self.trials:
+            for step in trial.steps:
+                found.setdefault(step.train.key, []).append(trial.name)
+        return found
+
+
+def make_plan(document: Document, study: Study, resolved: Resolved) -> Plan:
+    """Lay out all trials and controls of a study.
+
+    Raises `StudyError` where a point of the search space is no valid study, or asks for layers the teacher lacks.
+    """
+    _check_lengths(document, study, resolved)
+    with _placed(document):
+        tokens, teacher = _roots(study, resolved)
+    layers = resolved.architecture.layers
+    trials = []
+    for index, values in enumerate(sample(study)):
+        point, at = with_values(document, values)
+        _check_heads(at, point, resolved)
+        with _placed(at):
+            steps = tuple(_path(point, tokens, teacher, layers))
+        trials.append(Trial(f"trial-{index:02d}", values, point, steps))
+    root = Step(teacher, _evaluate(study, tokens, teacher, teacher.key), (), 0)
+    controls = dict(_controls(study, resolved, tokens, teacher, trials))
+    return Plan(study, tokens, root, controls, tuple(trials), layers)
+
+
+def sample(study: Study) -> list[dict[str, Any]]:
+    """The points to try: the product of each space's axes, or seeded draws; each point once, in a fixed order."""
+    points: list[dict[str, Any]] = []
+    if study.search.method == "grid":
+        for space in study.search.spaces:
+            axes = [list(axis) for axis in space.values() if not isinstance(axis, Uniform)]
+            points += [dict(zip(space, choice, strict=True)) for choice in itertools.product(*axes)]
+    else:
+        generator = random.Random(study.seed)
+        for draw in range(study.search.trials or 0):
+            space = study.search.spaces[draw % len(study.search.spaces)]
+            points.append(_draw(space, generator))
+    distinct = {json.dumps(point, sort_keys=True): point for point in points}
+    return list(distinct.values())
+
+
+def throughput_specs(plan: Plan, hardware: str) -> dict[str, ThroughputSpec]:
+    """Train key of each step -> the speed measurement of its architecture; equal architectures share one."""
+    found: dict[str, ThroughputSpec] = {}
+    for step in plan.steps:
+        operator = getattr(step.train, "operator", SkipConfig())
+        if isinstance(operator, SkipConfig) and step.swapped:
+            continue  # the skip control is no student anybody would run
+        if isinstance(operator, HyenaConfig):
+            operator = dataclasses.replace(operator, init="random")  # speed does not depend on the weights
+        student = step.train if isinstance(step.train, DistilSpec | ScratchSpec) else None
+        found[step.train.key] = ThroughputSpec(
+            teacher=plan.teacher.train.key,
+            operator=operator,
+            layers=step.swapped,
+            throughput=plan.study.throughput,
+            train_batch_size=student.batch_size if student else plan.study.recipe.batch_size,
+            sequence_length=plan.study.data.sequence_length,
+            numerics=student.numerics if student else plan.study.numerics,
+            hardware=hardware,
+        )
+    return found
+
+
+def swap_order(study: Study, layers: int) -> list[tuple[int, ...]]:
+    """The layers swapped in each stage, in order; `StudyError` for layers the teacher does not have."""
+    schedule = study.schedule
+    named = [("keep", layer) for layer in schedule.keep]
+    if isinstance(schedule.layer_order, tuple):
+        named += [("layer_order", layer) for stage in schedule.layer_order for layer in stage]
+    for key, layer in named:
+        if layer >= layers:
+            raise StudyError(
+                f"schedule.{key}: layer {layer} does not exist: the teacher has {layers} layers, 0 to {layers - 1}"
+            )
+    if isinstance(schedule.layer_order, tuple):
+        return [tuple(sorted(stage)) for stage in schedule.layer_order]
+    free = [layer for layer in range(layers) if layer not in schedule.keep]
+    if not free:
+        raise StudyError("schedule.keep: every layer is kept as attention: leave at least one to swap")
+    if schedule.layer_order == "top_down":
+        free.reverse()
+    elif schedule.layer_order == "interleaved":
+        free = free[::2] + free[1::2]
+    size = schedule.layers_per_stage
+    return [tuple(sorted(free[start : start + size])) for start in range(0, len(free), size)]
+
+
+def _check_lengths(document: Document, study: Study, resolved: Resolved) -> None:
+    longest = resolved.architecture.max_length
+    if study.data.sequence_length > longest:
+        raise StudyError(
+            f"{document.place(('data', 'sequence_length'))}: data.sequence_length: {study.data.sequence_length} "
+            f"exceeds the teacher's {longest} positions"
+        )
+    for length in study.throughput.lengths:
+        if not study.throughput.decode_tokens < length <= longest:
+            raise StudyError(
+                f"{document.place(('throughput', 'lengths'))}: throughput.lengths: {length} must exceed decode_tokens "
+                f"({study.throughput.decode_tokens}) and be at most the teacher's {longest} positions"
+            )
+
+
+def _check_heads(document: Document, point: Study, resolved: Resolved) -> None:
+    heads = getattr(point.operator, "heads", None)
+    if heads is not None and resolved.architecture.hidden % heads:
+        raise StudyError(
+            f"{document.place(('operator', 'heads'))}: operator.heads: {heads} must divide the teacher's width "
+            f"{resolved.architecture.hidden}"
+        )
+
+
+def _draw(space: Space, generator: random.Random) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, axis in space.items():
+        if isinstance(axis, Uniform):
+            if axis.log:
+                exponent = generator.random()
+                values[key] = axis.low * (axis.high / axis.low) ** exponent
+            else:
+                values[key] = generator.uniform(axis.low, axis.high)
+        else:
+            values[key] = generator.choice(list(axis))
+    return values
+
+
+def _roots(study: Study, resolved: Resolved) -> tuple[TokensSpec, TeacherSpec | ImportSpec]:
+    imported = ImportSpec(fingerprint=resolved.teacher) if resolved.teacher is not None else None
+    tokens = TokensSpec(
+        train=resolved.train,
+        validation=resolved.validation,
+        validation_share=None if resolved.validation else study.data.validation_share,
+        sequence_length=study.data.sequence_length,
+        vocabulary=None if imported else study.data.effective_vocabulary,
+        teacher=imported.key if imported else None,
+    )
+    if imported is not None:
+        return tokens, imported
+    made = study.teacher
+    assert isinstance(made, Pretrain)
+    _steps_of(made.tokens, made.batch_size, study, "teacher.tokens")
+    teacher = TeacherSpec(
+        tokens=tokens.key,
+        architecture=resolved.architecture,
+        token_budget=made.tokens,
+        batch_size=made.batch_size,
+        sequence_length=study.data.sequence_length,
+        optimizer=made.optimizer,
+        numerics=study.numerics.model_copy(update={"threads": made.threads}),
+        seed=study.seed,
+    )
+    return tokens, teacher
+
+
+def _evaluate(study: Study, tokens: TokensSpec, teacher: Spec, subject: str) -> EvaluateSpec:
+    return EvaluateSpec(
+        tokens=tokens.key,
+        teacher=teacher.key,
+        subject=subject,
+        sequence_length=study.data.sequence_length,
+        evaluation=study.evaluation,
+        numerics=study.numerics,
+    )
+
+
+@contextlib.contextmanager
+def _placed(document: Document) -> Iterator[None]:
+    """Errors that begin with a key get its place in the study file."""
+    try:
+        yield
+    except StudyError as error:
+        key = str(error).split(":")[0]
+        raise StudyError(f"{document.place(tuple(steps_of(key)))}: {error}") from None
+
+
+def _path(study: Study, tokens: TokensSpec, teacher: Spec, layers: int) -> Iterator[Step]:
+    order = swap_order(study, layers)
+    stages = [(new, study.recipe.phases, False) for new in order]
+    if study.recipe.joint:
+        everything = tuple(sorted(layer for stage in order for layer in stage))
+        if not study.recipe.phases:  # the joint stage is the only one, and swaps as well
+            stages = []
+        stages.append((everything, study.recipe.joint, True))
+    parent, sequences = teacher.key, 0
+    swapped: tuple[int, ...] = ()
+    window = study.recipe.batch_size
+    for trained, phases, joint in stages:
+        new = tuple(layer for layer in trained if layer not in swapped)
+        swapped = tuple(sorted({*swapped, *trained}))
+        key = "recipe.joint" if joint else "recipe.phases"
+        planned = tuple(_phase(phase, len(trained), study, f"{key}.{i}") for i, phase in enumerate(phases))
+        spec = DistilSpec(
+            tokens=tokens.key, teacher=teacher.key, parent=parent, layers=trained, new_layers=new,
+            operator=study.operator, phases=planned, batch_size=window,
+            sequence_length=study.data.sequence_length, first_sequence=sequences, freeze=study.recipe.freeze,
+            optimizer=study.recipe.optimizer, numerics=study.numerics, seed=study.seed,
+        )  # fmt: skip
+        sequences += window * sum(phase.steps for phase in planned)
+        parent = spec.key
+        trained_tokens = sequences * study.data.sequence_length
+        yield Step(spec, _evaluate(study, tokens, teacher, spec.key), swapped, trained_tokens, joint)
+
+
+def _phase(phase: Phase, layers: int, study: Study, key: str) -> PhaseSpec:
+    tokens = phase.tokens if phase.tokens is not None else (phase.tokens_per_layer or 0) * layers
+    key += ".tokens" if phase.tokens is not None else ".tokens_per_layer"
+    return PhaseSpec(losses=phase.losses, steps=_steps_of(tokens, study.recipe.batch_size, study, key))
+
+
+def _steps_of(tokens: int, batch_size: int, study: Study, key: str) -> int:
+    size = batch_size * study.data.sequence_length
+    if tokens < size:
+        raise StudyError(f"{key}: {tokens} tokens are less than one step of {size} (batch_size x sequence_length)")
+    return tokens // size
+
+
+def _controls(
+    study: Study, resolved: Resolved, tokens: TokensSpec, teacher: Spec, trials: list[Trial]
+) -> Iterator[tuple[str, Step]]:
+    layers = resolved.architecture.layers
+    if study.controls.scratch:
+        names: set[str] = set()
+        longest: dict[HyenaConfig, Step] = {}
+        for trial in trials:
+            operator, last = trial.study.operator, trial.steps[-1]
+            if isinstance(operator, HyenaConfig):
+                bare = dataclasses.replace(operator, init="random")
+                if bare not in longest or longest[bare].tokens < last.tokens:
+                    longest[bare] = last
+        for operator, last in longest.items():
+            spec = ScratchSpec(
+                tokens=tokens.key,
+                teacher=teacher.key if isinstance(teacher, ImportSpec) else None,
+                architecture=resolved.architecture,
+                operator=operator,
+                layers=last.swapped,
+                token_budget=last.tokens,
+                batch_size=study.recipe.batch_size,
+                sequence_length=study.data.sequence_length,
+                optimizer=study.recipe.optimizer.model_copy(update={"rest_scale": 1.0}),
+                numerics=study.numerics,
+                seed=study.seed,
+            )
+            name = f"scratch {operator_name(operator)}"
+            if name in names:
+                name += f" {spec.key[:6]}"
+            names.add(name)
+            yield name, Step(spec, _evaluate(study, tokens, teacher, spec.key), last.swapped, last.tokens)
+    if study.controls.skip:
+        for skipped in [*((layer,) for layer in range(layers)), tuple(range(layers))]:
+            name = f"skip {skipped[0]}" if len(skipped) == 1 else "skip all"
+            skip = DistilSpec(
+                tokens=tokens.key, teacher=teacher.key, parent=teacher.key, layers=skipped, new_layers=skipped,
+                operator=SkipConfig(), phases=(), batch_size=1, sequence_length=study.data.sequence_length,
+                first_sequence=0, freeze=(), optimizer=study.recipe.optimizer, numerics=study.numerics, seed=0,
+            )  # fmt: skip
+            yield name, Step(skip, _evaluate(study, tokens, teacher, skip.key), skipped, 0)
+
+
+def operator_name(operator: Any) -> str:
+    """A short name for people: `hyena-2` by order, `hyena-4h` by heads, `skip`."""
+    if isinstance(operator, HyenaConfig):
+        return f"hyena-{operator.heads}h" if operator.heads is not None else f"hyena-{operator.order}"
+    return str(operator.kind)

@@ -1,0 +1,190 @@
+"""What a study refers to outside its file: text sources and pretrained teachers, resolved to fingerprints.
+
+Place in the flow: between the study file and the plan, so that the plan is a pure function. Reads files and asks the
+hub for commits; loads no model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from orchestrator.files import canonical_json, sha256_file
+from orchestrator.study.loader import StudyError
+from orchestrator.study.schema import FileSource, HubSource, Pretrain, Source, StdlibSource, Study
+from orchestrator.study.spec import Architecture, SourceIdentity
+
+SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "__pycache__",
+    "lib2to3",
+    "encodings",
+    "pydoc_data",
+}  # the last two: tables a program wrote
+FAMILIES = {
+    "gpt_neox": {
+        "layers": "num_hidden_layers",
+        "hidden": "hidden_size",
+        "heads": "num_attention_heads",
+        "intermediate": "intermediate_size",
+        "max_length": "max_position_embeddings",
+        "vocabulary": "vocab_size",
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Location:
+    """Where the content behind a fingerprint lies on this machine; never part of an identity."""
+
+    files: tuple[str, ...] = ()
+    hub: str | None = None
+    configuration: str | None = None
+    revision: str | None = None
+    split: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """A study's outside world: identities for the plan, locations for the stages that read it."""
+
+    train: SourceIdentity
+    validation: SourceIdentity | None
+    architecture: Architecture
+    teacher: str | None  # fingerprint of a pretrained one
+    locations: dict[str, Location]  # by fingerprint
+
+
+def resolve(study: Study, base: Path) -> Resolved:
+    """Fingerprint what the study reads; relative paths are relative to `base`, the study file's folder.
+
+    Raises `StudyError` for a missing or empty file, an unreachable hub, an unsupported model family.
+    """
+    locations: dict[str, Location] = {}
+    train = _source(study.data.train, base, "data.train", locations)
+    validation = _source(study.data.validation, base, "data.validation", locations) if study.data.validation else None
+    if isinstance(study.teacher, Pretrain):
+        made = study.teacher
+        architecture = Architecture(
+            layers=made.layers, hidden=made.hidden, heads=made.heads, max_length=made.max_length,
+            intermediate=made.intermediate or 4 * made.hidden, vocabulary=study.data.effective_vocabulary,
+        )  # fmt: skip
+        return Resolved(train, validation, architecture, None, locations)
+    if study.teacher.folder is not None:
+        fingerprint, config = _teacher_folder(base / study.teacher.folder, locations)
+    else:
+        fingerprint, config = _teacher_hub(str(study.teacher.hub), study.teacher.revision, locations)
+    return Resolved(train, validation, _architecture(config, fingerprint), fingerprint, locations)
+
+
+def stdlib_files() -> list[tuple[str, Path]]:
+    """(name, path) of the standard library's sources, tests left out, in the order of their names."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = [(path.relative_to(root), path) for path in root.rglob("*.py")]
+    return sorted((name.as_posix(), path) for name, path in found if not SKIPPED_FOLDERS.intersection(name.parts))
+
+
+def _source(source: Source, base: Path, key: str, locations: dict[str, Location]) -> SourceIdentity:
+    if isinstance(source, StdlibSource):
+        files = stdlib_files()
+        fingerprint = _digest((name, sha256_file(path)) for name, path in files)
+        locations[fingerprint] = Location(files=tuple(str(path) for _, path in files))
+        return SourceIdentity(source=source.source, fingerprint=fingerprint)
+    if isinstance(source, FileSource):
+        paths = _expand(source, base, key)
+        fingerprint = _digest((path.suffix if path.suffix == ".gz" else "", sha256_file(path)) for path in paths)
+        locations[fingerprint] = Location(files=tuple(str(path) for path in paths))
+        field = None if source.source == "text" else source.field
+        return SourceIdentity(source=source.source, fingerprint=fingerprint, field=field)
+    return _hub_source(source, key, locations)
+
+
+def _expand(source: FileSource, base: Path, key: str) -> list[Path]:
+    paths: list[Path] = []
+    for index, pattern in enumerate(source.files):
+        names = sorted(glob.glob(str(base / pattern), recursive=True))  # noqa: PTH207 (takes absolute patterns too)
+        found = [Path(name) for name in names if Path(name).is_file()]
+        if not found:
+            raise StudyError(
+                f"{key}.files.{index}: no file at {base / pattern}: give a path relative to the study file"
+            )
+        empty = [str(path) for path in found if path.stat().st_size == 0]
+        if empty:
+            raise StudyError(f"{key}.files.{index}: {empty[0]} is empty: leave it out or fill it")
+        paths += found
+    return paths
+
+
+def _hub_source(source: HubSource, key: str, locations: dict[str, Location]) -> SourceIdentity:
+    from huggingface_hub import HfApi  # loaded only by studies that use the hub
+
+    commit = source.revision
+    if not _is_commit(commit):
+        try:
+            commit = str(HfApi().dataset_info(source.name, revision=source.revision).sha)
+        except Exception as error:
+            raise StudyError(_unreachable(key, f"data set {source.name}", source.revision, error)) from error
+    identity = (source.name, source.configuration, commit, source.split)
+    fingerprint = _digest([(canonical_json(identity), "hub")])
+    locations[fingerprint] = Location(
+        hub=source.name, configuration=source.configuration, revision=commit, split=source.split
+    )
+    return SourceIdentity(source="hub", fingerprint=fingerprint, field=source.field, max_tokens=source.max_tokens)
+
+
+def _teacher_folder(folder: Path, locations: dict[str, Location]) -> tuple[str, dict[str, Any]]:
+    if not (folder / "config.json").is_file():
+        raise StudyError(f"teacher.folder: {folder} holds no config.json: give the folder of a saved model")
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and ".git" not in path.parts)
+    if not any(path.name.startswith("tokenizer") for path in files):
+        raise StudyError(f"teacher.folder: {folder} holds no tokenizer: save it there with tokenizer.save_pretrained")
+    fingerprint = _digest((path.relative_to(folder).as_posix(), sha256_file(path)) for path in files)
+    locations[fingerprint] = Location(files=(str(folder),))
+    return fingerprint, json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def _teacher_hub(name: str, revision: str, locations: dict[str, Location]) -> tuple[str, dict[str, Any]]:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        config = Path(hf_hub_download(name, "config.json", revision=revision))
+    except Exception as error:
+        raise StudyError(_unreachable("teacher.hub", f"model {name}", revision, error)) from error
+    commit = config.parent.name  # the hub's cache files a snapshot under its commit
+    fingerprint = _digest([(name, commit)])
+    locations[fingerprint] = Location(hub=name, revision=commit)
+    return fingerprint, json.loads(config.read_text(encoding="utf-8"))
+
+
+def _architecture(config: dict[str, Any], fingerprint: str) -> Architecture:
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None:
+        known = ", ".join(FAMILIES)
+        raise StudyError(f"teacher: model type {config.get('model_type')!r} cannot be swapped yet; supported: {known}")
+    sizes = {name: int(config[theirs]) for name, theirs in family.items()}
+    return Architecture(**sizes, pretrained=fingerprint)
+
+
+def _unreachable(key: str, what: str, revision: str, error: Exception) -> str:
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    return (
+        f"{key}: {what} at revision {revision} cannot be reached ({reason}): check the name and the network, "
+        "or use a local folder or files"
+    )
+
+
+def _is_commit(revision: str) -> bool:
+    return len(revision) == 40 and all(digit in "0123456789abcdef" for digit in revision)
+
+
+def _digest(entries: Iterable[tuple[str, str]]) -> str:
+    return hashlib.sha256(canonical_json(list(entries)).encode()).hexdigest()

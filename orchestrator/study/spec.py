@@ -1,0 +1,178 @@
+"""The identity of a stage: everything that decides its result and nothing else.
+
+Invariant: every field of a specification changes its key; where to run, where files lie and how often to save are in
+`RunContext`, another type, and cannot. Parents enter by their keys, so a key names a whole history.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter
+
+from orchestrator.files import canonical_json
+from orchestrator.study.schema import Evaluation, Losses, Model, Numerics, Operator, Optimizer, Throughput
+
+STAGE_VERSION = 1  # raise it with any change that makes an old result differ from a new one
+DOMAIN = b"layerswap/stage\n"
+
+
+class Spec(Model):
+    """What all stages have: the version of the code's meaning, and a key."""
+
+    version: int = STAGE_VERSION
+
+    @cached_property
+    def key(self) -> str:
+        """sha256 in hex over the canonical JSON of the validated fields."""
+        return hashlib.sha256(DOMAIN + canonical_json(self.model_dump(mode="json")).encode()).hexdigest()
+
+    @property
+    def parents(self) -> dict[str, str]:
+        """Role -> key of the stages that must be finished before this one."""
+        roles = ("tokens", "teacher", "parent", "subject")
+        found = {role: getattr(self, role, None) for role in roles}
+        return {role: key for role, key in found.items() if key is not None}
+
+
+class SourceIdentity(Model):
+    """A text source: its kind, how it is read, and the fingerprint of its content."""
+
+    source: Literal["python-stdlib", "text", "json", "jsonl", "parquet", "hub"]
+    fingerprint: str
+    field: str | None = None
+    max_tokens: int | None = None
+
+
+class TokensSpec(Spec):
+    """Text -> one fixed file of tokens for training and one for validation."""
+
+    kind: Literal["tokens"] = "tokens"
+    train: SourceIdentity
+    validation: SourceIdentity | None
+    validation_share: float | None
+    sequence_length: int
+    vocabulary: int | None  # entries of a byte-level BPE trained here; none: the teacher's tokenizer
+    teacher: str | None  # key of the stage that brings the tokenizer
+
+
+class Architecture(Model):
+    """A GPT-NeoX made here, or the configuration of a pretrained teacher by fingerprint."""
+
+    layers: int
+    hidden: int
+    heads: int
+    intermediate: int
+    max_length: int
+    vocabulary: int
+    pretrained: str | None = None
+
+
+class TeacherSpec(Spec):
+    """The embedded teacher: a GPT-NeoX trained on the study's tokens."""
+
+    kind: Literal["teacher"] = "teacher"
+    tokens: str
+    architecture: Architecture
+    token_budget: int
+    batch_size: int
+    sequence_length: int
+    optimizer: Optimizer
+    numerics: Numerics
+    seed: int
+
+
+class ImportSpec(Spec):
+    """A pretrained teacher, brought into the store with its tokenizer."""
+
+    kind: Literal["import"] = "import"
+    fingerprint: str  # hub commit, or digest of a folder's files
+
+
+class PhaseSpec(Model):
+    """A phase with its budget worked out."""
+
+    losses: Losses
+    steps: int
+
+
+class DistilSpec(Spec):
+    """Swap `layers`, then distil: the unit of the stage tree."""
+
+    kind: Literal["distil"] = "distil"
+    tokens: str
+    teacher: str
+    parent: str
+    layers: tuple[int, ...]  # trained as operators by this stage
+    new_layers: tuple[int, ...]  # of those, the ones swapped by this stage
+    operator: Operator
+    phases: tuple[PhaseSpec, ...]
+    batch_size: int
+    sequence_length: int
+    first_sequence: int  # of the shuffled training text, where the path's earlier stages ended
+    freeze: tuple[str, ...]
+    optimizer: Optimizer
+    numerics: Numerics
+    seed: int
+
+
+class ScratchSpec(Spec):
+    """The control: the student's architecture trained on the text from random weights."""
+
+    kind: Literal["scratch"] = "scratch"
+    tokens: str
+    teacher: str | None  # only where the architecture is a pretrained one's
+    architecture: Architecture
+    operator: Operator
+    layers: tuple[int, ...]
+    token_budget: int
+    batch_size: int
+    sequence_length: int
+    optimizer: Optimizer
+    numerics: Numerics
+    seed: int
+
+
+class EvaluateSpec(Spec):
+    """Quality of a finished stage on validation text, the teacher beside it."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    tokens: str
+    teacher: str
+    subject: str
+    sequence_length: int
+    evaluation: Evaluation
+    numerics: Numerics
+
+
+class ThroughputSpec(Spec):
+    """Speed of a student's architecture against its teacher's; weights do not enter, hardware does."""
+
+    kind: Literal["throughput"] = "throughput"
+    teacher: str
+    operator: Operator
+    layers: tuple[int, ...]
+    throughput: Throughput
+    train_batch_size: int
+    sequence_length: int
+    numerics: Numerics
+    hardware: str
+
+
+StageSpec = Annotated[
+    TokensSpec | TeacherSpec | ImportSpec | DistilSpec | ScratchSpec | EvaluateSpec | ThroughputSpec,
+    Field(discriminator="kind"),
+]
+_ADAPTER: TypeAdapter[Any] = TypeAdapter(StageSpec)
+
+
+def spec_from_json(text: str) -> Any:
+    """A specification read back from its JSON; `pydantic.ValidationError` where it is none."""
+    return _ADAPTER.validate_json(text, strict=True)
+
+
+def short(key: str) -> str:
+    """The first 16 hex digits of a key, for people."""
+    return key[:16]

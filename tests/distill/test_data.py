@@ -1,0 +1,201 @@
+"""One path for every source of text, and batches that are a pure function of seed and position."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+
+from orchestrator.distill.context import Workplace
+from orchestrator.distill.data import DataError, batch, load_tokenizer, load_tokens, prepare_tokens, spread_windows
+from orchestrator.study.sources import Location
+from orchestrator.study.spec import SourceIdentity, TokensSpec
+
+TEXTS = [f"def f{i}(x):\n    return x + {i * i}  # é {'word ' * (i % 5)}\n" for i in range(40)]
+
+
+def write(folder: Path, source: str) -> list[Path]:
+    """`TEXTS` in files of this kind."""
+    rows = [{"text": text, "number": i} for i, text in enumerate(TEXTS)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    path = folder / f"texts.{source}"
+    match source:
+        case "text":
+            paths = [folder / f"{i:02d}.txt" for i in range(len(TEXTS))]
+            for one, text in zip(paths, TEXTS, strict=True):
+                one.write_text(text, encoding="utf-8")
+            return paths
+        case "text.gz":
+            paths = [folder / f"{i:02d}.txt.gz" for i in range(len(TEXTS))]
+            for one, text in zip(paths, TEXTS, strict=True):
+                one.write_bytes(gzip.compress(text.encode()))
+            return paths
+        case "json":
+            path.write_text(json.dumps(rows))
+        case "jsonl":
+            path.write_text(lines)
+        case "jsonl.gz":
+            path.write_bytes(gzip.compress(lines.encode()))
+        case "parquet":
+            pyarrow.parquet.write_table(pa.table({"text": TEXTS, "number": list(range(len(TEXTS)))}), path)
+    return [path]
+
+
+def spec_of(kind: str = "text", *, field: str | None = "text", **fields: Any) -> TokensSpec:
+    limit = fields.pop("max_tokens", None)
+    train = SourceIdentity(source=kind, fingerprint="train", field=field, max_tokens=limit)  # type: ignore[arg-type]
+    told: dict[str, Any] = {"validation": None, "validation_share": 0.2, "sequence_length": 16, "vocabulary": 300}
+    return TokensSpec(train=train, teacher=None, **(told | fields))
+
+
+def prepared(place: Any, spec: TokensSpec, files: list[Path], **more: Any) -> Workplace:
+    locations = {"train": Location(files=tuple(map(str, files)))}
+    made: Workplace = place(locations={**locations, **more.pop("locations", {})}, **more)
+    prepare_tokens(spec, made)
+    return made
+
+
+def tokens_of(made: Workplace) -> dict[str, list[int]]:
+    return {split: load_tokens(made.out, split).tolist() for split in ("train", "valid")}
+
+
+def test_the_same_texts_give_the_same_tokens_from_every_source(place: Any, tmp_path: Path) -> None:
+    wanted = tokens_of(prepared(place, spec_of(), write(tmp_path, "text")))
+    assert len(wanted["train"]) > len(wanted["valid"]) > 16
+    for source in ("text.gz", "json", "jsonl", "jsonl.gz", "parquet"):
+        made = prepared(place, spec_of(source.removesuffix(".gz")), write(tmp_path, source))
+        assert tokens_of(made) == wanted, source
+
+
+def test_tokens_are_the_documents_with_an_end_each_held_out_or_not(place: Any, tmp_path: Path) -> None:
+    made = prepared(place, spec_of(), write(tmp_path, "text"))
+    tokenizer, tokens = load_tokenizer(made.out), tokens_of(made)
+    read = {split: tokenizer.decode(ids).split("<|endoftext|>")[:-1] for split, ids in tokens.items()}
+    assert sorted(read["train"] + read["valid"]) == sorted(TEXTS)
+    assert read["train"] == [text for text in TEXTS if text not in read["valid"]]
+    assert load_tokens(made.out, "train").dtype == np.uint16
+
+
+def test_a_document_is_held_out_whatever_stands_beside_it(place: Any, tmp_path: Path) -> None:
+    files = write(tmp_path, "text")
+    whole, part = prepared(place, spec_of(), files), prepared(place, spec_of(), files[::2])
+    held = [load_tokenizer(made.out).decode(tokens_of(made)["valid"]) for made in (whole, part)]
+    assert set(held[1].split("<|endoftext|>")) <= set(held[0].split("<|endoftext|>"))
+
+
+def test_validation_text_of_its_own_leaves_the_training_text_whole(place: Any, tmp_path: Path) -> None:
+    files = write(tmp_path, "text")
+    spec = spec_of(validation=SourceIdentity(source="text", fingerprint="valid"), validation_share=None)
+    made = prepared(place, spec, files, locations={"valid": Location(files=(str(files[3]),))})
+    decode = load_tokenizer(made.out).decode
+    assert decode(tokens_of(made)["train"]) == "".join(f"{text}<|endoftext|>" for text in TEXTS)
+    assert decode(tokens_of(made)["valid"]) == f"{TEXTS[3]}<|endoftext|>"
+
+
+def test_a_pretrained_teacher_brings_its_tokenizer(place: Any, tmp_path: Path, tiny_teacher: Path) -> None:
+    spec = spec_of(vocabulary=None)
+    made = prepared(place, spec, write(tmp_path, "text"), inputs={"teacher": tiny_teacher})
+    assert load_tokenizer(made.out).get_vocab() == load_tokenizer_of(tiny_teacher).get_vocab()
+    assert sum(ids.count(0) for ids in tokens_of(made).values()) == len(TEXTS)
+
+
+def load_tokenizer_of(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused(place: Any, tmp_path: Path, tiny_teacher: Path) -> None:
+    folder = tmp_path / "teacher"
+    shutil.copytree(tiny_teacher, folder)
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**told, "eos_token": None}))
+    with pytest.raises(DataError, match="has no end-of-text token, which separates documents: set eos_token"):
+        prepared(place, spec_of(vocabulary=None), write(tmp_path, "text"), inputs={"teacher": folder})
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "told"),
+    [
+        (
+            "text",
+            "short",
+            r"^the train text has \d tokens, less than one sequence of 16: give more text, or a smaller ",
+        ),
+        ("text", "", "^the text source holds no text: every document is empty"),
+        ("jsonl", '{"body": "x"}\n', "^a record has no field 'text'; it has body"),
+        ("jsonl", '{"text": ""}\n{"text": null}\n', "^the jsonl source holds no text: every document is empty"),
+        ("jsonl", '{"text": "x"\n', r"^jsonl data at .*texts\.jsonl cannot be read: "),
+        ("parquet", "no parquet", r"^parquet data at .*texts\.parquet cannot be read: "),
+    ],
+)
+def test_text_that_cannot_be_used_is_told_so(place: Any, tmp_path: Path, kind: str, content: str, told: str) -> None:
+    path = tmp_path / f"texts.{kind}"
+    path.write_text(content)
+    with pytest.raises(DataError, match=told):
+        prepared(place, spec_of(kind, validation_share=0.0), [path])
+
+
+def test_a_hub_data_set_is_streamed_until_it_has_enough_tokens(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    given: list[int] = []
+
+    def endless() -> Iterator[dict[str, str]]:
+        for i in range(10_000):
+            given.append(i)
+            yield {"body": TEXTS[i % len(TEXTS)]}
+
+    def load_dataset(*words: Any, **options: Any) -> Any:
+        asked.append((words, options))
+        return endless()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    validation = SourceIdentity(source="hub", fingerprint="valid", field="body", max_tokens=200)
+    spec = spec_of("hub", field="body", max_tokens=500, vocabulary=None, validation_share=None, validation=validation)
+    where = {name: Location(hub="a/b", configuration="c", revision="d", split=name) for name in ("train", "valid")}
+    folder = place("other").out
+    prepared(place, spec_of(), write(folder, "text"), name="made")
+    made = place(locations=where, inputs={"teacher": folder.parents[1] / "made" / "out-0" / "tokenizer"})
+    assert prepare_tokens(spec, made) == {"train_tokens": 500, "valid_tokens": 200}
+    assert len(given) < 200
+    wanted = {"revision": "d", "split": "train", "streaming": True}
+    assert (("a/b", "c"), wanted) in asked
+
+
+@pytest.mark.parametrize("length", [4, 7])
+def test_every_window_comes_once_an_epoch_in_an_order_of_the_seed(length: int) -> None:
+    tokens = np.arange(50, dtype=np.uint16)
+    windows = 50 // length
+    epochs = [batch(tokens, length, 3, epoch * windows, windows).tolist() for epoch in range(3)]
+    wanted = [list(range(start, start + length)) for start in range(0, windows * length, length)]
+    assert [sorted(epoch) for epoch in epochs] == [wanted] * 3
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert batch(tokens, length, 4, 0, windows).tolist() != epochs[0]
+
+
+def test_a_batch_is_a_pure_function_of_seed_and_position() -> None:
+    tokens = np.arange(200, dtype=np.uint32)
+    stream = batch(tokens, 8, 0, 0, 60)
+    assert stream.dtype == torch.int64
+    for first in (0, 7, 23, 50):
+        batch(tokens, 8, 5, 3, 4)  # another one between
+        assert torch.equal(batch(tokens, 8, 0, first, 10), stream[first : first + 10])
+
+
+@pytest.mark.parametrize(
+    ("budget", "starts"),
+    [(1, [0]), (8, [0]), (17, [0, 88]), (31, [0, 48, 88]), (10_000, list(range(0, 96, 8)))],
+)
+def test_validation_reads_distinct_whole_windows_from_all_of_the_text(budget: int, starts: list[int]) -> None:
+    found = spread_windows(np.arange(100, dtype=np.uint16), 8, budget)
+    assert found.tolist() == [list(range(start, start + 8)) for start in starts]

@@ -1,0 +1,167 @@
+"""A student that is loaded is bitwise the student that was saved, and only what changed is stored."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from operators.config import FilterConfig, HyenaConfig, OperatorConfig, SkipConfig
+from orchestrator.distill.context import Workplace
+from orchestrator.distill.models import (
+    STUDENT,
+    WEIGHTS,
+    import_teacher,
+    load_student,
+    load_teacher,
+    new_teacher,
+    parameter_count,
+    random_like,
+    save_student,
+)
+from orchestrator.distill.swap import SwappedAttention, attention_of, swap
+from orchestrator.study.sources import Location
+from orchestrator.study.spec import Architecture, ImportSpec
+
+SHAPE = Architecture(layers=2, hidden=32, heads=4, intermediate=64, max_length=64, vocabulary=300)
+MIXED: dict[int, OperatorConfig] = {
+    0: HyenaConfig(heads=4, filter=FilterConfig(width=8, window="linear")),
+    1: HyenaConfig(order=3, init="random"),
+    2: SkipConfig(),
+}
+
+
+def student_of(folder: Path, operators: dict[int, OperatorConfig]) -> Any:
+    model = load_teacher(folder)
+    for layer, config in operators.items():
+        swap(model, [layer], config, torch.Generator().manual_seed(layer))
+    return model
+
+
+def same(first: Any, second: Any) -> bool:
+    one, two = first.state_dict(), second.state_dict()
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_student_comes_back_bitwise(
+    teacher: Any, tiny_teacher: Path, tmp_path: Path, ids: Tensor, complete: bool
+) -> None:
+    student = student_of(tiny_teacher, MIXED)
+    with torch.no_grad():
+        student.get_parameter("lm_head.weight").add_(0.01)
+    save_student(student, None if complete else teacher.state_dict(), tmp_path)
+    again = load_student(tmp_path, load_teacher(tiny_teacher))
+    assert same(student, again)
+    assert [getattr(attention_of(again, i), "operator").config for i in range(3)] == list(MIXED.values())  # noqa: B009
+    with torch.no_grad():
+        assert torch.equal(student(input_ids=ids).logits, again(input_ids=ids).logits)
+
+
+def test_only_what_differs_from_the_teacher_is_stored(teacher: Any, tiny_teacher: Path, tmp_path: Path) -> None:
+    student = student_of(tiny_teacher, {1: HyenaConfig()})
+    with torch.no_grad():
+        student.get_parameter("gpt_neox.final_layer_norm.bias")[3] += 1
+    save_student(student, teacher.state_dict(), tmp_path)
+    stored = set(load_file(tmp_path / WEIGHTS))
+    assert stored == {name for name in student.state_dict() if ".operator." in name} | {
+        "gpt_neox.final_layer_norm.bias"
+    }
+
+
+def test_a_student_that_skips_stores_no_tensor(teacher: Any, tiny_teacher: Path, tmp_path: Path) -> None:
+    student = student_of(tiny_teacher, {2: SkipConfig()})
+    save_student(student, teacher.state_dict(), tmp_path)
+    assert load_file(tmp_path / WEIGHTS) == {}
+    assert same(load_student(tmp_path, load_teacher(tiny_teacher)), student)
+
+
+def test_a_teachers_folder_is_the_teacher(teacher: Any, tiny_teacher: Path) -> None:
+    assert load_student(tiny_teacher, teacher) is teacher
+    assert not any(isinstance(attention_of(teacher, i), SwappedAttention) for i in range(3))
+
+
+def without(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith("operator.direct")}
+
+
+@pytest.mark.parametrize(
+    ("complete", "edit", "told"),
+    [
+        (
+            False,
+            without,
+            r"does not fit the model: unknown \[\], missing \['gpt_neox\.layers\.1\.attention\.operator\.direct",
+        ),
+        (
+            False,
+            lambda t: {**t, "extra": torch.ones(1)},
+            r"does not fit the model: unknown \['extra'\], missing \[\], ",
+        ),
+        (True, lambda t: {k: v for k, v in t.items() if k != "lm_head.weight"}, r"missing \['lm_head\.weight'\]"),
+        (False, lambda t: {**t, "lm_head.weight": torch.ones(300, 1)}, r"of another shape \['lm_head\.weight'\]"),
+    ],
+    ids=["missing operator", "unknown", "incomplete", "wrong shape"],
+)
+def test_tensors_that_do_not_fit_are_refused(
+    teacher: Any, tiny_teacher: Path, tmp_path: Path, complete: bool, edit: Any, told: str
+) -> None:
+    student = student_of(tiny_teacher, {1: HyenaConfig()})
+    save_student(student, None if complete else teacher.state_dict(), tmp_path)
+    save_file(edit(load_file(tmp_path / WEIGHTS)), tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match=told):
+        load_student(tmp_path, load_teacher(tiny_teacher))
+
+
+def test_an_operator_configuration_that_is_none_is_refused(teacher: Any, tiny_teacher: Path, tmp_path: Path) -> None:
+    save_student(student_of(tiny_teacher, {1: HyenaConfig()}), teacher.state_dict(), tmp_path)
+    told = json.loads((tmp_path / STUDENT).read_text())
+    told["operators"]["1"]["heds"] = 4
+    (tmp_path / STUDENT).write_text(json.dumps(told))
+    with pytest.raises(ValueError, match="heds"):
+        load_student(tmp_path, load_teacher(tiny_teacher))
+
+
+def test_a_new_teacher_is_decided_by_its_shape_and_seed() -> None:
+    first, second, other = (new_teacher(SHAPE, seed) for seed in (0, 0, 1))
+    assert same(first, second)
+    assert not same(first, other)
+    config = first.config
+    shape = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.vocab_size)
+    assert shape == (2, 32, 4, 300)
+
+
+def test_random_like_has_the_teachers_shape_and_not_its_weights(teacher: Any, tiny_teacher: Path) -> None:
+    first, second = random_like(tiny_teacher, 0), random_like(tiny_teacher, 0)
+    assert same(first, second)
+    assert not same(first, teacher)
+    assert parameter_count(first) == parameter_count(teacher)
+
+
+def test_a_loaded_teacher_is_frozen_and_does_not_drop_anything(teacher: Any) -> None:
+    assert not teacher.training
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
+
+
+def test_an_imported_teacher_is_the_model_of_its_folder_with_its_tokenizer(
+    place: Any, teacher: Any, tiny_teacher: Path
+) -> None:
+    made: Workplace = place(locations={"f": Location(files=(str(tiny_teacher),))})
+    assert import_teacher(ImportSpec(fingerprint="f"), made) == {"parameters": parameter_count(teacher)}
+    assert same(load_teacher(made.out), teacher)
+    assert (made.out / "tokenizer.json").read_bytes() == (tiny_teacher / "tokenizer.json").read_bytes()
+
+
+def test_a_teacher_in_half_precision_is_imported_in_single(place: Any, tiny_teacher: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_teacher, tmp_path / "half")
+    load_teacher(tiny_teacher).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    made: Workplace = place(locations={"f": Location(files=(str(tmp_path / "half"),))})
+    import_teacher(ImportSpec(fingerprint="f"), made)
+    assert {tensor.dtype for tensor in load_file(made.out / "model.safetensors").values()} == {torch.float32}

@@ -1,0 +1,202 @@
+"""Surgery touches what it names and nothing else, reads GPT-NeoX's fused matrix right, and decodes as it prefills."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
+
+from operators.config import HyenaConfig, OperatorConfig, SkipConfig
+from orchestrator.distill.families import family_of
+from orchestrator.distill.models import load_teacher
+from orchestrator.distill.swap import SwappedAttention, attention_of, real_tokens, swap
+
+OPERATORS = {"order 2": HyenaConfig(), "order 3": HyenaConfig(order=3), "heads": HyenaConfig(heads=4)}
+HYBRID = {"all": (0, 1, 2), "hybrid, attention first": (1, 2), "hybrid, attention last": (0,), "none": ()}
+every_operator = pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
+every_hybrid = pytest.mark.parametrize("layers", HYBRID.values(), ids=HYBRID)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def student_of(folder: Path, layers: tuple[int, ...], operator: OperatorConfig | None = None) -> Any:
+    """A student whose operators do more than copied projections do: their gates and direct terms are moved."""
+    model = load_teacher(folder)
+    for placed in swap(model, layers, operator or HyenaConfig(heads=4), generator()):
+        with torch.no_grad():
+            for parameter in placed.operator.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator(1)))
+    return model.eval()
+
+
+def logits(model: Any, ids: torch.Tensor, **more: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=ids, **more).logits
+    return found
+
+
+def continued(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    mask = options.pop("attention_mask", torch.ones_like(ids))
+    settings = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0, **options}
+    found: torch.Tensor = model.generate(ids, attention_mask=mask, **settings)
+    return found[:, ids.shape[1] :]
+
+
+def test_swapping_nothing_leaves_logits_bitwise_equal(teacher: Any, tiny_teacher: Path, ids: torch.Tensor) -> None:
+    other = load_teacher(tiny_teacher)
+    assert swap(other, (), HyenaConfig(), generator()) == []
+    assert torch.equal(logits(other, ids), logits(teacher, ids))
+
+
+@every_operator
+def test_what_is_not_swapped_is_bitwise_unchanged(teacher: Any, tiny_teacher: Path, operator: HyenaConfig) -> None:
+    student = load_teacher(tiny_teacher)
+    placed = swap(student, (2, 0), operator, generator())
+    assert [module.layer for module in placed] == [2, 0]
+    assert [isinstance(attention_of(student, i), SwappedAttention) for i in range(3)] == [True, False, True]
+    before, after = teacher.state_dict(), student.state_dict()
+    kept = {
+        name for name in before if not name.startswith(("gpt_neox.layers.0.attention", "gpt_neox.layers.2.attention"))
+    }
+    assert kept == {name for name in after if ".operator." not in name}
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+
+
+def test_a_swap_is_decided_by_its_seed(tiny_teacher: Path) -> None:
+    states = []
+    for seed in (0, 0, 1):
+        model = load_teacher(tiny_teacher)
+        swap(model, (0, 1), HyenaConfig(init="random"), generator(seed))
+        states.append(torch.cat([tensor.flatten() for tensor in model.state_dict().values()]))
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+
+
+def test_one_position_attends_to_itself_so_its_output_is_value_then_output_projection(teacher: Any) -> None:
+    for layer in range(3):
+        attention = attention_of(teacher, layer)
+        weights = family_of(teacher).read(attention)
+        x_BLD = torch.randn(5, 1, 32)
+        position = teacher.gpt_neox.rotary_emb(x_BLD, torch.zeros(1, 1, dtype=torch.long))
+        with torch.no_grad():
+            own = attention(x_BLD, attention_mask=None, position_embeddings=position)[0]
+        value_BLD = x_BLD @ weights.value.T + weights.value_bias
+        torch.testing.assert_close(value_BLD @ weights.output.T + weights.output_bias, own, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_computed_from_the_weights_that_are_read_is_the_modules_own(teacher: Any) -> None:
+    attention = attention_of(teacher, 1)
+    weights = family_of(teacher).read(attention)
+    x_BLD = torch.randn(2, 9, 32)
+    cos, sin = teacher.gpt_neox.rotary_emb(x_BLD, torch.arange(9)[None])
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()
+    with torch.no_grad():
+        own = attention(x_BLD, attention_mask=causal[None, None], position_embeddings=(cos, sin))[0]
+    parts = {
+        name: (x_BLD @ getattr(weights, name).T + getattr(weights, f"{name}_bias")).view(2, 9, 4, 8).transpose(1, 2)
+        for name in ("query", "key", "value")
+    }
+    query, key = apply_rotary_pos_emb(parts["query"], parts["key"], cos, sin)
+    scores = (query @ key.transpose(-1, -2) / 8**0.5).masked_fill(~causal, float("-inf"))
+    mixed = (scores.softmax(-1) @ parts["value"]).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(mixed @ weights.output.T + weights.output_bias, own, rtol=1e-4, atol=1e-5)
+
+
+@every_operator
+def test_transfer_puts_the_attentions_projections_into_the_operator(teacher: Any, operator: HyenaConfig) -> None:
+    weights = family_of(teacher).read(attention_of(teacher, 1))
+    made: Any = swap(teacher, [1], operator, generator())[0].operator
+    copied = ["query", "key", "value"] if operator.heads else ["value"]
+    for back, name in enumerate(reversed(copied), start=1):
+        rows = slice((operator.order + 1 - back) * 32, (operator.order + 2 - back) * 32)
+        assert torch.equal(made.in_proj.weight[rows], getattr(weights, name)), name
+        assert torch.equal(made.in_proj.bias[rows], getattr(weights, f"{name}_bias")), name
+    assert torch.equal(made.out_proj.weight, weights.output)
+    assert torch.equal(made.out_proj.bias, weights.output_bias)
+
+
+def test_skip_leaves_attention_out(teacher: Any) -> None:
+    swap(teacher, [1], SkipConfig(), generator())
+    assert torch.equal(attention_of(teacher, 1)(torch.randn(2, 4, 32))[0], torch.zeros(2, 4, 32))
+
+
+@every_hybrid
+@every_operator
+def test_generation_with_a_cache_is_generation_without(
+    tiny_teacher: Path, ids: torch.Tensor, layers: tuple[int, ...], operator: HyenaConfig
+) -> None:
+    student = student_of(tiny_teacher, layers, operator)
+    assert torch.equal(continued(student, ids, use_cache=True), continued(student, ids, use_cache=False))
+
+
+@every_hybrid
+def test_stepwise_logits_are_those_of_the_whole_sequence(
+    tiny_teacher: Path, ids: torch.Tensor, layers: tuple[int, ...]
+) -> None:
+    student = student_of(tiny_teacher, layers)
+    whole = logits(student, ids)
+    with torch.no_grad():
+        output = student(input_ids=ids[:, :5], use_cache=True)
+        found = [output.logits]
+        for cut in (slice(5, 6), slice(6, 9), slice(9, 10), slice(10, 20)):
+            output = student(input_ids=ids[:, cut], past_key_values=output.past_key_values, use_cache=True)
+            found.append(output.logits)
+    torch.testing.assert_close(torch.cat(found, dim=1), whole, rtol=1e-3, atol=1e-3)
+
+
+@every_hybrid
+def test_beam_search_reorders_states_with_their_sequences(
+    tiny_teacher: Path, ids: torch.Tensor, layers: tuple[int, ...]
+) -> None:
+    student = student_of(tiny_teacher, layers)
+    found = [continued(student, ids, num_beams=3, num_return_sequences=2, use_cache=cache) for cache in (True, False)]
+    assert found[0].shape == (4, 12)
+    assert torch.equal(found[0], found[1])
+
+
+@every_hybrid
+def test_left_padding_changes_nothing(tiny_teacher: Path, ids: torch.Tensor, layers: tuple[int, ...]) -> None:
+    student = student_of(tiny_teacher, layers)
+    padded, mask = ids.clone(), torch.ones_like(ids)
+    padded[0, :6], mask[0, :6] = 0, 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    beside = logits(student, padded, attention_mask=mask, position_ids=positions)
+    torch.testing.assert_close(beside[0, 6:], logits(student, ids[:1, 6:])[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(beside[1], logits(student, ids[1:])[0], rtol=1e-3, atol=1e-3)
+    alone = torch.cat([continued(student, ids[:1, 6:]), continued(student, ids[1:])])
+    assert torch.equal(continued(student, padded, attention_mask=mask), alone)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_real_tokens_are_what_the_last_query_may_see(kind: torch.dtype) -> None:
+    allowed = torch.ones(2, 1, 4, 4, dtype=torch.bool).tril()
+    allowed[0, ..., :2] = False
+    mask = allowed if kind == torch.bool else torch.zeros(2, 1, 4, 4).masked_fill(~allowed, torch.finfo(kind).min)
+    found = real_tokens(mask, 4)
+    assert found is not None
+    assert found.tolist() == [[False, False, True, True], [True] * 4]
+    assert real_tokens(mask, 2) is None
+    assert real_tokens(None, 4) is None
+
+
+def test_a_layer_is_swapped_once(teacher: Any) -> None:
+    swap(teacher, [1], HyenaConfig(), generator())
+    with pytest.raises(ValueError, match=r"^layer 1 is swapped already"):
+        swap(teacher, [1], HyenaConfig(), generator())
+
+
+def test_heads_that_do_not_divide_the_width_are_refused(teacher: Any) -> None:
+    with pytest.raises(ValueError, match="heads must divide the model width 32 but is 5"):
+        swap(teacher, [0], HyenaConfig(heads=5), generator())
+
+
+def test_an_unsupported_family_is_refused_by_name() -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16, n_positions=16))
+    with pytest.raises(ValueError, match=r"^model type 'gpt2' cannot be swapped yet; supported: gpt_neox"):
+        swap(model, [0], HyenaConfig(), generator())

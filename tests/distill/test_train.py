@@ -1,0 +1,235 @@
+"""Training that is killed and started again ends with the bits and the history of training that was not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from operators.config import HyenaConfig
+from orchestrator.distill import stage
+from orchestrator.distill.context import Workplace
+from orchestrator.distill.journal import NAME, Journal, read_journal
+from orchestrator.distill.models import WEIGHTS
+from orchestrator.distill.optim import schedule
+from orchestrator.distill.stage import run_stage
+from orchestrator.distill.train import NonFiniteLoss, Training, autocast, prepare, train
+from orchestrator.study.schema import Losses, Numerics, Optimizer
+from orchestrator.study.spec import DistilSpec, PhaseSpec
+
+STEPS = 11
+CONFIG = Optimizer(warmup=0.2, decay=0.4)
+
+
+class Killed(BaseException):
+    """Stands for a process that ends without a chance to tidy up."""
+
+
+def training(killed_at: int | None = None, poison: float = 0.0) -> Training:
+    """A small model with dropout, so that the random state matters, under Muon and AdamW."""
+    prepare(Numerics(), seed=0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.Linear(8, 1))
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if p.ndim != 2]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon([{"params": matrices, "lr": 0.02, "initial_lr": 0.02}], lr=0.02),
+        torch.optim.AdamW([{"params": rest, "lr": 0.01, "initial_lr": 0.01}], lr=0.01),
+    ]
+
+    def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if step == killed_at:
+            raise Killed
+        x_BD = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+        value = (model(x_BD) - x_BD.sum(-1, keepdim=True)).pow(2).mean()
+        value = value * poison if poison and step == 6 else value
+        return value, {"loss/fit": value.detach()}
+
+    return Training(model, optimizers, CONFIG, STEPS, 10, loss)
+
+
+def history(made: Workplace) -> list[dict[str, Any]]:
+    """The journal without what the clock says."""
+    lines = read_journal(made.journal)
+    for line in lines:
+        del line["time"], line["metrics"]["tokens_per_s"]
+    return lines
+
+
+def bits(model: nn.Module) -> dict[str, list[float]]:
+    return {name: tensor.flatten().tolist() for name, tensor in model.state_dict().items()}
+
+
+def uninterrupted(place: Any) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
+    whole, made = training(), place("whole")
+    assert train(whole, made)["tokens"] == STEPS * 10
+    return bits(whole.model), history(made)
+
+
+def folders(made: Workplace) -> list[str]:
+    return sorted(path.name for path in made.work.iterdir())
+
+
+@pytest.mark.parametrize("killed_at", [0, 1, 2, 3, 6, 9, 10])
+def test_killed_and_resumed_is_uninterrupted_to_the_bit(place: Any, killed_at: int) -> None:
+    with pytest.raises(Killed):
+        train(training(killed_at), place("killed"))
+    resumed, made = training(), place("killed")
+    if made.work.exists():
+        torch.manual_seed(99)  # whatever the random state is: the checkpoint's counts
+    result = train(resumed, made)
+    assert result["said"] == []
+    assert (bits(resumed.model), history(made)) == uninterrupted(place)
+
+
+def test_killed_many_times_is_uninterrupted_to_the_bit(place: Any) -> None:
+    for killed_at in (1, 3, 4, 8, 8):
+        with pytest.raises(Killed):
+            train(training(killed_at), place("killed"))
+    last, made = training(), place("killed")
+    train(last, made)
+    assert (bits(last.model), history(made)) == uninterrupted(place)
+
+
+@pytest.mark.parametrize("torn", [["step-000008"], ["step-000006", "step-000008"]], ids=["newest", "both"])
+@pytest.mark.parametrize("how", ["cut", "flipped", "no manifest", "empty manifest"])
+def test_a_torn_checkpoint_leads_back_to_the_one_before_it(place: Any, torn: list[str], how: str) -> None:
+    with pytest.raises(Killed):
+        train(training(9), place("killed"))
+    made = place("killed")
+    assert folders(made) == ["step-000006", "step-000008"]
+    for name in torn:
+        tensors, manifest = made.work / name / "state.safetensors", made.work / name / "manifest.json"
+        blob = tensors.read_bytes()
+        match how:
+            case "cut":
+                tensors.write_bytes(blob[:-9])
+            case "flipped":
+                tensors.write_bytes(blob[:-1] + bytes([blob[-1] ^ 1]))
+            case "no manifest":
+                manifest.unlink()
+            case "empty manifest":
+                manifest.write_text("{}")
+    resumed = training()
+    said = train(resumed, made)["said"]
+    assert [line.split(" is damaged")[0] for line in said] == [f"checkpoint {name}" for name in reversed(torn)]
+    assert (bits(resumed.model), history(made)) == uninterrupted(place)
+
+
+def test_checkpoints_come_as_often_as_asked_and_none_at_the_end(place: Any) -> None:
+    made = place("often")
+    train(training(), made)
+    assert folders(made) == ["step-000008", "step-000010"]
+    rare = place("rare", checkpoint_seconds=1e9)
+    train(training(), rare)
+    assert not rare.work.exists()
+
+
+def test_the_journal_tells_means_since_the_line_before_it(place: Any) -> None:
+    made, single = place("pairs"), place("single", log_every=1)
+    train(training(), made)
+    train(training(), single)
+    losses = [line["metrics"]["loss/fit"] for line in read_journal(single.journal)]
+    assert len(losses) == STEPS
+    lines = read_journal(made.journal)
+    assert [(line["step"], line["tokens"]) for line in lines] == [(s, 10 * s) for s in (2, 4, 6, 8, 10, 11)]
+    wanted = [sum(losses[i : i + 2]) / len(losses[i : i + 2]) for i in range(0, STEPS, 2)]
+    assert [line["metrics"]["loss/fit"] for line in lines] == pytest.approx(wanted)
+    assert {"loss/total", "gradient_norm", "learning_rate_factor", "tokens_per_s"} <= set(lines[0]["metrics"])
+
+
+def test_every_step_has_the_learning_rate_of_the_schedule(place: Any) -> None:
+    asked, made = training(), place(log_every=1)
+    train(asked, made)
+    factors = [schedule(step, STEPS, CONFIG) for step in range(STEPS)]
+    assert [line["metrics"]["learning_rate_factor"] for line in read_journal(made.journal)] == factors
+    groups = [group for optimizer in asked.optimizers for group in optimizer.param_groups]
+    assert [group["lr"] for group in groups] == [group["initial_lr"] * factors[-1] for group in groups]
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_ends_the_stage_and_names_the_step(place: Any, poison: float) -> None:
+    poisoned, made = training(poison=poison), place("poisoned")
+    with pytest.raises(
+        NonFiniteLoss, match=r"^step 7: loss/total=.*; lower recipe\.optimizer\.lr or matrix_lr, or raise"
+    ):
+        train(poisoned, made)
+    assert all(torch.isfinite(parameter).all() for parameter in poisoned.model.parameters())
+    assert [line["step"] for line in read_journal(made.journal)] == [2, 4, 6]
+
+
+def test_numerics_set_threads_random_state_and_precision() -> None:
+    prepare(Numerics(), seed=3)
+    first = torch.rand(3)
+    prepare(Numerics(), seed=3)
+    assert torch.equal(torch.rand(3), first)
+    assert torch.get_num_threads() == 1
+    x, y = torch.randn(2, 2), torch.randn(2, 2)
+    for dtype, wanted in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        with autocast(Numerics(dtype=dtype), "cpu"):  # type: ignore[arg-type]
+            assert (x @ y).dtype == wanted
+
+
+def test_a_distil_stage_killed_and_resumed_saves_the_same_bytes(
+    place: Any, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "tokens"
+    text.mkdir()
+    np.random.default_rng(0).integers(1, 300, 2000).astype(np.uint16).tofile(text / "train.bin")
+    (text / "tokens.json").write_text(json.dumps({"dtype": "uint16"}))
+    inputs = {"tokens": text, "teacher": tiny_teacher, "parent": tiny_teacher}
+    phases = tuple(PhaseSpec(losses=losses, steps=4) for losses in (Losses(mixer_mse=1.0), Losses(kl=1.0, ce=0.1)))
+    spec = DistilSpec(
+        tokens="t", teacher="r", parent="p", layers=(0, 2), new_layers=(0, 2), operator=HyenaConfig(), phases=phases,
+        batch_size=2, sequence_length=16, first_sequence=4, freeze=(), optimizer=CONFIG, numerics=Numerics(), seed=0,
+    )  # fmt: skip
+    whole = place("whole", inputs)
+    run_stage(spec, whole)
+    real, calls = stage.batch_losses, iter(range(100))
+
+    def dying(*words: Any) -> Any:
+        if next(calls) == 5:
+            raise Killed
+        return real(*words)
+
+    monkeypatch.setattr(stage, "batch_losses", dying)
+    with pytest.raises(Killed):
+        run_stage(spec, place("killed", inputs))
+    again = place("killed", inputs)
+    result = run_stage(spec, again)
+    assert (again.out / WEIGHTS).read_bytes() == (whole.out / WEIGHTS).read_bytes()
+    assert history(again) == history(whole)
+    assert result["operator_trainable"] < result["operator_parameters"] < result["parameters"]
+    assert len(load_file(again.out / WEIGHTS)) > 20
+
+
+def test_a_journal_has_each_step_once_in_order_and_skips_what_is_torn(tmp_path: Path) -> None:
+    assert read_journal(tmp_path / "none") == []
+    journal = Journal(tmp_path)
+    for step in (10, 20):
+        journal.write(step, step * 2, {"loss": step / 10})
+    journal.close()
+    with (tmp_path / NAME).open("ab") as stream:
+        stream.write(b'{"step": 30, "tok')  # the power went here
+    journal = Journal(tmp_path)
+    journal.write(20, 40, {"loss": 99.0})  # told already: what was read once stays
+    for step in (30, 40):
+        journal.write(step, step * 2, {"loss": step / 10})
+    journal.close()
+    lines = read_journal(tmp_path)
+    assert [(line["step"], line["tokens"], line["metrics"]) for line in lines] == [
+        (step, step * 2, {"loss": step / 10}) for step in (10, 20, 30, 40)
+    ]
+    assert [line["step"] for line in read_journal(tmp_path, after=20)] == [30, 40]
+
+
+def test_a_journal_holds_finite_numbers_only(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        journal.write(1, 1, {"loss": float("nan")})
+    journal.close()

@@ -1,0 +1,57 @@
+"""Configurations: defaults are valid, every rule has an error that names field, value and remedy."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from operators.config import FilterConfig, HyenaConfig, SkipConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("config", [FilterConfig(), HyenaConfig(), HyenaConfig(heads=4), SkipConfig()])
+def test_configurations_are_frozen_and_forbid_unknown_keys(config: Any) -> None:
+    assert config.__pydantic_config__ == {"extra": "forbid"}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.kind = "other"
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        (FilterConfig, "features", 4),
+        (FilterConfig, "features", 1),
+        (FilterConfig, "width", 0),
+        (FilterConfig, "depth", -1),
+        (FilterConfig, "sine_frequency", 0.5),
+        (FilterConfig, "sine_frequency", 15.0),
+        (FilterConfig, "sine_frequency", float("nan")),
+        (FilterConfig, "window", "square"),
+        (FilterConfig, "offset", float("inf")),
+        (HyenaConfig, "kind", "skip"),
+        (HyenaConfig, "order", 1),
+        (HyenaConfig, "heads", 0),
+        (HyenaConfig, "short_taps", 0),
+        (HyenaConfig, "init", "copy"),
+        (SkipConfig, "kind", "hyena"),
+    ],
+)
+def test_violations_name_field_value_and_remedy(kind: type, field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^{field} must be .+ but is .*: .+\.$") as caught:
+        kind(**{field: value})
+    assert repr(value) in str(caught.value)
+
+
+def test_heads_need_order_two() -> None:
+    with pytest.raises(ValueError, match=r"^order must be 2 where heads is set but is 3: .*heads"):
+        HyenaConfig(order=3, heads=4)
+
+
+@pytest.mark.parametrize("module", ["operators", "operators.config"])
+def test_configurations_do_not_import_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -1,0 +1,360 @@
+"""What every operator must do, over a table of named configurations; a registered kind without a case fails.
+
+Shapes: B batch, L positions, D model width.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from operators.config import FilterConfig, HyenaConfig, OperatorConfig, SkipConfig
+from operators.hyena import Hyena
+from operators.registry import OPERATORS, Operator, build
+from operators.skip import Skip
+from operators.state import State
+from operators.transfer import AttentionWeights
+
+B, D, MAX = 3, 8, 80
+LINEAR = FilterConfig(window="linear", offset=0.0, sine_frequency=1.0, depth=1, train_features=True)
+CASES: dict[str, OperatorConfig] = {
+    "order 2": HyenaConfig(init="random"),
+    "order 3": HyenaConfig(order=3, init="random"),
+    "order 4": HyenaConfig(order=4, short_taps=1, init="random"),
+    "linear window": HyenaConfig(init="random", short_taps=4, filter=LINEAR),
+    "one head": HyenaConfig(heads=1, init="random"),
+    "heads": HyenaConfig(heads=4, init="random"),
+    "heads, linear window": HyenaConfig(heads=2, init="random", filter=LINEAR),
+    "frozen frequency": HyenaConfig(init="random", filter=FilterConfig(train_frequency=False, sine_frequency=10.0)),
+    "transferred": HyenaConfig(),
+    "transferred, heads": HyenaConfig(heads=2),
+    "skip": SkipConfig(),
+}
+PROJECTIONS = ("query", "key", "value", "output")
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def draw(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed))
+
+
+def attention(width: int = D, with_biases: bool = True) -> AttentionWeights:
+    query, key, value, output = (draw(width, width, seed=seed) / width**0.5 for seed in range(4))
+    weights = AttentionWeights(query, key, value, output, heads=2)
+    if not with_biases:
+        return weights
+    biases: dict[str, Any] = {f"{name}_bias": draw(width, seed=i) for i, name in enumerate(PROJECTIONS)}
+    return replace(weights, **biases)
+
+
+def make(case: str, max_length: int = MAX) -> Any:
+    operator: Any = build(CASES[case], D, max_length)
+    operator.initialise(attention(), generator())
+    return operator
+
+
+def close(left: Tensor, right: Tensor, tolerance: float = 1e-5) -> None:
+    """Agreement to `tolerance` of the largest magnitude: the error of an FFT scales with it."""
+    torch.testing.assert_close(left, right, rtol=0.0, atol=tolerance * max(1.0, right.abs().max().item()))
+
+
+def extended(operator: Any, x_BLD: Tensor, splits: list[int], mask_BL: Tensor | None = None) -> Tensor:
+    state, start, outputs = operator.init_state(x_BLD.shape[0]), 0, []
+    with torch.no_grad():
+        for size in splits:
+            part = slice(start, start + size)
+            y_BnD, state = operator.extend(x_BLD[:, part], state, None if mask_BL is None else mask_BL[:, part])
+            outputs.append(y_BnD)
+            start += size
+    assert state.length == start == x_BLD.shape[1]
+    return torch.cat(outputs, dim=1)
+
+
+def test_every_registered_kind_has_a_case_and_the_interface() -> None:
+    interface: list[type[Operator]] = [Hyena, Skip]  # for the type checker
+    assert {kind.__name__ for kind in interface} == {kind.__name__ for kind in OPERATORS.values()}
+    assert {config.kind for config in CASES.values()} == set(OPERATORS)
+
+
+@every_case
+@pytest.mark.parametrize("length", [1, 2, 37, MAX])
+def test_shape_and_any_length_up_to_the_longest(case: str, length: int) -> None:
+    x_BLD = draw(B, length, D)
+    operator = make(case)
+    close(operator(x_BLD), operator.reference(x_BLD))
+    assert operator(x_BLD).shape == (B, length, D)
+
+
+@every_case
+def test_a_short_sequence_is_the_start_of_a_long_one(case: str) -> None:
+    operator, x_BLD = make(case), draw(B, MAX, D)
+    close(operator(x_BLD[:, :20]), operator(x_BLD)[:, :20])
+
+
+@every_case
+def test_longer_than_built_for_is_an_error(case: str) -> None:
+    operator, x_BLD = make(case, max_length=16), draw(B, 17, D)
+    with pytest.raises(ValueError, match="max_length 16"):
+        operator(x_BLD)
+    with pytest.raises(ValueError, match="max_length 16"):
+        operator.extend(x_BLD, operator.init_state(B))
+    state = operator.extend(x_BLD[:, :16], operator.init_state(B))[1]
+    with pytest.raises(ValueError, match="max_length 16"):
+        operator.extend(x_BLD[:, :1], state)
+
+
+@every_case
+def test_no_output_depends_on_later_inputs(case: str) -> None:
+    operator, x_BLD = make(case), draw(B, 50, D)
+    changed = x_BLD.clone()
+    changed[:, 30:] += 10 * draw(B, 20, D, seed=2)
+    before, after = operator(x_BLD)[:, :30], operator(changed)
+    magnitude = max(1.0, after.abs().max().item())
+    assert (before - after[:, :30]).abs().max() <= 1e-5 * magnitude
+    if case != "skip":
+        assert (operator(x_BLD)[:, 30:] - after[:, 30:]).abs().max() > 1e-3
+
+
+@every_case
+def test_gradients_equal_the_reference(case: str) -> None:
+    operator, x_BLD = make(case).double(), draw(2, 70, D).double()
+    cotangent, grads = draw(2, 70, D, seed=3).double(), []
+    for path in (operator.forward, operator.reference):
+        operator.zero_grad()
+        inputs = x_BLD.clone().requires_grad_()
+        outputs = path(inputs)
+        if outputs.requires_grad:
+            outputs.backward(cotangent)
+        trained = {name: p.grad for name, p in operator.named_parameters() if p.requires_grad}
+        grads.append({"x": inputs.grad, "y": outputs.detach(), **trained})
+    fast, slow = grads
+    for name in slow:
+        if slow[name] is None or case == "skip":
+            assert fast[name] is None or not fast[name].any(), name
+        else:
+            close(fast[name], slow[name], 1e-11)
+
+
+@every_case
+def test_sequences_do_not_see_each_other(case: str) -> None:
+    operator, x_BLD = make(case), draw(B, 33, D)
+    changed = x_BLD.clone()
+    changed[1:] = draw(B - 1, 33, D, seed=5)
+    close(operator(x_BLD)[:1], operator(changed)[:1], 1e-6)
+    close(operator(x_BLD)[:1], operator(x_BLD[:1]), 1e-6)
+
+
+@every_case
+def test_autocast_changes_the_dtype_of_projections_only(case: str) -> None:
+    operator, x_BLD = make(case), draw(B, 40, D)
+    inputs = x_BLD.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y_BLD = operator(inputs)
+        y_BnD, _ = operator.extend(x_BLD, operator.init_state(B))
+    if case == "skip":
+        return
+    y_BLD.float().sum().backward()
+    assert y_BLD.dtype == y_BnD.dtype == torch.bfloat16
+    assert inputs.grad is not None
+    assert inputs.grad.dtype == torch.float32
+    close(y_BLD.float(), operator(x_BLD), 0.05)
+    close(y_BLD.float(), y_BnD.float(), 0.02)
+
+
+@every_case
+def test_a_bfloat16_model_computes_its_middle_in_float32(case: str) -> None:
+    operator, x_BLD = make(case), draw(B, 40, D)
+    expected = operator(x_BLD)
+    operator.to(torch.bfloat16)
+    y_BLD = operator(x_BLD.bfloat16())
+    assert y_BLD.dtype == torch.bfloat16
+    close(y_BLD.float(), expected, 0.1)
+    close(extended(operator, x_BLD.bfloat16(), [20, 1, 19]).float(), y_BLD.float(), 0.02)
+
+
+@every_case
+def test_results_repeat_bit_for_bit(case: str) -> None:
+    results = []
+    for _ in range(2):
+        operator, inputs = make(case), draw(B, MAX, D).requires_grad_()
+        outputs = operator(inputs)
+        if outputs.requires_grad:
+            outputs.sum().backward()
+        results.append([outputs, *(p.grad for p in operator.parameters() if p.grad is not None)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@every_case
+def test_state_dict_round_trip(case: str) -> None:
+    operator, other = make(case), build(CASES[case], D, MAX)
+    other.load_state_dict(operator.state_dict(), strict=True)
+    x_BLD = draw(B, 21, D)
+    assert torch.equal(operator(x_BLD), other(x_BLD))
+    assert set(operator.state_dict()) == {name for name, _ in operator.named_parameters()}
+
+
+@every_case
+@pytest.mark.parametrize("splits", [[MAX], [1] * MAX, [70] + [1] * 10, [1, 2, 3, 30, 1, 1, 42], [40, 40]])
+def test_extending_in_any_split_equals_forward(case: str, splits: list[int]) -> None:
+    operator, x_BLD = make(case), draw(B, MAX, D)
+    close(extended(operator, x_BLD, splits), operator(x_BLD))
+
+
+@every_case
+@pytest.mark.parametrize("splits", [[40], [20] + [1] * 20, [1] * 40, [3, 37]])
+def test_left_padding_leaves_real_tokens_unchanged(case: str, splits: list[int]) -> None:
+    operator, x_BLD = make(case), draw(B, 40, D)
+    mask_BL = torch.ones(B, 40, dtype=torch.long)
+    for row, padding in enumerate((0, 5, 17)):
+        mask_BL[row, :padding] = 0
+    for y_BLD in (operator(x_BLD, mask_BL), extended(operator, x_BLD, splits, mask_BL)):
+        for row, padding in enumerate((0, 5, 17)):
+            close(y_BLD[row, padding:], operator(x_BLD[row : row + 1, padding:])[0])
+
+
+@every_case
+def test_a_mask_may_end_with_the_prompt_or_start_after_it(case: str) -> None:
+    operator, x_BLD = make(case), draw(B, 30, D)
+    mask_BL = torch.ones(B, 30, dtype=torch.bool)
+    mask_BL[1, :9] = False
+    for first, second, whole in ((mask_BL[:, :20], None, mask_BL), (None, mask_BL[:, 20:], None)):
+        state = operator.init_state(B)
+        _, state = operator.extend(x_BLD[:, :20], state, first)
+        y_BnD, _ = operator.extend(x_BLD[:, 20:], state, second)
+        close(y_BnD, operator(x_BLD, whole)[:, 20:])
+
+
+@every_case
+@torch.no_grad()
+def test_state_reorder_select_and_repeat(case: str) -> None:
+    operator, x_BLD = make(case), draw(B, 30, D)
+    for name, rows in (("reorder", [2, 0, 0]), ("select", [1]), ("repeat", [0, 0, 1, 1, 2, 2])):
+        _, state = operator.extend(x_BLD[:, :20], operator.init_state(B))
+        getattr(state, name)(2 if name == "repeat" else torch.tensor(rows))
+        joined = torch.cat([x_BLD[rows, :20], draw(len(rows), 10, D, seed=9)], dim=1)
+        parts = [operator.extend(joined[:, t : t + 1], state)[0] for t in range(20, 30)]
+        close(torch.cat(parts, dim=1), operator(joined)[:, 20:])
+
+
+@every_case
+@pytest.mark.parametrize("kept", [0, 1, 2, 19])
+@torch.no_grad()
+def test_cropping_forgets_exactly(case: str, kept: int) -> None:
+    operator, x_BLD = make(case), draw(B, 40, D)
+    _, state = operator.extend(x_BLD[:, :20], operator.init_state(B))
+    _, state = operator.extend(x_BLD[:, 20:21], state)
+    state.crop(kept)
+    joined = torch.cat([x_BLD[:, :kept], draw(B, 12, D, seed=9)], dim=1)
+    parts = [operator.extend(joined[:, kept : kept + 6], state)[0]]
+    parts += [operator.extend(joined[:, t : t + 1], state)[0] for t in range(kept + 6, kept + 12)]
+    close(torch.cat(parts, dim=1), operator(joined)[:, kept:])
+
+
+@every_case
+def test_misused_states_are_errors(case: str) -> None:
+    operator, x_BLD = make(case), draw(B, 4, D)
+    state: State = operator.extend(x_BLD, operator.init_state(B))[1]
+    misuses: list[tuple[Callable[[], Any], str]] = [
+        (lambda: state.crop(5), "length"),
+        (lambda: state.crop(-1), "length"),
+        (lambda: state.repeat(0), "n must"),
+        (lambda: state.reorder(torch.tensor([0])), "use select"),
+        (lambda: operator.extend(x_BLD[:1], state), "holds 3 sequences"),
+        (lambda: operator.extend(x_BLD[:, :0], state), "at least one"),
+    ]
+    for call, message in misuses:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@every_case
+def test_a_prefill_is_differentiable(case: str) -> None:
+    operator, x_BLD = make(case), draw(B, 20, D)
+    y_BLD, _ = operator.extend(x_BLD, operator.init_state(B))
+    assert not y_BLD.requires_grad if case == "skip" else y_BLD.requires_grad
+    assert torch.equal(y_BLD, operator(x_BLD))
+
+
+@every_case
+def test_initialise_sets_everything_from_its_generator(case: str) -> None:
+    operators: list[Any] = [make(case), build(CASES[case], D, MAX)]
+    for parameter in operators[1].parameters():
+        nn.init.constant_(parameter, 7.0)
+    before = torch.get_rng_state()
+    operators[1].initialise(attention(), generator())
+    assert torch.equal(before, torch.get_rng_state())
+    first, second = (operator.state_dict() for operator in operators)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("order", [2, 3])
+def test_channelwise_transfer_starts_as_filtered_values(order: int, biases: bool) -> None:
+    operator = Hyena(HyenaConfig(order=order), D, MAX)
+    weights = attention(with_biases=biases)
+    operator.initialise(weights, generator())
+    value_bias = torch.zeros(D) if weights.value_bias is None else weights.value_bias
+    output_bias = torch.zeros(D) if weights.output_bias is None else weights.output_bias
+    assert torch.equal(operator.in_proj.weight[-D:], weights.value)
+    assert torch.equal(operator.in_proj.bias[-D:], value_bias)
+    assert torch.equal(operator.in_proj.bias[:-D], torch.ones(order * D))
+    assert torch.equal(operator.out_proj.weight, weights.output)
+    assert torch.equal(operator.out_proj.bias, output_bias)
+    assert operator.in_proj.weight[:-D].abs().max() < 0.05
+    assert not operator.direct.any()
+
+
+def test_multihead_transfer_copies_query_and_key_too() -> None:
+    operator, weights = Hyena(HyenaConfig(heads=2), D, MAX), attention()
+    operator.initialise(weights, generator())
+    assert torch.equal(operator.in_proj.weight, torch.cat([weights.query, weights.key, weights.value]))
+    biases = torch.cat([getattr(weights, f"{name}_bias") for name in PROJECTIONS[:3]])
+    assert torch.equal(operator.in_proj.bias, biases)
+    assert torch.equal(operator.out_proj.weight, weights.output)
+    x_BLD = draw(B, 9, D)
+    close(operator.in_proj(x_BLD).transpose(1, 2), operator._project_locally(x_BLD.transpose(1, 2), None))
+
+
+@pytest.mark.parametrize("config", [HyenaConfig(), HyenaConfig(heads=2)])
+def test_impossible_transfers_are_errors(config: HyenaConfig) -> None:
+    operator = Hyena(config, D, MAX)
+    with pytest.raises(ValueError, match="init: random"):
+        operator.initialise(None, generator())
+    with pytest.raises(ValueError, match=r"must have shape \(8, 8\).* has \(4, 4\)"):
+        operator.initialise(attention(width=4), generator())
+
+
+def test_log_spaced_windows_sum_to_one_and_filters_start_near_them() -> None:
+    operator = Hyena(HyenaConfig(heads=4), D, 100)
+    operator.initialise(attention(), generator())
+    window_CL = operator.filter.window(100)
+    mass = window_CL.sum(-1)
+    assert (mass[:3] > 0.95).all()
+    assert 0.5 < mass[3] < 0.7
+    assert ((operator.filter(100) / window_CL.clamp_min(1e-30) - 1).abs()[:, :10] < 0.3).all()
+
+
+def test_one_channel_per_head_is_the_channelwise_operator() -> None:
+    heads, channels = Hyena(HyenaConfig(heads=D, init="random"), D, MAX), Hyena(HyenaConfig(), D, MAX)
+    heads.initialise(None, generator())
+    nn.init.zeros_(heads.direct)
+    channels.load_state_dict(heads.state_dict())
+    x_BLD = draw(B, MAX, D)
+    close(heads(x_BLD), channels(x_BLD))
+
+
+def test_heads_must_divide_the_width() -> None:
+    with pytest.raises(ValueError, match="heads must divide the model width 8 but is 3"):
+        build(HyenaConfig(heads=3), D, MAX)
+
+
+def test_a_nonpositive_longest_sequence_is_an_error() -> None:
+    with pytest.raises(ValueError, match="max_length must be at least 1"):
+        build(HyenaConfig(), D, 0)

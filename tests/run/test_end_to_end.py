@@ -1,0 +1,212 @@
+"""The smoke study through the command line, as a user runs it: once, again, edited, killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SMOKE = ROOT / "studies" / "smoke.yaml"
+pytestmark = pytest.mark.ray
+
+
+def layerswap(home: Path, *words: str, study: Path = SMOKE, check: int | None = 0) -> subprocess.CompletedProcess[str]:
+    """Run the command and return it with its output; `check` is the exit code it must have."""
+    done = subprocess.run(command(home, *words, study=study), capture_output=True, text=True, timeout=280, cwd=ROOT)
+    if check is not None:
+        assert done.returncode == check, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def command(home: Path, *words: str, study: Path = SMOKE) -> list[str]:
+    return [sys.executable, "-m", "orchestrator.cli", words[0], str(study), "--home", str(home), *words[1:]]
+
+
+def records(home: Path, *words: str) -> dict[str, Any]:
+    path = home / "out.json"
+    layerswap(home, "report", "--json", str(path), *words)
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def weights(home: Path) -> dict[str, bytes]:
+    """Stage key -> bytes of the saved student."""
+    found = home.glob("store/*/*/artefacts/*.safetensors")
+    return {path.parts[-3]: path.read_bytes() for path in found}
+
+
+def quality(home: Path) -> dict[str, dict[str, float]]:
+    """Key of each evaluation -> its metrics."""
+    manifests = [json.loads(path.read_text()) for path in home.glob("store/*/*/DONE.json")]
+    return {m["key"]: m["result"] for m in manifests if m["kind"] == "evaluate"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home in which the smoke study ran to its end."""
+    home = tmp_path_factory.mktemp("home")
+    done = layerswap(home, "run")
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "MLflow is behind" not in done.stderr
+    return home
+
+
+def test_report_has_every_row_and_number(finished: Path) -> None:
+    told = records(finished)
+    rows = told["records"]
+    assert told["study"] == "smoke"
+    assert [row["kind"] for row in rows].count("teacher") == 1
+    assert {row["name"] for row in rows if row["kind"] == "control"} == {
+        "scratch hyena-2", "scratch hyena-4h", "skip 0", "skip 1", "skip 2", "skip all",
+    }  # fmt: skip
+    stages = [row for row in rows if row["kind"] == "stage"]
+    assert len(stages) == 9
+    for row in stages:
+        assert {"trial", "stage_index", "stage_count", "swapped_layers", "total_layers", "values", "stage_key"} <= {
+            *row
+        }
+        assert row["run_id"], row["name"]
+        assert not row["reused"]
+        wanted = {
+            "perplexity", "perplexity_ratio", "accuracy", "agreement", "kl", "hit_nll", "miss_nll", "student_tokens",
+            "train_tokens_per_s", "prefill_tokens_per_s", "decode_tokens_per_s", "prefill_ratio", "decode_ratio",
+            "parameters",
+        }  # fmt: skip
+        assert wanted <= set(row["metrics"]), row["name"]
+        assert set(row["metrics"]["prefill_ratio"]) == {"64", "128"}
+    teacher = rows[0]["metrics"]
+    assert teacher["perplexity_ratio"] == 1 and teacher["agreement"] == 1 and teacher["kl"] == 0
+
+
+def test_second_run_trains_nothing_and_is_quick(finished: Path) -> None:
+    before = weights(finished)
+    times = {path: path.stat().st_mtime for path in finished.glob("store/*/*/DONE.json")}
+    layerswap(finished, "run")
+    assert weights(finished) == before
+    assert {path: path.stat().st_mtime for path in finished.glob("store/*/*/DONE.json")} == times
+    assert all(row["reused"] for row in records(finished)["records"])
+
+
+def test_edited_last_stage_trains_only_what_depends_on_it(finished: Path) -> None:
+    before = set(weights(finished))
+    change = ("--set", "search.space.1={recipe.joint.0.losses: [{kl: 1.0, ce: 0.25}]}")
+    layerswap(finished, "run", *change)
+    fresh = set(weights(finished)) - before
+    rows = [row for row in records(finished, *change)["records"] if row["stage_key"] in fresh]
+    assert {(row["name"], row["stage_index"]) for row in rows} == {("trial-01 joint", 2)}
+    assert len(fresh) == 1
+
+
+def test_mlflow_nests_study_trial_and_stage_without_doubled_points(finished: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{finished / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("smoke")
+    assert experiment is not None
+    runs = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id], max_results=500)}
+    role = {run_id: run.data.tags["layerswap.role"] for run_id, run in runs.items()}
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    for run_id, run in runs.items():
+        parent = run.data.tags.get("mlflow.parentRunId")
+        assert (parent is None) == (role[run_id] == "study")
+        if role[run_id] == "trial":
+            assert role[parent] == "study"
+        if role[run_id] == "stage":
+            shared = "," in run.data.tags["layerswap.trials"]
+            assert role[parent] == ("study" if shared else "trial")
+            steps = [point.step for point in client.get_metric_history(run_id, "stage_tokens")]
+            assert steps == sorted(set(steps)) and steps
+
+
+@pytest.mark.parametrize("victim", ["driver", "worker"])
+def test_kill_in_the_middle_of_a_stage_ends_in_the_same_bits(finished: Path, tmp_path: Path, victim: str) -> None:
+    """The teacher is killed after a checkpoint, the driver's way or the worker's; the rest follows from it."""
+    often = ("run", "--checkpoint-seconds", "0.2")
+    driver = subprocess.Popen(command(tmp_path, *often), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    stage = _wait_for_checkpoint(tmp_path)
+    worker = json.loads((stage / "attempt.json").read_text())["pid"]
+    os.kill(driver.pid if victim == "driver" else worker, signal.SIGKILL)
+    assert not (stage / "DONE.json").exists(), "killed too late to prove anything"
+    code = driver.wait(timeout=200)
+    if victim == "driver":
+        layerswap(tmp_path, *often)
+    else:
+        assert code == 0
+    assert json.loads((stage / "DONE.json").read_text())["result"]["resumed_at"] > 0
+    assert quality(tmp_path) == {key: value for key, value in quality(finished).items() if key in quality(tmp_path)}
+    known = weights(finished)
+    assert all(known[key] == blob for key, blob in weights(tmp_path).items())
+    assert len(quality(tmp_path)) == 14
+    _no_point_is_lost_or_doubled(tmp_path, stage)
+
+
+def _wait_for_checkpoint(home: Path) -> Path:
+    """The directory of the first stage that has written a checkpoint."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for manifest in home.glob("store/*/*/work/step-*/manifest.json"):
+            return manifest.parents[2]
+        time.sleep(0.02)
+    raise AssertionError("no checkpoint was written")
+
+
+def _no_point_is_lost_or_doubled(home: Path, stage: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{home / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("smoke")
+    assert experiment is not None
+    [run] = client.search_runs([experiment.experiment_id], f"tags.`layerswap.stage` = '{stage.name}'")
+    points = [point.step for point in client.get_metric_history(run.info.run_id, "loss/total")]
+    assert points == [*range(10, 60, 10), 60]
+    assert run.info.status == "FINISHED"
+
+
+def test_a_failed_trial_does_not_stop_the_others_and_the_exit_code_says_so(finished: Path) -> None:
+    """A learning rate that diverges fails its own trial; the trial beside it is finished."""
+    change = ("--set", "search.space={recipe.optimizer.lr: [0.003, 1.0e+20]}")
+    change += ("--set", "controls={skip: false, scratch: false}")
+    done = layerswap(finished, "run", *change, check=1)
+    assert "failed: trial-01: NonFiniteLoss: step" in done.stderr
+    assert "Traceback" not in done.stderr
+    rows = records(finished, *change)["records"]
+    assert [row["trial"] for row in rows if row["kind"] == "stage"] == ["trial-00"] * 3
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{finished / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("smoke")
+    assert experiment is not None
+    failed = client.search_runs([experiment.experiment_id], "attributes.status = 'FAILED'")
+    assert {run.data.tags["layerswap.role"] for run in failed} == {"study", "trial", "stage"}
+
+
+def test_interrupt_says_how_to_go_on(finished: Path) -> None:
+    change = ("--set", "seed=7")
+    driver = subprocess.Popen(
+        command(finished, "run", *change), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    time.sleep(14)
+    driver.send_signal(signal.SIGINT)
+    _, told = driver.communicate(timeout=60)
+    assert driver.returncode == 130, told
+    assert "go on with: layerswap run" in told and "--set seed=7" in told
+
+
+def test_early_stopping_ends_a_trial_at_a_stage_boundary_and_stays_decided(finished: Path) -> None:
+    change = ("--set", "search.early_stopping={grace_layers: 2, reduction_factor: 2}")
+    change += ("--set", "search.space=[{operator.init: [transfer]}, {operator.init: [random], seed: [0, 1]}]")
+    done = layerswap(finished, "run", *change)
+    stopped = [line for line in done.stdout.splitlines() if "was stopped early after" in line]
+    assert stopped
+    trained = len(weights(finished))
+    again = layerswap(finished, "run", *change)
+    assert len(weights(finished)) == trained
+    assert [line for line in again.stdout.splitlines() if "was stopped early after" in line] == stopped

@@ -1,0 +1,64 @@
+"""An exported student loads with transformers alone and gives the logits it had in memory, bit for bit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from operators.config import HyenaConfig
+from orchestrator.distill.export import export_student
+from orchestrator.distill.models import load_student, load_teacher, new_teacher, save_student
+from orchestrator.distill.swap import swap
+from orchestrator.study.spec import Architecture
+
+SHAPE = Architecture(layers=3, hidden=32, heads=2, intermediate=64, max_length=64, vocabulary=300)
+ALONE = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
+sys.path = [path for path in sys.path if path != ""]
+import torch
+from transformers import AutoModelForCausalLM
+folder, logits = sys.argv[1:]
+try:
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    raise SystemExit("loaded without its code")
+except ValueError:
+    pass
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+assert torch.equal(model(torch.arange(40)[None]).logits, torch.load(logits))
+cached, plain = (model.generate(torch.arange(5)[None], max_new_tokens=6, do_sample=False, use_cache=c) for c in (1, 0))
+assert torch.equal(cached, plain)
+assert not any(name.split(".")[0] in ("operators", "orchestrator") for name in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("layers", [[0, 1, 2], [1]], ids=["all", "hybrid"])
+def test_exported_student_is_the_student_in_memory(tmp_path: Path, layers: list[int]) -> None:
+    torch.set_num_threads(1)
+    teacher = new_teacher(SHAPE, seed=0)
+    teacher.save_pretrained(tmp_path / "teacher")
+    swap(teacher, layers, HyenaConfig(heads=2), torch.Generator().manual_seed(0))
+    (tmp_path / "student").mkdir()
+    save_student(teacher, load_teacher(tmp_path / "teacher").state_dict(), tmp_path / "student")
+    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(tmp_path / "tokenizer")
+    export_student(tmp_path / "student", tmp_path / "teacher", tmp_path / "tokenizer", tmp_path / "out")
+
+    student = load_student(tmp_path / "student", load_teacher(tmp_path / "teacher")).eval()
+    torch.save(student(torch.arange(40)[None]).logits, tmp_path / "logits.pt")
+    command = [sys.executable, "-c", ALONE, str(tmp_path / "out"), str(tmp_path / "logits.pt")]
+    environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="exists already"):
+        export_student(tmp_path, tmp_path, tmp_path, tmp_path)

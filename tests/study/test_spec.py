@@ -1,0 +1,213 @@
+"""The identity of a stage: every field of it counts, and nothing else does."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from operators.config import HyenaConfig
+from orchestrator.distill.context import RunContext
+from orchestrator.study.schema import Evaluation, LogitKL, Losses, Numerics, Optimizer, Throughput
+from orchestrator.study.spec import (
+    Architecture,
+    DistilSpec,
+    EvaluateSpec,
+    ImportSpec,
+    PhaseSpec,
+    ScratchSpec,
+    SourceIdentity,
+    TeacherSpec,
+    ThroughputSpec,
+    TokensSpec,
+    short,
+    spec_from_json,
+)
+
+SHAPE = Architecture(layers=2, hidden=16, heads=2, intermediate=32, max_length=64, vocabulary=300)
+SOURCE = SourceIdentity(source="text", fingerprint="f")
+COMMON: dict[str, Any] = {"optimizer": Optimizer(), "numerics": Numerics(), "seed": 0}
+LOSSES = Losses(mixer_mse=1.0, kl=LogitKL())
+SPECS: dict[str, Any] = {
+    "tokens": TokensSpec(
+        train=SOURCE, validation=None, validation_share=0.05, sequence_length=32, vocabulary=300, teacher=None
+    ),
+    "import": ImportSpec(fingerprint="f"),
+    "teacher": TeacherSpec(
+        tokens="t", architecture=SHAPE, token_budget=640, batch_size=2, sequence_length=32, **COMMON
+    ),
+    "distil": DistilSpec(
+        tokens="t", teacher="r", parent="p", layers=(0, 1), new_layers=(1,), operator=HyenaConfig(),
+        phases=(PhaseSpec(losses=LOSSES, steps=3),), batch_size=2, sequence_length=32, first_sequence=6,
+        freeze=("*embed*",), **COMMON,
+    ),
+    "scratch": ScratchSpec(
+        tokens="t", teacher=None, architecture=SHAPE, operator=HyenaConfig(), layers=(0, 1), token_budget=640,
+        batch_size=2, sequence_length=32, **COMMON,
+    ),
+    "evaluate": EvaluateSpec(
+        tokens="t", teacher="r", subject="s", sequence_length=32, evaluation=Evaluation(), numerics=Numerics()
+    ),
+    "throughput": ThroughputSpec(
+        teacher="r", operator=HyenaConfig(), layers=(0,), throughput=Throughput(), train_batch_size=2,
+        sequence_length=32, numerics=Numerics(), hardware="h",
+    ),
+}  # fmt: skip
+# A change of these is a new identity of every stage computed so far: raise STAGE_VERSION and say so in the CHANGELOG.
+KEYS = {
+    "tokens": "d4106e31393fe217fa526a6480af5aa8994ad160815533127e4eb1f881c81e9f",
+    "import": "9df2c567f861cfe8d67bafe895eacbbde9fb66c82bf4ed0c208c08800b775175",
+    "teacher": "b5bd06eafd7f7f164507710a5bce51fce2797f4f6e634196cebe039d68e509b6",
+    "distil": "e8add693e766d3ef5962132fe8e45f3218837c104a6bc803acb9eff4f8705bc4",
+    "scratch": "70994f4217dcf52f460b7a16e76191378af2ea380973a3d0313ae4f920f3b69f",
+    "evaluate": "6436c2457c48506bdacaa7bb3bd66bb52a2eba29b90c9ef55eedd6491404b5a7",
+    "throughput": "0cab1f9b8e4fcd287e45bba8043d4f8990978bc5dfeb515e07d134028cb75957",
+}
+WORDS = {  # another value for a field whose words are given
+    "source": "jsonl", "method": "adamw", "dtype": "bfloat16", "window": "linear", "init": "random",
+    "direction": "reverse",
+}  # fmt: skip
+FILLED = {  # a value for a field that is none
+    "validation": SOURCE.model_dump(mode="json"), "field": "body", "max_tokens": 9, "teacher": "r", "pretrained": "f",
+    "heads": 4, "validation_share": 0.1, "vocabulary": 300,
+}  # fmt: skip
+every_kind = pytest.mark.parametrize("kind", SPECS)
+
+
+def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where every single value of a specification's JSON stands, the tags that name a class left out."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if name != "kind":
+                yield from paths(inner, (*path, name))
+    elif isinstance(value, list):
+        yield from ((*path, len(value)), *(found for i, item in enumerate(value) for found in paths(item, (*path, i))))
+    else:
+        yield path
+
+
+def changed(value: Any, path: tuple[Any, ...]) -> Any:
+    """The same JSON with another value at `path`; at a list's end, a list one item longer."""
+    result = copy.deepcopy(value)
+    holder = result
+    for step in path[:-1]:
+        holder = holder[step]
+    if isinstance(holder, list) and path[-1] == len(holder):
+        holder.append(copy.deepcopy(holder[-1]))
+        return result
+    name = next(step for step in reversed(path) if isinstance(step, str))
+    old = holder[path[-1]]
+    if old is None:
+        holder[path[-1]] = FILLED[name]
+    elif isinstance(old, bool):
+        holder[path[-1]] = not old
+    elif isinstance(old, str):
+        holder[path[-1]] = WORDS.get(name, f"{old}x")
+    elif isinstance(old, float):
+        holder[path[-1]] = old / 2 if old else 0.5
+    else:
+        holder[path[-1]] = old + 2  # the positional features of a filter are odd
+    return result
+
+
+def fields(model: Any) -> set[str]:
+    """Names of the fields of a model or configuration, of those in it too."""
+    if isinstance(model, BaseModel):
+        return {*type(model).model_fields, *(name for value in dict(model).values() for name in fields(value))}
+    if dataclasses.is_dataclass(model):
+        own = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+        return {*own, *(name for value in own.values() for name in fields(value))}
+    return {name for item in model for name in fields(item)} if isinstance(model, tuple) else set()
+
+
+@every_kind
+def test_the_key_of_a_kind_is_this_one(kind: str) -> None:
+    assert SPECS[kind].key == KEYS[kind]
+
+
+@every_kind
+def test_every_field_counts(kind: str) -> None:
+    spec = SPECS[kind]
+    value = spec.model_dump(mode="json")
+    fixed_length = {("optimizer", "betas", 2)}
+    keys = {spec.key}
+    every = [path for path in paths(value) if path not in fixed_length]
+    for path in every:
+        other = spec_from_json(json.dumps(changed(value, path)))
+        assert other.key not in keys, f"{kind}: {path} does not change the key"
+        keys.add(other.key)
+    walked = {step for path in every for step in path if isinstance(step, str)}
+    assert fields(spec) - {"kind"} == walked, "a field was not walked"
+
+
+@every_kind
+def test_a_key_survives_json(kind: str) -> None:
+    spec = SPECS[kind]
+    again = spec_from_json(spec.model_dump_json())
+    assert again == spec
+    assert again.key == spec.key
+    assert type(again) is type(spec)
+
+
+def test_kinds_have_keys_of_their_own() -> None:
+    assert len({spec.key for spec in SPECS.values()}) == len(SPECS)
+    assert {spec.kind for spec in SPECS.values()} == set(SPECS)
+
+
+def test_a_whole_number_and_its_float_are_one_value() -> None:
+    whole = {"mixer_mse": 1, "kl": {"weight": 1, "temperature": 2}}
+    real = {"mixer_mse": 1.0, "kl": {"weight": 1.0, "temperature": 2.0}}
+    value = SPECS["distil"].model_dump(mode="json")
+    keys = set()
+    for losses in (whole, real):
+        value["phases"] = [{"losses": losses, "steps": 3}]
+        keys.add(spec_from_json(json.dumps(value)).key)
+    assert len(keys) == 1
+    assert Losses(kl=1).model_dump_json() == Losses(kl=1.0).model_dump_json()
+
+
+@pytest.mark.parametrize("bad", ["NaN", "Infinity"])
+def test_a_number_without_a_canonical_text_has_no_key(bad: str) -> None:
+    text = SPECS["tokens"].model_dump_json().replace("0.05", bad)
+    with pytest.raises(ValidationError, match="finite"):
+        spec_from_json(text)
+
+
+@every_kind
+def test_an_unknown_or_missing_field_is_no_specification(kind: str) -> None:
+    value = SPECS[kind].model_dump(mode="json")
+    with pytest.raises(ValidationError, match="extra_forbidden"):
+        spec_from_json(json.dumps({**value, "device": "cuda"}))
+    del value[next(name for name in value if name not in ("kind", "version"))]
+    with pytest.raises(ValidationError, match="missing"):
+        spec_from_json(json.dumps(value))
+
+
+def test_where_a_stage_runs_shares_no_name_with_what_it_is() -> None:
+    surroundings = {field.name for field in dataclasses.fields(RunContext)}
+    assert surroundings.isdisjoint(name for spec in SPECS.values() for name in fields(spec))
+
+
+@pytest.mark.parametrize(
+    ("kind", "parents"),
+    [
+        ("tokens", {}),
+        ("import", {}),
+        ("teacher", {"tokens": "t"}),
+        ("distil", {"tokens": "t", "teacher": "r", "parent": "p"}),
+        ("scratch", {"tokens": "t"}),
+        ("evaluate", {"tokens": "t", "teacher": "r", "subject": "s"}),
+        ("throughput", {"teacher": "r"}),
+    ],
+)
+def test_parents_are_named_by_role(kind: str, parents: dict[str, str]) -> None:
+    assert SPECS[kind].parents == parents
+
+
+def test_a_short_key_is_its_beginning() -> None:
+    assert short("0123456789abcdef" + "0" * 48) == "0123456789abcdef"

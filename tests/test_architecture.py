@@ -1,0 +1,117 @@
+"""The directions of imports, the sole importers of ray, mlflow and torch, and what lies where."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = [
+    "operators",
+    "orchestrator.files",
+    "orchestrator.study",
+    "orchestrator.distill",
+    "orchestrator.run",
+    "orchestrator.record",
+    "orchestrator.cli",
+]
+SOURCES = sorted(path for room in ("operators", "orchestrator") for path in (ROOT / room).rglob("*.py"))
+TORCH_FREE = [ROOT / "operators" / "__init__.py", ROOT / "operators" / "config.py", ROOT / "orchestrator" / "files.py"]
+TORCH_FREE += sorted((ROOT / "orchestrator" / "study").glob("*.py"))
+TOP_LEVEL = {
+    ".ci", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "README.md", "constraints.txt", "operators",
+    "orchestrator", "pyproject.toml", "studies", "tests",
+}  # fmt: skip
+every_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Every module a file imports, wherever the import stands; `from a import b` counts as `a.b`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: import by the full name"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room_of(module: str) -> str | None:
+    return next((room for room in ROOMS if f"{module}.".startswith(f"{room}.")), None)
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def roots(path: Path) -> set[str]:
+    return {module.split(".")[0] for module in imported(path)}
+
+
+def test_every_source_lies_in_a_room() -> None:
+    homeless = [module_of(path) for path in SOURCES if room_of(module_of(path)) is None]
+    assert homeless == ["orchestrator"]  # its docstring
+    assert roots(ROOT / "orchestrator" / "__init__.py") == set()
+
+
+@every_source
+def test_a_room_imports_only_rooms_before_it(path: Path) -> None:
+    home = room_of(module_of(path))
+    allowed = ROOMS[: ROOMS.index(home) + 1] if home else []
+    ours = [module for module in imported(path) if module.split(".")[0] in ("operators", "orchestrator")]
+    assert [module for module in ours if room_of(module) not in allowed] == []
+
+
+@every_source
+@pytest.mark.parametrize(("package", "room"), [("ray", "orchestrator.run"), ("mlflow", "orchestrator.record")])
+def test_ray_and_mlflow_have_one_room_each(path: Path, package: str, room: str) -> None:
+    assert package not in roots(path) or room_of(module_of(path)) == room
+
+
+@pytest.mark.parametrize("path", TORCH_FREE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_plans_imports_no_heavy_package(path: Path) -> None:
+    assert roots(path).isdisjoint({"torch", "transformers", "datasets", "ray", "mlflow"})
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("orchestrator.study.plan", "torch transformers datasets ray mlflow"),
+        ("orchestrator.study.sources", "torch transformers datasets ray mlflow"),
+        ("orchestrator.distill.context", "torch transformers ray mlflow"),
+        ("operators.registry", "transformers datasets ray mlflow orchestrator"),
+    ],
+)
+def test_importing_a_room_loads_nothing_of_the_later_ones(module: str, absent: str) -> None:
+    code = f"import sys, {module}; print(*set({absent.split()}) & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
+
+
+def test_studies_are_yaml_only() -> None:
+    assert {path.suffix for path in (ROOT / "studies").rglob("*")} == {".yaml"}
+
+
+def test_no_python_file_is_longer_than_400_lines() -> None:
+    files = [*SOURCES, *(ROOT / "tests").rglob("*.py")]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
+
+
+def test_top_level_holds_what_a_newcomer_expects() -> None:
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("no git checkout")
+    assert {Path(name).parts[0] for name in done.stdout.splitlines()} == TOP_LEVEL
+
+
+def test_the_plan_and_the_surgery_know_the_same_families() -> None:
+    from orchestrator.distill.families import FAMILIES as SURGERY
+    from orchestrator.study.sources import FAMILIES as PLANNED
+
+    assert PLANNED.keys() == SURGERY.keys()

@@ -1,0 +1,36 @@
+"""What the README tells a newcomer to type exists, and what it names is there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^make (\w+)", README, flags=re.MULTILINE)) | set(re.findall(r"`make (\w+)", README))
+    made = (ROOT / "Makefile").read_text()
+    assert {"study", "ui", "test", "setup", "plan"} <= targets
+    for target in targets:
+        assert re.search(rf"^[\w ]*\b{target}\b[\w ]*:", made, flags=re.MULTILINE), target
+
+
+def test_named_files_exist() -> None:
+    for name in re.findall(r"`((?:studies|orchestrator|operators)/[\w/.-]+)`", README):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"^layerswap (\w+)", README, flags=re.MULTILINE))))
+def test_commands_exist(name: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "orchestrator.cli", name, "--help"], capture_output=True, cwd=ROOT)
+    assert done.returncode == 0
+
+
+def test_ci_runs_what_the_readme_tells() -> None:
+    assert "make test" in (ROOT / ".ci" / "run").read_text()

@@ -1,0 +1,96 @@
+"""Every shipped study parses and plans; the hub study also runs, a local folder and local files in the hub's place."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+from orchestrator.study.loader import read_document, validate
+from orchestrator.study.plan import make_plan
+from orchestrator.study.sources import resolve
+
+ROOT = Path(__file__).resolve().parents[1]
+STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the hub would give, on a small scale: a GPT-NeoX folder with its tokenizer, and text files."""
+    root = tmp_path_factory.mktemp("hub")
+    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "orchestrator").rglob("*.py"))]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>").save_pretrained(root / "model")
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=400, hidden_size=32, num_hidden_layers=6, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=128,
+    )  # fmt: skip
+    GPTNeoXForCausalLM(config).save_pretrained(root / "model")
+    (root / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (root / "valid.txt").write_text("\n".join(texts[:6]))
+    return root
+
+
+def local(hub: Path) -> list[str]:
+    """The overrides that put a local folder and local files in the hub's place, and small budgets."""
+    return [
+        f"teacher={{kind: pretrained, folder: {hub / 'model'}}}",
+        f"data.train={{source: jsonl, files: [{hub / 'train.jsonl'}]}}",
+        f"data.validation={{source: text, files: [{hub / 'valid.txt'}]}}",
+        "data.sequence_length=64",
+        "recipe.phases.0.tokens_per_layer=1024",
+        "recipe.phases.1.tokens_per_layer=1024",
+        "recipe.joint.0.tokens=2048",
+        "evaluation={tokens: 2048, prompts: 2, prompt_tokens: 16, new_tokens: 8}",
+        "throughput={lengths: [64, 128], decode_tokens: 8, repeats: 1}",
+    ]
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_study_parses_plans_and_asks_its_question(path: Path, hub: Path) -> None:
+    document = read_document(path, tuple(local(hub)) if path.stem == "pythia-70m" else ())
+    study = validate(document)
+    plan = make_plan(document, study, resolve(study, path.parent))
+    assert study.study == path.stem
+    assert study.question.endswith("?")
+    assert plan.trials
+    assert len(path.read_text().splitlines()) <= 90
+
+
+def test_default_study_sweeps_what_it_promises() -> None:
+    document = read_document(ROOT / "studies" / "layerwise.yaml")
+    study = validate(document)
+    plan = make_plan(document, study, resolve(study, ROOT / "studies"))
+    operators = {(trial.study.operator.order, trial.study.operator.heads) for trial in plan.trials}  # type: ignore[union-attr]
+    assert {(2, None), (3, None), (2, 4)} <= operators
+    assert len(plan.trials) >= 8
+    assert sum(len(trial.steps) >= 3 for trial in plan.trials) >= 3
+    assert len({str(trial.study.schedule) for trial in plan.trials}) >= 3
+    assert len({str(trial.study.recipe.joint) for trial in plan.trials}) >= 2
+    assert max(trial.steps[-1].tokens for trial in plan.trials) <= 400_000
+    assert study.teacher.tokens <= 2_500_000  # type: ignore[union-attr]
+
+
+@pytest.mark.ray
+def test_pythia_study_runs_with_the_hub_replaced(hub: Path, tmp_path: Path) -> None:
+    words = [word for item in local(hub) for word in ("--set", item)]
+    words += ["--set", "search.space=[{schedule.layers_per_stage: [3]}]", "--set", "controls.skip=false"]
+    study = ["run", "studies/pythia-70m.yaml", "--home", str(tmp_path)]
+    command = [sys.executable, "-m", "orchestrator.cli", *study, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "best path: trial-00" in done.stdout
