@@ -31,7 +31,8 @@ _OPERATOR: TypeAdapter[Any] = TypeAdapter(OperatorConfig)
 def new_teacher(shape: Architecture, seed: int) -> Any:
     """A GPT-NeoX of the given shape with random weights drawn from `seed`.
 
-    Rotary embedding over whole heads and an output head that starts at zero: both learn a little more per token.
+    The output head starts at zero, which learns a little more per token. Rotary embedding keeps to a quarter of each
+    head: over whole heads the teacher is 4 % better and far harder to convert (first two layers: ratio 1.6, not 1.1).
     """
     torch.manual_seed(seed)
     config = GPTNeoXConfig(
@@ -45,7 +46,7 @@ def new_teacher(shape: Architecture, seed: int) -> Any:
         eos_token_id=0,
         pad_token_id=0,
         tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0},
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25},
     )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     torch.nn.init.zeros_(model.get_output_embeddings().weight)
