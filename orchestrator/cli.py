@@ -70,12 +70,13 @@ def run(
     job = _job(study, overrides, home, made)
     from orchestrator.distill.context import RunContext
     from orchestrator.record.driver import run_study
-    from orchestrator.run.sweep import Cluster
+    from orchestrator.run.sweep import Cluster, ClusterError
 
+    _store(study, home)
     context = RunContext(str(job.home.store.resolve()), device, checkpoint_seconds, locations=resolved.locations)
     try:
         raise typer.Exit(run_study(job, context, Cluster(ray_address)))
-    except ValueError as error:
+    except ClusterError as error:
         _bad_input(error)
 
 
@@ -133,6 +134,23 @@ def export(
 
 
 @app.command()
+def gc(
+    studies: Annotated[list[Path], typer.Argument(metavar="STUDY...", help="the studies whose stages are kept")],
+    home: HomeDirectory = None,
+    delete: Annotated[bool, typer.Option("--delete", help="delete them; without it they are only listed")] = False,
+) -> None:
+    """List, or delete, the stages that none of the given studies needs."""
+    store = _store(studies[0], home)
+    kept: set[str] = set()
+    for study in studies:
+        made, _ = _load(study, None)
+        kept |= made.specs.keys() | {spec.key for spec in throughput_specs(made, _hardware()).values()}
+    from orchestrator.record.plan_view import gc_text
+
+    print(gc_text(store, kept, delete))
+
+
+@app.command()
 def ui(
     study: StudyFile,
     home: HomeDirectory = None,
@@ -181,9 +199,12 @@ def _home(study: Path, home: Path | None) -> Any:
 
 
 def _store(study: Path, home: Path | None) -> Any:
-    from orchestrator.run.store import Store
+    from orchestrator.run.store import Store, StoreError
 
-    return Store(_home(study, home).store)
+    try:
+        return Store(_home(study, home).store)
+    except StoreError as error:
+        _bad_input(error)
 
 
 def _job(study: Path, overrides: list[str] | None, home: Path | None, made: Plan) -> Any:

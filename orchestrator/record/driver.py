@@ -55,6 +55,8 @@ def run_study(job: Job, context: RunContext, cluster: Cluster) -> int:
     """Compute what is missing, tell everything, and return the exit code."""
     began = time.time()
     store = Store(job.home.store)
+    for line in store.withdraw_damaged([*job.plan.specs, *(spec.key for spec in job.speeds.values())]):
+        print(line, file=sys.stderr)
     before = _finished(job.plan, store)
     watch = _Watch(job, cluster.cpus)
     outcome, stopped_by = Outcome(_stopped_before(job)), 0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import statistics
 from typing import Any
 
 from orchestrator.distill.journal import read_journal
 from orchestrator.record.progress import distinct_steps
-from orchestrator.run.store import Store
+from orchestrator.run.store import Store, tree_bytes
 from orchestrator.study.plan import Plan, Step
 from orchestrator.study.spec import short
 
@@ -29,6 +30,7 @@ def plan_summary(plan: Plan, store: Store) -> dict[str, Any]:
         "done": sum(store.finished(key) for key in users),
         "sharing": asked / max(1, len(users)),
         "tokens_to_train": sum(tokens for key, tokens in budgets.items() if not store.finished(key)),
+        "estimate": estimate(plan, store),
         "controls": list(plan.controls),
         "paths": paths,
     }
@@ -52,7 +54,52 @@ def plan_text(plan: Plan, store: Store) -> str:
         f"{summary['done']} in the store; sharing factor {summary['sharing']:.2f}; "
         f"{summary['tokens_to_train'] / 1e6:.2f} M tokens to train, teacher and controls included"
     )
+    if summary["tokens_to_train"] and summary["estimate"]:
+        cost = summary["estimate"]
+        lines.append(f"about {cost['core_seconds'] / 60:.0f} core-minutes of training and {cost['megabytes']:.0f} MB")
+    elif summary["tokens_to_train"]:
+        lines.append("time and disk: known once a stage has been measured in this store")
     return "\n".join(lines)
+
+
+def gc_text(store: Store, kept: set[str], delete: bool) -> str:
+    """The stages outside `kept` with their sizes, deleted if asked; a stage that is being computed stays."""
+    lines, total = [], 0
+    for key in store.all_keys():
+        if key in kept:
+            continue
+        size = store.remove(key) if delete else tree_bytes(store.folder(key))
+        total += size
+        kind = "finished" if store.finished(key) else "deleted" if delete and size else "unfinished"
+        lines.append(f"{short(key)}  {size / 2**20:8.1f} MB  {kind}")
+    verb = "freed" if delete else "would be freed by --delete"
+    return "\n".join([*lines, f"{len(lines)} stages that no given study needs, {total / 2**20:.1f} MB {verb}"])
+
+
+def estimate(plan: Plan, store: Store) -> dict[str, float] | None:
+    """Core-seconds and megabytes of what is left to do, from the rates that the store's stages were measured at.
+
+    None until a stage of each kind that is left, or of any kind that trains, was measured.
+    """
+    rates: dict[str, list[float]] = {}
+    sizes: dict[str, list[float]] = {}
+    for key in store.all_keys():
+        if store.finished(key):
+            done = store.done(key)
+            sizes.setdefault(done["kind"], []).append(tree_bytes(store.folder(key)) / 2**20)
+            if done["result"].get("tokens_per_s"):
+                rates.setdefault(done["kind"], []).append(done["result"]["tokens_per_s"])
+    if not rates:
+        return None
+    slowest = min(statistics.median(values) for values in rates.values())
+    seconds = megabytes = 0.0
+    for step in {step.train.key: step for step in plan.steps if not store.finished(step.train.key)}.values():
+        kind = str(getattr(step.train, "kind", ""))
+        rate = statistics.median(rates[kind]) if kind in rates else slowest
+        threads = step.train.numerics.threads if hasattr(step.train, "numerics") else 1
+        seconds += threads * step.own_tokens / rate
+        megabytes += statistics.median(sizes.get(kind) or [0.0])
+    return {"core_seconds": seconds, "megabytes": megabytes}
 
 
 def status_text(plan: Plan, store: Store) -> str:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from filelock import Timeout
 
 from orchestrator.distill.context import RunContext
 from orchestrator.run.store import Store, compute
 from orchestrator.study.spec import spec_from_json
 
 NAME = "layerswap-broker"
+POLL_SECONDS = 0.5
 
 
 class StageFailed(RuntimeError):
@@ -40,20 +42,27 @@ class Broker:
         return await asyncio.shield(self.futures[key])
 
     async def _obtain(self, key: str) -> dict[str, Any]:
-        if self.store.finished(key):
-            return self.store.result(key)
         spec = self.specs[key]
+        while not self.store.finished(key):
+            if self.store.locked(key):  # another driver computes it: wait without a core
+                await asyncio.sleep(POLL_SECONDS)
+                continue
+            await self._compute(key, spec)
+        return self.store.result(key)
+
+    async def _compute(self, key: str, spec: Any) -> None:
         await asyncio.gather(*(self.want(parent) for parent in spec.parents.values()))
         cores = spec.numerics.threads if hasattr(spec, "numerics") else 1
-        task = ray.remote(compute).options(
+        task: Any = ray.remote(compute).options(
             name=f"{spec.kind}-{key[:8]}", num_cpus=cores, max_retries=3, scheduling_strategy="DEFAULT"
         )
         try:
-            result: dict[str, Any] = await task.remote(self.texts[key], self.context)
+            await task.remote(self.texts[key], self.context, wait=False)
         except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, Timeout):
+                return
             told = self.store.failure(key)
             raise StageFailed(told["error"] if told else str(error.cause)) from None
-        return result
 
 
 def start_broker(specs: dict[str, str], context: RunContext) -> Any:

@@ -37,6 +37,10 @@ QUIET = {
 OBJECT_STORE_BYTES = 100 * 1024 * 1024
 
 
+class ClusterError(ValueError):
+    """The cluster cannot hold a stage of the plan."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Cluster:
     """What to run on: an address of a Ray cluster, or none to start one on this machine with `cpus` cores."""
@@ -66,7 +70,7 @@ def missing(plan: Plan, store: Store, speeds: dict[str, ThroughputSpec], stopped
 def run_plan(plan: Plan, context: RunContext, speeds: dict[str, ThroughputSpec], cluster: Cluster) -> Outcome:
     """Compute everything the plan asks for and the store lacks; a failed trial does not stop the others.
 
-    Raises `ValueError` where a stage asks for more cores than the cluster has.
+    Raises `ClusterError` where a stage asks for more cores than the cluster has.
     """
     outcome = Outcome()
     with _ray(cluster) as cores:
@@ -88,6 +92,8 @@ def _ray(cluster: Cluster) -> Iterator[int]:
 
     local: dict[str, Any] = {}
     temporary = None
+    if not os.access(Path.home(), os.W_OK):  # Ray keeps a token there, and dies where it cannot
+        os.environ["HOME"] = tempfile.mkdtemp(prefix="layerswap-home-")
     if cluster.address is None:
         temporary = tempfile.mkdtemp(prefix="layerswap-")
         local = {
@@ -112,7 +118,7 @@ def _check_resources(plan: Plan, cores: int) -> None:
         threads = spec.numerics.threads if hasattr(spec, "numerics") else 1
         if threads > cores:
             kind = type(spec).__name__.removesuffix("Spec").lower()
-            raise ValueError(f"a {kind} stage asks for {threads} threads, the cluster has {cores} cores: lower threads")
+            raise ClusterError(f"a {kind} stage asks for {threads} threads but there are {cores} cores: lower threads")
 
 
 def _start_controls(plan: Plan, broker: Any) -> dict[str, Any]:

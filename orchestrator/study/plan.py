@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
-import json
-import random
 from collections.abc import Iterator
 from typing import Any
 
 from operators.config import HyenaConfig, SkipConfig
 from orchestrator.study.explain import steps_of
 from orchestrator.study.loader import Document, StudyError, with_values
-from orchestrator.study.schema import Phase, Pretrain, Space, Study, Uniform
+from orchestrator.study.schedule import swap_order
+from orchestrator.study.schema import Phase, Pretrain, Study
+from orchestrator.study.search import sample
 from orchestrator.study.sources import Resolved
 from orchestrator.study.spec import (
     DistilSpec,
@@ -120,22 +119,6 @@ def make_plan(document: Document, study: Study, resolved: Resolved) -> Plan:
     return Plan(study, tokens, root, controls, tuple(trials), layers)
 
 
-def sample(study: Study) -> list[dict[str, Any]]:
-    """The points to try: the product of each space's axes, or seeded draws; each point once, in a fixed order."""
-    points: list[dict[str, Any]] = []
-    if study.search.method == "grid":
-        for space in study.search.spaces:
-            axes = [list(axis) for axis in space.values() if not isinstance(axis, Uniform)]
-            points += [dict(zip(space, choice, strict=True)) for choice in itertools.product(*axes)]
-    else:
-        generator = random.Random(study.seed)
-        for draw in range(study.search.trials or 0):
-            space = study.search.spaces[draw % len(study.search.spaces)]
-            points.append(_draw(space, generator))
-    distinct = {json.dumps(point, sort_keys=True): point for point in points}
-    return list(distinct.values())
-
-
 def throughput_specs(plan: Plan, hardware: str) -> dict[str, ThroughputSpec]:
     """Train key of each step -> the speed measurement of its architecture; equal architectures share one."""
     found: dict[str, ThroughputSpec] = {}
@@ -157,30 +140,6 @@ def throughput_specs(plan: Plan, hardware: str) -> dict[str, ThroughputSpec]:
             hardware=hardware,
         )
     return found
-
-
-def swap_order(study: Study, layers: int) -> list[tuple[int, ...]]:
-    """The layers swapped in each stage, in order; `StudyError` for layers the teacher does not have."""
-    schedule = study.schedule
-    named = [("keep", layer) for layer in schedule.keep]
-    if isinstance(schedule.layer_order, tuple):
-        named += [("layer_order", layer) for stage in schedule.layer_order for layer in stage]
-    for key, layer in named:
-        if layer >= layers:
-            raise StudyError(
-                f"schedule.{key}: layer {layer} does not exist: the teacher has {layers} layers, 0 to {layers - 1}"
-            )
-    if isinstance(schedule.layer_order, tuple):
-        return [tuple(sorted(stage)) for stage in schedule.layer_order]
-    free = [layer for layer in range(layers) if layer not in schedule.keep]
-    if not free:
-        raise StudyError("schedule.keep: every layer is kept as attention: leave at least one to swap")
-    if schedule.layer_order == "top_down":
-        free.reverse()
-    elif schedule.layer_order == "interleaved":
-        free = free[::2] + free[1::2]
-    size = schedule.layers_per_stage
-    return [tuple(sorted(free[start : start + size])) for start in range(0, len(free), size)]
 
 
 def _check_lengths(document: Document, study: Study, resolved: Resolved) -> None:
@@ -205,20 +164,6 @@ def _check_heads(document: Document, point: Study, resolved: Resolved) -> None:
             f"{document.place(('operator', 'heads'))}: operator.heads: {heads} must divide the teacher's width "
             f"{resolved.architecture.hidden}"
         )
-
-
-def _draw(space: Space, generator: random.Random) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, axis in space.items():
-        if isinstance(axis, Uniform):
-            if axis.log:
-                exponent = generator.random()
-                values[key] = axis.low * (axis.high / axis.low) ** exponent
-            else:
-                values[key] = generator.uniform(axis.low, axis.high)
-        else:
-            values[key] = generator.choice(list(axis))
-    return values
 
 
 def _roots(study: Study, resolved: Resolved) -> tuple[TokensSpec, TeacherSpec | ImportSpec]:
@@ -315,11 +260,13 @@ def _controls(
     study: Study, resolved: Resolved, tokens: TokensSpec, teacher: Spec, trials: list[Trial]
 ) -> Iterator[tuple[str, Step]]:
     layers = resolved.architecture.layers
-    if study.controls.scratch:
+    if study.controls.scratch != "none":
         names: set[str] = set()
         longest: dict[HyenaConfig, Step] = {}
         for trial in trials:
             operator, last = trial.study.operator, trial.steps[-1]
+            if study.controls.scratch == "own" and operator != study.operator:
+                continue
             if isinstance(operator, HyenaConfig):
                 bare = dataclasses.replace(operator, init="random")
                 if bare not in longest or longest[bare].tokens < last.tokens:

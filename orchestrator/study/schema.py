@@ -243,7 +243,8 @@ class Controls(Model):
     """Rows that keep the result honest."""
 
     skip: bool = True  # each layer's attention left out alone, and all of them at once
-    scratch: bool = True  # every operator of the study trained from random weights on the longest path's tokens
+    # Operators trained from random weights on their longest path's tokens: the study's own, every one that is swept.
+    scratch: Literal["own", "every", "none"] = "own"
 
 
 class Asha(Model):

@@ -173,7 +173,7 @@ def _no_point_is_lost_or_doubled(home: Path, stage: Path) -> None:
 def test_a_failed_trial_does_not_stop_the_others_and_the_exit_code_says_so(finished: Path) -> None:
     """A learning rate that diverges fails its own trial; the trial beside it is finished."""
     change = ("--set", "search.space={recipe.optimizer.lr: [0.003, 1.0e+20]}")
-    change += ("--set", "controls={skip: false, scratch: false}")
+    change += ("--set", "controls={skip: false, scratch: none}")
     done = layerswap(finished, "run", *change, check=1)
     assert "failed: trial-01: NonFiniteLoss: step" in done.stderr
     assert "Traceback" not in done.stderr

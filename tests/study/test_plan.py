@@ -9,8 +9,9 @@ import pytest
 
 from operators.config import HyenaConfig
 from orchestrator.study.loader import StudyError, read_document, validate
-from orchestrator.study.plan import Plan, Trial, make_plan, operator_name, sample, throughput_specs
+from orchestrator.study.plan import Plan, Trial, make_plan, operator_name, throughput_specs
 from orchestrator.study.schema import Study
+from orchestrator.study.search import sample
 from orchestrator.study.sources import Resolved, resolve
 from orchestrator.study.spec import Architecture, DistilSpec, ScratchSpec, SourceIdentity, TeacherSpec, TokensSpec
 
@@ -242,7 +243,9 @@ def test_random_points_are_seeded_within_their_bounds_and_distinct() -> None:
 
 
 def test_controls_are_every_skip_and_each_operator_from_scratch_on_the_longest_path() -> None:
-    plan = planned("search.space={operator: [{kind: hyena}, {kind: hyena, heads: 4}], seed: [0, 1]}")
+    plan = planned(
+        "controls.scratch=every", "search.space={operator: [{kind: hyena}, {kind: hyena, heads: 4}], seed: [0, 1]}"
+    )
     assert set(plan.controls) == {"scratch hyena-2", "scratch hyena-4h", *(f"skip {i}" for i in ALL), "skip all"}
     skip, scratch = plan.controls["skip all"], plan.controls["scratch hyena-4h"]
     assert isinstance(skip.train, DistilSpec)
@@ -253,8 +256,13 @@ def test_controls_are_every_skip_and_each_operator_from_scratch_on_the_longest_p
     assert scratch.train.optimizer.rest_scale == 1.0
 
 
+def test_by_default_the_own_operator_is_the_one_trained_from_scratch() -> None:
+    plan = planned("search.space={operator: [{kind: hyena}, {kind: hyena, heads: 4}]}")
+    assert [name for name in plan.controls if name.startswith("scratch")] == ["scratch hyena-4h"]
+
+
 def test_controls_can_be_left_out() -> None:
-    assert planned("controls={skip: false, scratch: false}").controls == {}
+    assert planned("controls={skip: false, scratch: none}").controls == {}
 
 
 def test_equal_architectures_share_one_speed_measurement() -> None:

@@ -1,0 +1,30 @@
+"""Which layers are swapped in which stage."""
+
+from __future__ import annotations
+
+from orchestrator.study.loader import StudyError
+from orchestrator.study.schema import Study
+
+
+def swap_order(study: Study, layers: int) -> list[tuple[int, ...]]:
+    """The layers swapped in each stage, in order; `StudyError` for layers the teacher does not have."""
+    schedule = study.schedule
+    named = [("keep", layer) for layer in schedule.keep]
+    if isinstance(schedule.layer_order, tuple):
+        named += [("layer_order", layer) for stage in schedule.layer_order for layer in stage]
+    for key, layer in named:
+        if layer >= layers:
+            raise StudyError(
+                f"schedule.{key}: layer {layer} does not exist: the teacher has {layers} layers, 0 to {layers - 1}"
+            )
+    if isinstance(schedule.layer_order, tuple):
+        return [tuple(sorted(stage)) for stage in schedule.layer_order]
+    free = [layer for layer in range(layers) if layer not in schedule.keep]
+    if not free:
+        raise StudyError("schedule.keep: every layer is kept as attention: leave at least one to swap")
+    if schedule.layer_order == "top_down":
+        free.reverse()
+    elif schedule.layer_order == "interleaved":
+        free = free[::2] + free[1::2]
+    size = schedule.layers_per_stage
+    return [tuple(sorted(free[start : start + size])) for start in range(0, len(free), size)]

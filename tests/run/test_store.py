@@ -1,0 +1,103 @@
+"""The store: what is published is whole, damage is found, nobody waits with a core, nothing needed is deleted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from filelock import FileLock, Timeout
+
+from orchestrator.distill.context import RunContext
+from orchestrator.distill.data import DataError
+from orchestrator.run.store import Store, compute
+from orchestrator.study.sources import Location
+from orchestrator.study.spec import SourceIdentity, TokensSpec
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> tuple[TokensSpec, RunContext]:
+    """A small stage: tokens of a file, and where to compute it."""
+    (tmp_path / "text.txt").write_text("a long convolution is a convolution that is long\n" * 200)
+    identity = SourceIdentity(source="text", fingerprint="f")
+    spec = TokensSpec(
+        train=identity, validation=identity, validation_share=None, sequence_length=16, vocabulary=300, teacher=None
+    )
+    locations = {"f": Location(files=(str(tmp_path / "text.txt"),))}
+    return spec, RunContext(store=str(tmp_path / "store"), locations=locations)
+
+
+def test_a_stage_is_computed_once(text: tuple[TokensSpec, RunContext]) -> None:
+    spec, context = text
+    first = compute(spec.model_dump_json(), context)
+    store = Store(Path(context.store))
+    stamp = (store.folder(spec.key) / "DONE.json").stat().st_mtime_ns
+    assert compute(spec.model_dump_json(), context) == first
+    assert (store.folder(spec.key) / "DONE.json").stat().st_mtime_ns == stamp
+    assert not (store.folder(spec.key) / "work").exists()
+
+
+def test_a_failed_stage_says_why_and_is_not_done(text: tuple[TokensSpec, RunContext]) -> None:
+    spec, context = text
+    poor = spec.model_copy(update={"sequence_length": 10**6})
+    poor = TokensSpec.model_validate(poor.model_dump())
+    with pytest.raises(DataError, match="less than one sequence"):
+        compute(poor.model_dump_json(), context)
+    store = Store(Path(context.store))
+    told = store.failure(poor.key)
+    assert not store.finished(poor.key)
+    assert told is not None and told["error"].startswith("DataError: the train text has")
+
+
+@pytest.mark.parametrize("harm", ["flip", "delete", "tear"])
+def test_damage_is_found_and_the_stage_computed_again(text: tuple[TokensSpec, RunContext], harm: str) -> None:
+    spec, context = text
+    compute(spec.model_dump_json(), context)
+    store = Store(Path(context.store))
+    victim = store.artefacts(spec.key) / "train.bin"
+    whole = victim.read_bytes()
+    if harm == "delete":
+        victim.unlink()
+    else:
+        victim.write_bytes(whole[:-1] if harm == "tear" else bytes([whole[0] ^ 1]) + whole[1:])
+    [said] = store.withdraw_damaged([spec.key, "absent"])
+    assert "train.bin is damaged or gone" in said
+    assert not store.finished(spec.key)
+    compute(spec.model_dump_json(), context)
+    assert victim.read_bytes() == whole
+    assert store.withdraw_damaged([spec.key]) == []
+
+
+def test_a_stage_that_another_computes_is_not_waited_for(text: tuple[TokensSpec, RunContext]) -> None:
+    spec, context = text
+    store = Store(Path(context.store))
+    store.folder(spec.key).mkdir(parents=True)
+    assert not store.locked(spec.key)
+    with FileLock(store.folder(spec.key) / "lock"):
+        assert store.locked(spec.key)
+        with pytest.raises(Timeout):
+            compute(spec.model_dump_json(), context, wait=False)
+    assert not store.locked(spec.key)
+
+
+def test_removal_leaves_a_stage_that_is_being_computed(text: tuple[TokensSpec, RunContext]) -> None:
+    spec, context = text
+    compute(spec.model_dump_json(), context)
+    store = Store(Path(context.store))
+    with FileLock(store.folder(spec.key) / "lock"):
+        assert store.remove(spec.key) == 0
+    assert store.all_keys() == [spec.key]
+    assert store.remove(spec.key) > 0
+    assert store.all_keys() == []
+
+
+def test_a_store_of_another_layout_is_refused(tmp_path: Path) -> None:
+    Store(tmp_path)
+    (tmp_path / "VERSION").write_text("99")
+    with pytest.raises(ValueError, match="layout '99', this program writes '1'"):
+        Store(tmp_path)
+
+
+def test_a_store_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be made"):
+        Store(tmp_path / "file" / "store")
