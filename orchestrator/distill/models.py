@@ -31,8 +31,7 @@ _OPERATOR: TypeAdapter[Any] = TypeAdapter(OperatorConfig)
 def new_teacher(shape: Architecture, seed: int) -> Any:
     """A GPT-NeoX of the given shape with random weights drawn from `seed`.
 
-    The output head starts at zero, which learns a little more per token. Rotary embedding keeps to a quarter of each
-    head: over whole heads the teacher is 4 % better and far harder to convert (first two layers: ratio 1.6, not 1.1).
+    The output head starts at zero, which learns a little more per token; rotary embedding is on a quarter of each head.
     """
     torch.manual_seed(seed)
     config = GPTNeoXConfig(
