@@ -134,6 +134,8 @@ def export(
     from orchestrator.record.driver import exported_stage
 
     store = _store(study, home, must_exist=True)
+    if to.exists():
+        _bad_input(f"--to {to} exists already: give another folder, or remove it")
     try:
         key = exported_stage(job, stage)
         tokenizer = store.artefacts(made.tokens.key) / "tokenizer"
@@ -153,11 +155,27 @@ def gc(
     store = _store(studies[0], home, write=delete, must_exist=True)
     kept: set[str] = set()
     for study in studies:
-        made, _ = _load(study, None)
-        kept |= made.specs.keys() | {spec.key for spec in throughput_specs(made, _hardware()).values()}
+        kept |= _needed(_load(study, None)[0])
     from orchestrator.record.plan_view import gc_text
 
     print(gc_text(store, kept, delete))
+
+
+@app.command()
+def doctor(
+    study: Annotated[Path | None, typer.Argument(metavar="[STUDY]", help="say of each stage if it needs it")] = None,
+    home: HomeDirectory = None,
+    fix: Annotated[bool, typer.Option("--fix", help="remove what is surely safe to remove")] = False,
+) -> None:
+    """Name what interrupted runs left behind, and what to do about it; exit code 1 where something needs attention."""
+    needed = None if study is None else _needed(_load(study, None)[0])
+    place = _home(study or Path("study"), home)
+    _store(study or Path("study"), home)
+    from orchestrator.record.doctor import doctor_text, examine
+
+    text, code = doctor_text(examine(place, needed), fix)
+    print(text)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -199,6 +217,10 @@ def _resolve(document: Document, valid: Study, base: Path) -> Resolved:
         key = str(error).split(":")[0]
         path = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
         raise StudyError(f"{document.place(path)}: {error}") from None
+
+
+def _needed(made: Plan) -> set[str]:
+    return made.specs.keys() | {spec.key for spec in throughput_specs(made, _hardware()).values()}
 
 
 def _bad_input(error: object) -> NoReturn:

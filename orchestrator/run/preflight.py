@@ -5,6 +5,7 @@ Place in the flow: between the plan and the sweep. Invariant: nothing is created
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import socket
@@ -55,13 +56,15 @@ def _knock(address: str) -> None:
     if not host or "/" in host or not port.isdecimal():
         raise ClusterError(f"--ray-address {address} is no address: give host:port of the cluster's head node, or auto")
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS) as connection:
-            if os.environ.get("RAY_USE_TLS", "0") == "1":
-                return
-            connection.sendall(HELLO)
-            answer = connection.recv(9)
+        connection = socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS)
     except (OSError, OverflowError) as error:
         raise ClusterError(_absent(address, str(error))) from error
+    answer = b""
+    with contextlib.suppress(OSError), connection:
+        if os.environ.get("RAY_USE_TLS", "0") == "1":
+            return
+        connection.sendall(HELLO)
+        answer = connection.recv(9)
     if len(answer) < 4 or answer[3] != SETTINGS:
         raise ClusterError(_absent(address, "what answers there is not Ray"))
 
