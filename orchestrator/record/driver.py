@@ -112,12 +112,12 @@ def exported_stage(job: Job, begins: str | None) -> str:
 
     Raises `ValueError` where none or several finished students fit.
     """
-    store = Store(job.home.store)
+    store = Store(job.home.store, write=False)
     steps = {step.train.key: step for trial in job.plan.trials for step in trial.steps}
     if begins is not None:
         found = [key for key in steps if key.startswith(begins) and store.finished(key)]
         if len(found) != 1:
-            raise ValueError(f"--stage {begins}: {len(found)} finished students begin so; layerswap plan lists them")
+            raise ValueError(f"--stage {begins}: {len(found)} finished students begin so; layerswap status lists them")
         return found[0]
     path = best_path(make_records(job.plan, store, job.speeds, set(), lambda _: None))
     if not path:

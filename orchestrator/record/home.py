@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from orchestrator.files import read_json, write_json
+
+IN_USE = "in-use"  # a file that every running driver holds a shared lock on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +47,25 @@ class Home:
         except (OSError, json.JSONDecodeError):
             return []
         return runs
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Say for the time of a run that somebody runs here; the kernel takes it back at any death."""
+        with (self.root / IN_USE).open("a") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH)
+            yield
+
+    @property
+    def used(self) -> bool:
+        """Whether a run is going on here at this moment."""
+        try:
+            with (self.root / IN_USE).open() as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except FileNotFoundError:
+            return False
+        return False
 
     def add_run(self, name: str, run: dict[str, Any]) -> None:
         """Remember a run."""

@@ -41,22 +41,28 @@ class StoreError(ValueError):
 
 
 class Store:
-    """A directory of stages. Opening one creates it; `StoreError` where that is impossible."""
+    """A directory of stages. Opening one to write creates it; `StoreError` where it cannot be used."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, write: bool = True) -> None:
         self.root = root
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(f"the store {root} cannot be made ({error.strerror}): give another --home") from error
-        if not os.access(root, os.W_OK):
-            raise StoreError(f"the store {root} cannot be written: give another --home")
         marker = root / "VERSION"
-        if not marker.exists():
-            write_text(marker, VERSION)
-        elif marker.read_text() != VERSION:
+        try:
+            above = next(path for path in (root, *root.parents) if path.exists())
+            if not above.is_dir():
+                raise StoreError(f"the store {root} cannot be made: {above} is a file: give a directory as --home")
+            if write:
+                root.mkdir(parents=True, exist_ok=True)
+                if not marker.exists():
+                    write_text(marker, VERSION)
+            version = marker.read_text(errors="replace") if marker.exists() else VERSION
+        except OSError as error:
+            told = f"the store {root} cannot be {'made' if write else 'read'} ({error.strerror})"
+            raise StoreError(f"{told}: give another --home") from error
+        if write and not os.access(root, os.W_OK):
+            raise StoreError(f"the store {root} cannot be written: give another --home")
+        if version != VERSION:
             raise StoreError(
-                f"the store {root} has layout {marker.read_text()!r}, this program writes {VERSION!r}: use the program "
+                f"the store {root} has layout {version!r}, this program writes {VERSION!r}: use the program "
                 "that wrote it, or give another --home"
             )
 
@@ -92,10 +98,10 @@ class Store:
 
     def locked(self, key: str) -> bool:
         """Whether somebody computes the stage at this moment."""
-        folder = self.folder(key)
-        if not folder.is_dir():
+        path = self.folder(key) / "lock"
+        if not path.exists():
             return False
-        lock = FileLock(folder / "lock", timeout=0)
+        lock = FileLock(path, timeout=0)
         try:
             lock.acquire()
         except Timeout:
@@ -109,7 +115,7 @@ class Store:
         for key in keys:
             if not self.finished(key):
                 continue
-            bad = self._damaged(key)
+            bad = self.damaged(key)
             if bad:
                 (self.folder(key) / DONE).unlink()
                 said.append(f"stage {short(key)}: {bad} is damaged or gone: the stage is computed again")
@@ -117,18 +123,18 @@ class Store:
 
     def all_keys(self) -> list[str]:
         """All stages that have a directory, finished or not."""
-        return sorted(path.parent.name for path in self.root.glob("??/*/spec.json"))
+        return sorted(path.name for path in self.root.glob("??/*") if path.is_dir())
 
-    def remove(self, key: str) -> int:
-        """Delete a stage that nobody computes and return the bytes that it took; 0 for a locked one."""
-        size = tree_bytes(self.folder(key))
+    def remove(self, key: str) -> bool:
+        """Delete a stage, finished or not, with all that its attempts left; False for one that is being computed."""
         with contextlib.suppress(Timeout), FileLock(self.folder(key) / "lock", timeout=0):
             (self.folder(key) / DONE).unlink(missing_ok=True)  # first: a half-deleted stage is not a finished one
             shutil.rmtree(self.folder(key))
-            return size
-        return 0
+            return True
+        return False
 
-    def _damaged(self, key: str) -> str | None:
+    def damaged(self, key: str) -> str | None:
+        """The first file of a finished stage that is not what was published; none where all are."""
         try:
             files: dict[str, str] = self.done(key)["files"]
         except (ValueError, KeyError):

@@ -9,15 +9,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from orchestrator.distill.context import RunContext
 from orchestrator.run.store import Store, compute
+from orchestrator.run.temporary import temporary_directory
 from orchestrator.study.plan import Plan, Trial
 from orchestrator.study.spec import ThroughputSpec
 
@@ -73,8 +72,8 @@ def run_plan(plan: Plan, context: RunContext, speeds: dict[str, ThroughputSpec],
     Raises `ClusterError` where a stage asks for more cores than the cluster has.
     """
     outcome = Outcome()
-    with _ray(cluster) as cores:
-        _check_resources(plan, cores)
+    with connected(cluster) as cores:
+        check_resources(plan, cores)
         from orchestrator.run.broker import start_broker
 
         broker = start_broker({key: spec.model_dump_json() for key, spec in plan.specs.items()}, context)
@@ -86,34 +85,33 @@ def run_plan(plan: Plan, context: RunContext, speeds: dict[str, ThroughputSpec],
 
 
 @contextmanager
-def _ray(cluster: Cluster) -> Iterator[int]:
+def connected(cluster: Cluster) -> Iterator[int]:
+    """Connect to the cluster, or start one on this machine; yields how many cores it has."""
     os.environ.update(QUIET)
     import ray
 
-    local: dict[str, Any] = {}
-    temporary = None
-    if not os.access(Path.home(), os.W_OK):  # Ray keeps a token there, and dies where it cannot
-        os.environ["HOME"] = tempfile.mkdtemp(prefix="layerswap-home-")
-    if cluster.address is None:
-        temporary = tempfile.mkdtemp(prefix="layerswap-")
-        local = {
-            "num_cpus": cluster.cpus,
-            "resources": {"trial_slot": 2 * cluster.cpus},
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-            "_temp_dir": temporary,
-        }
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are told once, at the end
-    ray.init(address=cluster.address, namespace="layerswap", log_to_driver=False, logging_level=logging.ERROR, **local)
-    try:
+    with ExitStack() as stack:
+        if not os.access(Path.home(), os.W_OK):  # Ray keeps a token there, and dies where it cannot
+            os.environ["HOME"] = str(stack.enter_context(temporary_directory("home")))
+        local: dict[str, Any] = {}
+        if cluster.address is None:
+            local = {
+                "num_cpus": cluster.cpus,
+                "resources": {"trial_slot": 2 * cluster.cpus},
+                "include_dashboard": False,
+                "object_store_memory": OBJECT_STORE_BYTES,
+                "_temp_dir": str(stack.enter_context(temporary_directory("ray"))),
+            }
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are told once, at the end
+        ray.init(
+            address=cluster.address, namespace="layerswap", log_to_driver=False, logging_level=logging.ERROR, **local
+        )
+        stack.callback(ray.shutdown)
         yield int(ray.cluster_resources().get("CPU", 0))
-    finally:
-        ray.shutdown()
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_resources(plan: Plan, cores: int) -> None:
+def check_resources(plan: Plan, cores: int) -> None:
+    """Raise `ClusterError` for a stage that asks for more cores than there are: it would wait for ever."""
     for spec in plan.specs.values():
         threads = spec.numerics.threads if hasattr(spec, "numerics") else 1
         if threads > cores:
@@ -156,19 +154,16 @@ def _run_trials(plan: Plan, broker: Any, outcome: Outcome, cores: int) -> None:
                 }
             )
 
-    storage = tempfile.mkdtemp(prefix="layerswap-tune-")
-    try:
+    with temporary_directory("tune") as storage:
         tuner = tune.Tuner(
             tune.with_resources(coordinate, tune.PlacementGroupFactory([{"CPU": 0, "trial_slot": 1}])),
             param_space={"trial": tune.grid_search([trial.name for trial in plan.trials])},
             tune_config=tune.TuneConfig(scheduler=_scheduler(plan), max_concurrent_trials=2 * cores),
             run_config=tune.RunConfig(
-                storage_path=storage, verbose=0, failure_config=tune.FailureConfig(max_failures=1)
+                storage_path=str(storage), verbose=0, failure_config=tune.FailureConfig(max_failures=1)
             ),
         )
         results = tuner.fit()
-    finally:
-        shutil.rmtree(storage, ignore_errors=True)
     for index in range(len(results)):
         _judge(plan, results[index], outcome)
 
