@@ -96,8 +96,7 @@ def estimate(plan: Plan, store: Store) -> dict[str, float] | None:
     for step in {step.train.key: step for step in plan.steps if not store.finished(step.train.key)}.values():
         kind = str(getattr(step.train, "kind", ""))
         rate = statistics.median(rates[kind]) if kind in rates else slowest
-        threads = step.train.numerics.threads if hasattr(step.train, "numerics") else 1
-        seconds += threads * step.own_tokens / rate
+        seconds += step.train.cores * step.own_tokens / rate
         megabytes += statistics.median(sizes.get(kind) or [0.0])
     return {"core_seconds": seconds, "megabytes": megabytes}
 

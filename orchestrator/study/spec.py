@@ -36,6 +36,21 @@ class Spec(Model):
         found = {role: getattr(self, role, None) for role in roles}
         return {role: key for role, key in found.items() if key is not None}
 
+    @property
+    def threads(self) -> int:
+        """Cores that one process of the stage keeps busy."""
+        return int(self.numerics.threads) if hasattr(self, "numerics") else 1
+
+    @property
+    def world_size(self) -> int:
+        """Processes that compute the stage together."""
+        return int(self.numerics.world_size) if hasattr(self, "numerics") else 1
+
+    @property
+    def cores(self) -> int:
+        """Cores that the whole stage keeps busy."""
+        return self.threads * self.world_size
+
 
 class SourceIdentity(Model):
     """A text source: its kind, how it is read, and the fingerprint of its content."""
