@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -27,6 +28,15 @@ HomeDirectory = Annotated[
     typer.Option("--home", envvar="LAYERSWAP_HOME", help="store, records, reports; default: runs/ of the repository"),
 ]
 EXIT_BAD_INPUT = 2
+
+
+class Claims(StrEnum):
+    """`--claims`: a lock of the kernel, or a file that is renewed."""
+
+    flock = "flock"
+    lease = "lease"
+
+
 # Large tensors come and go every step: keep their pages instead of giving them back to the kernel (glibc), and let
 # threads that wait sleep, so that a busy neighbour does not cost a stage of two threads most of its speed (OpenMP).
 PROCESS = {
@@ -61,7 +71,16 @@ def run(
         str | None, typer.Option(help="a Ray cluster to run on; default: one on this machine")
     ] = None,
     device: Annotated[str, typer.Option(help="where stages run: cpu, cuda")] = "cpu",
+    gpus_per_stage: Annotated[
+        float | None, typer.Option(min=0, help="of each process of a stage, 0.5 for half; default: 1 on cuda, else 0")
+    ] = None,
     checkpoint_seconds: Annotated[float, typer.Option(help="seconds between checkpoints of a running stage")] = 15.0,
+    claims: Annotated[
+        Claims, typer.Option(help="how stages being computed are held: lease where flock does not reach")
+    ] = Claims.flock,
+    mirror: Annotated[
+        str | None, typer.Option(metavar="URL", help="share finished stages through this URL (fsspec)")
+    ] = None,
 ) -> None:
     """Run the study, or go on with it: what is finished is never computed again."""
     for name, value in PROCESS.items():
@@ -70,14 +89,26 @@ def run(
     job = _job(study, overrides, home, made)
     from orchestrator.distill.context import RunContext
     from orchestrator.record.driver import run_study
-    from orchestrator.run.sweep import Cluster, ClusterError
+    from orchestrator.run.cluster import Cluster, ClusterError, check_before_start
+    from orchestrator.run.mirror import Mirror, MirrorError
 
-    _store(study, home)
-    context = RunContext(str(job.home.store.resolve()), device, checkpoint_seconds, locations=resolved.locations)
+    store = _store(study, home)
+    gpus = gpus_per_stage if gpus_per_stage is not None else float(device.startswith("cuda"))
+    context = RunContext(
+        str(store.root.resolve()), device, checkpoint_seconds, locations=resolved.locations, gpus_per_stage=gpus,
+        claims=claims.value, mirror=mirror,
+    )  # fmt: skip
+    cluster = Cluster(ray_address)
     try:
-        raise typer.Exit(run_study(job, context, Cluster(ray_address)))
-    except ClusterError as error:
+        copies = Mirror(mirror) if mirror is not None else None
+        check_before_start(made.specs.values(), context, cluster)
+        code = run_study(job, context, cluster)
+    except (ClusterError, MirrorError) as error:
         _bad_input(error)
+    unsent = copies.upload_all(store, [*made.specs, *(spec.key for spec in job.speeds.values())]) if copies else []
+    for line in unsent:
+        print(line, file=sys.stderr)
+    raise typer.Exit(code or (1 if unsent else 0))
 
 
 @app.command()

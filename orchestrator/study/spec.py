@@ -188,6 +188,11 @@ def spec_from_json(text: str) -> Any:
     return _ADAPTER.validate_json(text, strict=True)
 
 
+def place_of(key: str) -> str:
+    """Where a stage lies below the root of a store or its mirror."""
+    return f"{key[:2]}/{key}"
+
+
 def short(key: str) -> str:
     """The first 16 hex digits of a key, for people."""
     return key[:16]
