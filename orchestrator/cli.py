@@ -9,6 +9,7 @@ import platform
 import shlex
 import socket
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -30,6 +31,15 @@ HomeDirectory = Annotated[
     typer.Option("--home", envvar="LAYERSWAP_HOME", help="store, records, reports; default: runs/ of the repository"),
 ]
 EXIT_BAD_INPUT = 2
+
+
+class Claims(StrEnum):
+    """`--claims`: a lock of the kernel, or a file that is renewed."""
+
+    flock = "flock"
+    lease = "lease"
+
+
 # Large tensors come and go every step: keep their pages instead of giving them back to the kernel (glibc), and let
 # threads that wait sleep, so that a busy neighbour does not cost a stage of two threads most of its speed (OpenMP).
 PROCESS = {
@@ -65,7 +75,16 @@ def run(
         str | None, typer.Option(help="a Ray cluster to run on; default: one on this machine")
     ] = None,
     device: Annotated[str, typer.Option(help="where stages run: cpu, cuda")] = "cpu",
+    gpus_per_stage: Annotated[
+        float | None, typer.Option(min=0, help="of each process of a stage, 0.5 for half; default: 1 on cuda, else 0")
+    ] = None,
     checkpoint_seconds: Annotated[float, typer.Option(help="seconds between checkpoints of a running stage")] = 15.0,
+    claims: Annotated[
+        Claims, typer.Option(help="how stages being computed are held: lease where flock does not reach")
+    ] = Claims.flock,
+    mirror: Annotated[
+        str | None, typer.Option(metavar="URL", help="share finished stages through this URL (fsspec)")
+    ] = None,
 ) -> None:
     """Run the study, or go on with it: what is finished is never computed again."""
     for name, value in PROCESS.items():
@@ -74,17 +93,28 @@ def run(
     job = _job(study, overrides, home, made)
     from orchestrator.distill.context import RunContext
     from orchestrator.record.driver import run_study
+    from orchestrator.run.cluster import Cluster, ClusterError
+    from orchestrator.run.mirror import Mirror, MirrorError
     from orchestrator.run.preflight import check_run
-    from orchestrator.run.sweep import Cluster, ClusterError
 
-    context = RunContext(str(job.home.store.resolve()), device, checkpoint_seconds, locations=resolved.locations)
+    gpus = gpus_per_stage if gpus_per_stage is not None else float(device.startswith("cuda"))
+    context = RunContext(
+        str(job.home.store.resolve()), device, checkpoint_seconds, locations=resolved.locations, gpus_per_stage=gpus,
+        claims=claims.value, mirror=mirror,
+    )  # fmt: skip
+    cluster = Cluster(ray_address)
     try:
-        check_run(made, context, Cluster(ray_address))
-        _store(study, home, write=True)
+        copies = Mirror(mirror) if mirror is not None else None
+        check_run(made, context, cluster)
+        store = _store(study, home, write=True)
         with job.home.in_use():
-            raise typer.Exit(run_study(job, context, Cluster(ray_address)))
-    except ClusterError as error:
+            code = run_study(job, context, cluster)
+    except (ClusterError, MirrorError) as error:
         _bad_input(error)
+    unsent = copies.upload_all(store, [*made.specs, *(spec.key for spec in job.speeds.values())]) if copies else []
+    for line in unsent:
+        print(line, file=sys.stderr)
+    raise typer.Exit(code or (1 if unsent else 0))
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from orchestrator.study.sources import Location
 
@@ -18,6 +19,10 @@ class RunContext:
     checkpoint_seconds: float = 15.0
     log_every: int = 10  # steps between journal lines; checkpoints fall on these steps
     locations: Mapping[str, Location] = dataclasses.field(default_factory=dict)
+    gpus_per_stage: float = 0.0  # of each process of a stage that computes on the device
+    claims: Literal["flock", "lease"] = "flock"  # how a stage that is being computed is held; one kind for one store
+    lease_seconds: float = 30.0  # without a sign of life until a lease counts as left behind
+    mirror: str | None = None  # URL below which finished stages are shared between stores
 
 
 @dataclasses.dataclass(frozen=True)

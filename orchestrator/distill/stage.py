@@ -26,6 +26,7 @@ from orchestrator.distill.models import (
     save_student,
 )
 from orchestrator.distill.optim import make_optimizers, trainable_counts
+from orchestrator.distill.ranks import share
 from orchestrator.distill.statistics import SEQUENCES, attention_profiles
 from orchestrator.distill.swap import swap
 from orchestrator.distill.throughput import measure_throughput
@@ -104,7 +105,7 @@ def _language_modelling(
     size, length = spec.batch_size, spec.sequence_length
 
     def loss(step: int) -> tuple[Tensor, Parts]:
-        ids_BL = batch(tokens, length, order, step * size, size).to(place.context.device)
+        ids_BL = batch(tokens, length, order, *share(step * size, size)).to(place.context.device)
         with autocast(spec.numerics, place.context.device):
             entropy = next_token_loss(model, ids_BL)
         return entropy, {"loss/ce": entropy.detach()}
@@ -121,8 +122,8 @@ def _distillation(
     phase_of_step = [phase for phase in spec.phases for _ in range(phase.steps)]
 
     def loss(step: int) -> tuple[Tensor, Parts]:
-        first = spec.first_sequence + step * size
-        ids_BL = batch(tokens, length, spec.seed + STUDENT_ORDER, first, size).to(place.context.device)
+        mine = share(spec.first_sequence + step * size, size)
+        ids_BL = batch(tokens, length, spec.seed + STUDENT_ORDER, *mine).to(place.context.device)
         with autocast(spec.numerics, place.context.device):
             return batch_losses(teacher, student, ids_BL, spec.layers, phase_of_step[step].losses)
 

@@ -20,6 +20,7 @@ from orchestrator.distill.checkpoint import load_checkpoint, save_checkpoint
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.journal import Journal
 from orchestrator.distill.optim import schedule, set_learning_rate
+from orchestrator.distill.ranks import average_gradients, in_turn, mean
 from orchestrator.study.schema import Numerics, Optimizer
 
 Parts = dict[str, Tensor]
@@ -31,7 +32,10 @@ class NonFiniteLoss(ArithmeticError):
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What to train and how: `loss(step)` gives the scalar to differentiate and detached parts to log."""
+    """What to train and how: `loss(step)` gives the scalar to differentiate and detached parts to log.
+
+    Where ranks share a batch, it is the loss of this rank's part.
+    """
 
     model: nn.Module
     optimizers: list[torch.optim.Optimizer]
@@ -66,7 +70,7 @@ def train(training: Training, place: Workplace) -> dict[str, Any]:
         NonFiniteLoss: names the step and the parts of the loss.
     """
     context = place.context
-    start, before, said = load_checkpoint(place.work, training.model, training.optimizers)
+    start, before, said = in_turn(lambda: load_checkpoint(place.work, training.model, training.optimizers))
     journal = Journal(place.journal)
     began = saved = logged = time.monotonic()
     logged_step = start
@@ -105,10 +109,11 @@ def _step(training: Training, step: int) -> dict[str, float]:
     loss, parts = training.loss(step)
     loss.backward()
     trained = [p for optimizer in training.optimizers for group in optimizer.param_groups for p in group["params"]]
+    average_gradients(trained)
     norm = nn.utils.clip_grad_norm_(trained, training.config.gradient_clip)
     values = {"loss/total": loss.detach(), **parts, "gradient_norm": norm}
     names = list(values)
-    numbers = dict(zip(names, torch.stack([values[name].float() for name in names]).tolist(), strict=True))
+    numbers = dict(zip(names, mean(torch.stack([values[name].float() for name in names])).tolist(), strict=True))
     if not all(math.isfinite(number) for number in numbers.values()):
         told = ", ".join(f"{name}={number:g}" for name, number in numbers.items() if not math.isfinite(number))
         raise NonFiniteLoss(f"step {step + 1}: {told}; lower recipe.optimizer.lr or matrix_lr, or raise warmup")

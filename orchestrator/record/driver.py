@@ -25,8 +25,9 @@ from orchestrator.record.progress import Progress
 from orchestrator.record.records import Record, best_path, make_records
 from orchestrator.record.report import answer, write_report
 from orchestrator.record.tracking import Tracker
+from orchestrator.run.cluster import Cluster
 from orchestrator.run.store import Store
-from orchestrator.run.sweep import Cluster, Outcome, missing, run_plan
+from orchestrator.run.sweep import Outcome, missing, run_plan
 from orchestrator.study.plan import Plan
 from orchestrator.study.spec import ThroughputSpec
 

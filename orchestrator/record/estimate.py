@@ -42,7 +42,7 @@ def estimate(plan: Plan, store: Store, speeds: dict[str, ThroughputSpec], cores:
             unmeasured.add(kind)
         seconds = _median(fixed, kind) + (budget / (_median(rates, kind) or slowest) if budget else 0.0)
         megabytes += _median(sizes, kind)
-        core_seconds += seconds * (stage.numerics.threads if hasattr(stage, "numerics") else 1)
+        core_seconds += seconds * spec.cores
         chains[key] = seconds + max((chains.get(parent, 0.0) for parent in spec.parents.values()), default=0.0)
         if isinstance(spec, ThroughputSpec):
             speed_seconds += seconds

@@ -113,7 +113,7 @@ class Progress:
             seconds = self._seconds(key, step)
             if seconds is None:
                 return "time left: known once the first steps are measured"
-            work += seconds * _threads(step)
+            work += seconds * step.train.cores
             chains[key] = seconds
         longest = max((sum(chains.get(s.train.key, 0.0) for s in t.steps) for t in self.plan.trials), default=0.0)
         longest += chains.get(self.plan.teacher.train.key, 0.0)
@@ -163,7 +163,3 @@ def distinct_steps(plan: Plan) -> dict[str, tuple[str, Step]]:
     for name, step in plan.controls.items():
         found.setdefault(step.train.key, (f"control {name}", step))
     return found
-
-
-def _threads(step: Step) -> int:
-    return int(step.train.numerics.threads) if hasattr(step.train, "numerics") else 1

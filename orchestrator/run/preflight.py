@@ -13,7 +13,7 @@ import socket
 import torch
 
 from orchestrator.distill.context import RunContext
-from orchestrator.run.sweep import Cluster, ClusterError, check_resources, connected
+from orchestrator.run.cluster import Cluster, ClusterError, check_before_start
 from orchestrator.study.plan import Plan
 
 DEVICES = ("cpu", "cuda")
@@ -36,16 +36,9 @@ def check_run(plan: Plan, context: RunContext, cluster: Cluster) -> None:
                 "--device cuda needs an accelerator that torch can use, and this machine has none: give --device cpu, "
                 "or the --ray-address of a cluster that has one"
             )
-        check_resources(plan, cluster.cpus)
-        return
-    _knock(cluster.address)
-    try:
-        with connected(cluster) as cores:
-            check_resources(plan, cores)
-    except (ConnectionError, ValueError) as error:
-        if isinstance(error, ClusterError):
-            raise
-        raise ClusterError(_absent(cluster.address, str(error).split("\n")[0])) from error
+    else:
+        _knock(cluster.address)
+    check_before_start(plan.specs.values(), context, cluster)
 
 
 def _knock(address: str) -> None:

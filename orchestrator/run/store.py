@@ -1,8 +1,9 @@
 """The store: stage key -> specification, journal, checkpoints, artefacts, result. The only truth about what is done.
 
     store/ab/<key>/spec.json          the specification, written first
-                   lock               held by whoever computes the stage; the kernel releases it at any death
-                   attempt.json       who computes it since when; failure.json: why the last attempt failed
+                   lock               held by whoever computes the stage; lease.json where leases are used
+                   attempt.json       who computes it since when, for the how-manieth time
+                   failure.json       why the last attempt failed
                    work/step-000120/  checkpoints of an unfinished stage
                    journal.jsonl      its history
                    artefacts/         what it made
@@ -19,6 +20,7 @@ import platform
 import shutil
 import time
 import traceback
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,10 @@ from filelock import FileLock, Timeout
 from orchestrator.distill.context import RunContext, Workplace
 from orchestrator.distill.stage import run_stage
 from orchestrator.files import fsync_tree, read_json, sha256_file, write_json, write_text
-from orchestrator.study.spec import short, spec_from_json
+from orchestrator.run.claims import LEASE, LOCK, Claim, Flock, claim_of
+from orchestrator.run.distributed import run_on_ranks
+from orchestrator.run.mirror import Mirror
+from orchestrator.study.spec import place_of, short, spec_from_json
 
 VERSION = "1"  # of the store's layout
 DONE = "DONE.json"
@@ -38,6 +43,14 @@ FAILURE = "failure.json"
 
 class StoreError(ValueError):
     """A directory that cannot be used as a store."""
+
+
+class StageClaimed(RuntimeError):
+    """Another process computes the stage."""
+
+
+class ClaimLost(RuntimeError):
+    """The stage was taken over by another process while this one computed it."""
 
 
 class Store:
@@ -68,7 +81,7 @@ class Store:
 
     def folder(self, key: str) -> Path:
         """Where a stage lives."""
-        return self.root / key[:2] / key
+        return self.root / place_of(key)
 
     def finished(self, key: str) -> bool:
         """Whether the stage's result is there."""
@@ -97,17 +110,9 @@ class Store:
         return _maybe(self.folder(key) / FAILURE)
 
     def locked(self, key: str) -> bool:
-        """Whether somebody computes the stage at this moment."""
-        path = self.folder(key) / "lock"
-        if not path.exists():
-            return False
-        lock = FileLock(path, timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            return True
-        lock.release()
-        return False
+        """Whether somebody computes the stage at this moment, or left a lease on it behind."""
+        folder = self.folder(key)
+        return (folder / LEASE).exists() or Flock(folder / LOCK).held_by_other()
 
     def withdraw_damaged(self, keys: Iterable[str]) -> list[str]:
         """Let finished stages whose files are not what was published count as not finished; a line for each."""
@@ -127,7 +132,9 @@ class Store:
 
     def remove(self, key: str) -> bool:
         """Delete a stage, finished or not, with all that its attempts left; False for one that is being computed."""
-        with contextlib.suppress(Timeout), FileLock(self.folder(key) / "lock", timeout=0):
+        if (self.folder(key) / LEASE).exists():
+            return False
+        with contextlib.suppress(Timeout), FileLock(self.folder(key) / LOCK, timeout=0):
             (self.folder(key) / DONE).unlink(missing_ok=True)  # first: a half-deleted stage is not a finished one
             shutil.rmtree(self.folder(key))
             return True
@@ -159,38 +166,56 @@ def tree_bytes(root: Path) -> int:
     return total
 
 
-def compute(spec_json: str, context: RunContext, *, wait: bool = True) -> dict[str, Any]:
+def compute(spec_json: str, context: RunContext, expired: str | None = None) -> dict[str, Any]:
     """Compute a stage unless it is finished, and return its result. Runs in the process that has the stage's cores.
 
-    Two processes that ask for one stage wait for each other, or the later one raises `filelock.Timeout` at once where
-    it must not `wait`; a process that died left a checkpoint to go on from.
+    A process that died left a checkpoint to go on from. `expired` is the lease that it left, as the caller saw it.
+
+    Raises:
+        StageClaimed: another process computes the stage; this one does not wait, for it has the cores.
+        ClaimLost: another took the stage over meanwhile; nothing is published.
     """
     spec = spec_from_json(spec_json)
     store = Store(Path(context.store))
     folder = store.folder(spec.key)
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock", timeout=-1 if wait else 0):
+    claim = claim_of(context, spec.key, expired)
+    if not claim.acquire():
+        raise StageClaimed(f"stage {short(spec.key)} is being computed by another process")
+    try:
         if not store.finished(spec.key):
-            _attempt(spec, spec_json, store, folder, context)
+            _attempt(spec, spec_json, store, folder, context, claim)
+        if context.mirror is not None:
+            with contextlib.suppress(OSError):  # the driver tells at its end what the mirror lacks
+                Mirror(context.mirror).upload(store, spec.key)
+    finally:
+        claim.release()
     return store.result(spec.key)
 
 
-def _attempt(spec: Any, spec_json: str, store: Store, folder: Path, context: RunContext) -> None:
+def _attempt(spec: Any, spec_json: str, store: Store, folder: Path, context: RunContext, claim: Claim) -> None:
     write_text(folder / "spec.json", spec_json)
     (folder / FAILURE).unlink(missing_ok=True)
     began = time.time()
-    write_json(folder / ATTEMPT, {"pid": os.getpid(), "host": platform.node(), "started": began})
-    out, work = folder / "out", folder / "work"
-    shutil.rmtree(out, ignore_errors=True)
+    number = (store.attempt(spec.key) or {}).get("number", 0) + 1
+    write_json(folder / ATTEMPT, {"pid": os.getpid(), "host": platform.node(), "started": began, "number": number})
+    for left in folder.glob("out-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    out, work = folder / f"out-{uuid.uuid4().hex[:8]}", folder / "work"  # `out` is this attempt's alone
     out.mkdir()
     work.mkdir(exist_ok=True)
     inputs = {role: store.artefacts(key) for role, key in spec.parents.items()}
+    run = run_stage if spec.world_size == 1 else run_on_ranks
     try:
-        result = run_stage(spec, Workplace(inputs, work, folder, out, context))
+        result = run(spec, Workplace(inputs, work, folder, out, context))
     except Exception as error:
+        if claim.lost():
+            raise ClaimLost(f"stage {short(spec.key)} was taken over by another process") from error
         text = "".join(traceback.format_exception(error))
         write_json(folder / FAILURE, {"error": f"{type(error).__name__}: {error}", "traceback": text})
         raise
+    if claim.lost():
+        raise ClaimLost(f"stage {short(spec.key)} was taken over by another process")
     _publish(spec, folder, out, result, began)
 
 

@@ -15,7 +15,7 @@ from operators.config import HyenaConfig, SkipConfig
 from orchestrator.study.explain import steps_of
 from orchestrator.study.loader import Document, StudyError, with_values
 from orchestrator.study.schedule import swap_order
-from orchestrator.study.schema import Phase, Pretrain, Study
+from orchestrator.study.schema import Numerics, Phase, Pretrain, Study
 from orchestrator.study.search import sample
 from orchestrator.study.sources import Resolved
 from orchestrator.study.spec import (
@@ -136,7 +136,7 @@ def throughput_specs(plan: Plan, hardware: str) -> dict[str, ThroughputSpec]:
             throughput=plan.study.throughput,
             train_batch_size=student.batch_size if student else plan.study.recipe.batch_size,
             sequence_length=plan.study.data.sequence_length,
-            numerics=student.numerics if student else plan.study.numerics,
+            numerics=_alone(student.numerics if student else plan.study.numerics),
             hardware=hardware,
         )
     return found
@@ -189,6 +189,7 @@ def _roots(study: Study, resolved: Resolved) -> tuple[TokensSpec, TeacherSpec | 
     made = study.teacher
     assert isinstance(made, Pretrain)
     _steps_of(made.tokens, made.batch_size, study, "teacher.tokens")
+    _check_shares(made.batch_size, study, "teacher.batch_size")
     teacher = TeacherSpec(
         tokens=tokens.key,
         architecture=resolved.architecture,
@@ -209,8 +210,19 @@ def _evaluate(study: Study, tokens: TokensSpec, teacher: Spec, subject: str) -> 
         subject=subject,
         sequence_length=study.data.sequence_length,
         evaluation=study.evaluation,
-        numerics=study.numerics,
+        numerics=_alone(study.numerics),
     )
+
+
+def _alone(numerics: Numerics) -> Numerics:
+    """The numerics of what does not train: one process, however many share a batch of training."""
+    return numerics.model_copy(update={"world_size": 1})
+
+
+def _check_shares(batch_size: int, study: Study, key: str) -> None:
+    ranks = study.numerics.world_size
+    if batch_size % ranks:
+        raise StudyError(f"{key}: {batch_size} sequences cannot be shared equally by numerics.world_size {ranks}")
 
 
 @contextlib.contextmanager
@@ -234,6 +246,7 @@ def _path(study: Study, tokens: TokensSpec, teacher: Spec, layers: int) -> Itera
     parent, sequences = teacher.key, 0
     swapped: tuple[int, ...] = ()
     window = study.recipe.batch_size
+    _check_shares(window, study, "recipe.batch_size")
     for trained, phases, joint in stages:
         new = tuple(layer for layer in trained if layer not in swapped)
         swapped = tuple(sorted({*swapped, *trained}))
@@ -305,7 +318,7 @@ def _controls(
             skip = DistilSpec(
                 tokens=tokens.key, teacher=teacher.key, parent=teacher.key, layers=skipped, new_layers=skipped,
                 operator=SkipConfig(), phases=(), batch_size=1, sequence_length=study.data.sequence_length,
-                first_sequence=0, freeze=(), optimizer=study.recipe.optimizer, numerics=study.numerics, seed=0,
+                first_sequence=0, freeze=(), optimizer=study.recipe.optimizer, numerics=_alone(study.numerics), seed=0,
             )  # fmt: skip
             yield name, Step(skip, _evaluate(study, tokens, teacher, skip.key), skipped, 0)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from orchestrator.distill.context import RunContext
 from orchestrator.distill.data import DataError
-from orchestrator.run.store import Store, compute
+from orchestrator.run.store import StageClaimed, Store, compute
 from orchestrator.study.sources import Location
 from orchestrator.study.spec import SourceIdentity, TokensSpec
 
@@ -74,8 +74,8 @@ def test_a_stage_that_another_computes_is_not_waited_for(text: tuple[TokensSpec,
     assert not store.locked(spec.key)
     with FileLock(store.folder(spec.key) / "lock"):
         assert store.locked(spec.key)
-        with pytest.raises(Timeout):
-            compute(spec.model_dump_json(), context, wait=False)
+        with pytest.raises(StageClaimed):
+            compute(spec.model_dump_json(), context)
     assert not store.locked(spec.key)
 
 

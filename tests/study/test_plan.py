@@ -317,3 +317,25 @@ def test_only_what_decides_a_result_changes_keys(change: str, same: bool) -> Non
 def test_operators_have_short_names() -> None:
     names = [operator_name(config) for config in (HyenaConfig(), HyenaConfig(order=3), HyenaConfig(heads=8))]
     assert names == ["hyena-2", "hyena-3", "hyena-8h"]
+
+
+def test_a_batch_is_shared_in_training_only() -> None:
+    plan = planned("numerics.world_size=2")
+    training = [spec for spec in plan.specs.values() if getattr(spec, "phases", None) or hasattr(spec, "token_budget")]
+    rest = [spec for spec in plan.specs.values() if spec not in training]
+    assert {spec.world_size for spec in training} == {2}
+    assert {spec.world_size for spec in [*rest, *throughput_specs(plan, "h").values()]} == {1}
+    assert plan.teacher.evaluate.numerics == planned().teacher.evaluate.numerics
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["teacher.batch_size=5"], "teacher.batch_size: 5 sequences cannot be shared equally by numerics.world_size 2"),
+        (["recipe.batch_size=3"], "recipe.batch_size: 3 sequences cannot be shared equally by numerics.world_size 2"),
+    ],
+)
+def test_a_batch_that_cannot_be_shared_equally_is_told(overrides: list[str], told: str) -> None:
+    with pytest.raises(StudyError) as caught:
+        planned("numerics.world_size=2", *overrides)
+    assert str(caught.value) == f"--set {overrides[0]}: {told}"
