@@ -40,6 +40,7 @@ class Fault:
 
 def kill_driver(scene: Scene) -> Hit:
     scene.run.process.kill()
+    scene.run.process.wait()
     return f"driver {scene.run.process.pid}"
 
 

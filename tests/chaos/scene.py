@@ -25,7 +25,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_SECONDS = 300.0  # a run that takes longer hangs
-ORPHAN_SECONDS = 10.0  # a run's processes are gone so soon after its driver
+ORPHAN_SECONDS = 30.0  # a run's processes are gone so soon after its driver
 TMPFS_BYTES = 256 * 2**20
 T = TypeVar("T")
 
@@ -133,6 +133,10 @@ class Scene:
             time.sleep(pause)
         return None
 
+    def wait_progress(self, stages: int) -> None:
+        """Wait until so many stages are finished, or the run ends."""
+        self.wait(lambda: sum(stage.done for stage in self.stages()) >= stages)
+
     # Processes
 
     def processes(self) -> list[psutil.Process]:
@@ -193,10 +197,6 @@ class Scene:
         attempt = read(folder / "attempt.json") or {}
         number = int(attempt.get("number", 0))
         return Stage(key, self.kinds[key], folder, (folder / "DONE.json").is_file(), number, attempt.get("pid"))
-
-    def progress(self) -> int:
-        """How many stages are finished."""
-        return sum(stage.done for stage in self.stages())
 
     def running(self, *, trained: bool = False, checkpoints: int = 0) -> Stage | None:
         """A stage that is being computed: any, one that trains, or one that has so many checkpoints."""
