@@ -2,7 +2,7 @@
 
     store/ab/<key>/spec.json          the specification, written first
                    lock               held by whoever computes the stage; the kernel releases it at any death
-                   attempt.json       who computes it since when; failure.json: why the last attempt failed
+                   attempt.json       who computes it since when, and for which time; failure.json: why it failed
                    work/step-000120/  checkpoints of an unfinished stage
                    journal.jsonl      its history
                    artefacts/         what it made
@@ -26,7 +26,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from orchestrator.distill.context import RunContext, Workplace
-from orchestrator.distill.stage import run_stage
 from orchestrator.files import fsync_tree, read_json, sha256_file, write_json, write_text
 from orchestrator.study.spec import short, spec_from_json
 
@@ -69,7 +68,8 @@ class Store:
         return (self.folder(key) / DONE).is_file()
 
     def done(self, key: str) -> dict[str, Any]:
-        """The manifest of a finished stage: `result`, `seconds`, `finished` (time), `files` with their digests."""
+        """The manifest of a finished stage: `result`, `seconds` and `core_seconds` (of processor time) of its last
+        attempt, `finished` (time), `files` with their digests."""
         manifest: dict[str, Any] = read_json(self.folder(key) / DONE)
         return manifest
 
@@ -172,23 +172,26 @@ def compute(spec_json: str, context: RunContext, *, wait: bool = True) -> dict[s
 def _attempt(spec: Any, spec_json: str, store: Store, folder: Path, context: RunContext) -> None:
     write_text(folder / "spec.json", spec_json)
     (folder / FAILURE).unlink(missing_ok=True)
-    began = time.time()
-    write_json(folder / ATTEMPT, {"pid": os.getpid(), "host": platform.node(), "started": began})
+    began, busy = time.time(), time.process_time()
+    number = (store.attempt(spec.key) or {}).get("number", 0) + 1
+    write_json(folder / ATTEMPT, {"pid": os.getpid(), "host": platform.node(), "started": began, "number": number})
     out, work = folder / "out", folder / "work"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     work.mkdir(exist_ok=True)
     inputs = {role: store.artefacts(key) for role, key in spec.parents.items()}
+    from orchestrator.distill.stage import run_stage  # torch: only where a stage is computed
+
     try:
         result = run_stage(spec, Workplace(inputs, work, folder, out, context))
     except Exception as error:
         text = "".join(traceback.format_exception(error))
         write_json(folder / FAILURE, {"error": f"{type(error).__name__}: {error}", "traceback": text})
         raise
-    _publish(spec, folder, out, result, began)
+    _publish(spec, folder, out, result, began, busy)
 
 
-def _publish(spec: Any, folder: Path, out: Path, result: dict[str, Any], began: float) -> None:
+def _publish(spec: Any, folder: Path, out: Path, result: dict[str, Any], began: float, busy: float) -> None:
     fsync_tree(out)
     artefacts = folder / "artefacts"
     shutil.rmtree(artefacts, ignore_errors=True)
@@ -199,6 +202,7 @@ def _publish(spec: Any, folder: Path, out: Path, result: dict[str, Any], began: 
         "kind": spec.kind,
         "result": result,
         "seconds": time.time() - began,
+        "core_seconds": time.process_time() - busy,
         "finished": time.time(),
         "files": {path.relative_to(artefacts).as_posix(): sha256_file(path) for path in files},
     }
