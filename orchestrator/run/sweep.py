@@ -62,7 +62,7 @@ def missing(plan: Plan, store: Store, speeds: dict[str, ThroughputSpec], stopped
     steps = [plan.teacher, *plan.controls.values()]
     for trial in plan.trials:
         steps += trial.steps[: stopped.get(trial.name, len(trial.steps))]
-    wanted = [spec.key for step in steps for spec in (step.train, step.evaluate)]
+    wanted = [plan.tokens.key, *(spec.key for step in steps for spec in (step.train, step.evaluate))]
     wanted += [speeds[step.train.key].key for step in steps if step.train.key in speeds]
     return [key for key in dict.fromkeys(wanted) if not store.finished(key)]
 
@@ -121,10 +121,14 @@ def _check_resources(plan: Plan, cores: int) -> None:
             raise ClusterError(f"a {kind} stage asks for {threads} threads but there are {cores} cores: lower threads")
 
 
-def _start_controls(plan: Plan, broker: Any) -> dict[str, Any]:
+def _start_controls(plan: Plan, broker: Any) -> dict[str, list[Any]]:
     """Ask for the teacher's evaluation and the controls; what needs no teacher trains meanwhile on a free core."""
     wanted = {"teacher": plan.teacher, **plan.controls}
-    return {name: broker.want.remote(step.evaluate.key) for name, step in wanted.items()}
+    started = {
+        name: [broker.want.remote(step.train.key), broker.want.remote(step.evaluate.key)]
+        for name, step in wanted.items()
+    }
+    return {"text": [broker.want.remote(plan.tokens.key)], **started}
 
 
 def _run_trials(plan: Plan, broker: Any, outcome: Outcome, cores: int) -> None:
@@ -142,11 +146,11 @@ def _run_trials(plan: Plan, broker: Any, outcome: Outcome, cores: int) -> None:
         import ray
 
         path = paths[config["trial"]]
-        for index, (_, evaluate, swapped, tokens) in enumerate(path):
-            quality = broker.want.remote(evaluate)
+        for index, (train, evaluate, swapped, tokens) in enumerate(path):
+            stage, quality = broker.want.remote(train), broker.want.remote(evaluate)
             if ahead and index + 1 < len(path):
                 broker.want.remote(path[index + 1][0])
-            result = ray.get(quality)
+            _, result = ray.get([stage, quality])
             tune.report(
                 {
                     "perplexity_ratio": result["perplexity_ratio"],
@@ -201,7 +205,7 @@ def _judge(plan: Plan, result: Any, outcome: Outcome) -> None:
         outcome.stopped[name] = finished
 
 
-def _collect(controls: dict[str, Any], outcome: Outcome) -> None:
+def _collect(controls: dict[str, list[Any]], outcome: Outcome) -> None:
     import ray
 
     for name, reference in controls.items():

@@ -12,10 +12,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from orchestrator.run.sweep import OBJECT_STORE_BYTES, QUIET
+from orchestrator.cli import PROCESS
 from orchestrator.study.loader import read_document, validate
 from orchestrator.study.plan import Plan, make_plan
 from orchestrator.study.sources import resolve
+
+ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    **PROCESS,
+}
 
 
 def load(study: Path) -> tuple[Plan, Any]:
@@ -35,7 +44,7 @@ def give(plan: Plan, given: Path, store: Path) -> None:
 
 def main(study: Path, given: Path, out: Path) -> None:
     """Run all trials of a study; what it prints is for whoever looks into a failure."""
-    os.environ.update(QUIET)
+    os.environ.update(ENVIRONMENT)
     import ray
     from ray import tune
 
@@ -60,7 +69,7 @@ def main(study: Path, given: Path, out: Path) -> None:
         num_cpus=len(os.sched_getaffinity(0)),
         include_dashboard=False,
         log_to_driver=False,
-        object_store_memory=OBJECT_STORE_BYTES,
+        object_store_memory=100 * 2**20,
         _temp_dir=tempfile.mkdtemp(prefix="plain-"),
     )
     tuner = tune.Tuner(
