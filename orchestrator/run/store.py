@@ -172,6 +172,8 @@ def compute(spec_json: str, context: RunContext, *, wait: bool = True) -> dict[s
 def _attempt(spec: Any, spec_json: str, store: Store, folder: Path, context: RunContext) -> None:
     write_text(folder / "spec.json", spec_json)
     (folder / FAILURE).unlink(missing_ok=True)
+    for torn in folder.glob(".*.tmp"):  # of a process that died while it wrote
+        torn.unlink()
     began, busy = time.time(), time.process_time()
     number = (store.attempt(spec.key) or {}).get("number", 0) + 1
     write_json(folder / ATTEMPT, {"pid": os.getpid(), "host": platform.node(), "started": began, "number": number})
