@@ -370,7 +370,9 @@ def _kill_named(scene: Scene, name: str) -> Hit:
     if not found:
         return None
     signal_to(found[0].pid, KILL)
-    return f"{name} {found[0].pid}"
+    began = time.monotonic()
+    scene.finish(scene.run)
+    return f"{name} {found[0].pid}; the driver noticed after {time.monotonic() - began:.0f} s"
 
 
 def _end(scene: Scene) -> None:
