@@ -15,8 +15,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from orchestrator.distill.context import RunContext
 from orchestrator.run.temporary import temporary_directory
 from orchestrator.study.spec import Spec
@@ -42,13 +40,19 @@ class ClusterError(ValueError):
     """A cluster that cannot be reached, or cannot hold a stage of the plan."""
 
 
+def _gpus_here() -> int:
+    import torch  # not for a command that starts nothing
+
+    return torch.cuda.device_count()
+
+
 @dataclasses.dataclass(frozen=True)
 class Cluster:
     """What to run on: an address of a Ray cluster, or none to start one on this machine."""
 
     address: str | None = None
     cpus: int = dataclasses.field(default_factory=lambda: len(os.sched_getaffinity(0)))
-    gpus: int = dataclasses.field(default_factory=torch.cuda.device_count)
+    gpus: int = dataclasses.field(default_factory=_gpus_here)
 
 
 @dataclasses.dataclass(frozen=True)

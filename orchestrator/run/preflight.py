@@ -10,8 +10,6 @@ import math
 import os
 import socket
 
-import torch
-
 from orchestrator.distill.context import RunContext
 from orchestrator.run.cluster import Cluster, ClusterError, check_before_start
 from orchestrator.study.plan import Plan
@@ -31,7 +29,7 @@ def check_run(plan: Plan, context: RunContext, cluster: Cluster) -> None:
     if context.device not in DEVICES:
         raise ClusterError(f"--device {context.device} is not known: give one of {', '.join(DEVICES)}")
     if cluster.address is None:
-        if context.device == "cuda" and not torch.cuda.is_available():
+        if context.device == "cuda" and not cluster.gpus:
             raise ClusterError(
                 "--device cuda needs an accelerator that torch can use, and this machine has none: give --device cpu, "
                 "or the --ray-address of a cluster that has one"

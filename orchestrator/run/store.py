@@ -28,7 +28,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from orchestrator.distill.context import RunContext, Workplace
-from orchestrator.distill.stage import run_stage
 from orchestrator.files import fsync_tree, read_json, sha256_file, write_json, write_text
 from orchestrator.run.claims import LEASE, LOCK, Claim, Flock, claim_of
 from orchestrator.run.distributed import run_on_ranks
@@ -88,7 +87,8 @@ class Store:
         return (self.folder(key) / DONE).is_file()
 
     def done(self, key: str) -> dict[str, Any]:
-        """The manifest of a finished stage: `result`, `seconds`, `finished` (time), `files` with their digests."""
+        """The manifest of a finished stage: `result`, `seconds` and `core_seconds` (of processor time) of its last
+        attempt, `finished` (time), `files` with their digests."""
         manifest: dict[str, Any] = read_json(self.folder(key) / DONE)
         return manifest
 
@@ -196,15 +196,19 @@ def compute(spec_json: str, context: RunContext, expired: str | None = None) -> 
 def _attempt(spec: Any, spec_json: str, store: Store, folder: Path, context: RunContext, claim: Claim) -> None:
     write_text(folder / "spec.json", spec_json)
     (folder / FAILURE).unlink(missing_ok=True)
-    began = time.time()
+    began, busy = time.time(), time.process_time()
     number = (store.attempt(spec.key) or {}).get("number", 0) + 1
     write_json(folder / ATTEMPT, {"pid": os.getpid(), "host": platform.node(), "started": began, "number": number})
     for left in folder.glob("out-*"):
         shutil.rmtree(left, ignore_errors=True)
+    for torn in folder.glob(".*.tmp"):  # of a process that died while it wrote
+        torn.unlink(missing_ok=True)
     out, work = folder / f"out-{uuid.uuid4().hex[:8]}", folder / "work"  # `out` is this attempt's alone
     out.mkdir()
     work.mkdir(exist_ok=True)
     inputs = {role: store.artefacts(key) for role, key in spec.parents.items()}
+    from orchestrator.distill.stage import run_stage  # torch: only where a stage is computed
+
     run = run_stage if spec.world_size == 1 else run_on_ranks
     try:
         result = run(spec, Workplace(inputs, work, folder, out, context))
@@ -216,10 +220,10 @@ def _attempt(spec: Any, spec_json: str, store: Store, folder: Path, context: Run
         raise
     if claim.lost():
         raise ClaimLost(f"stage {short(spec.key)} was taken over by another process")
-    _publish(spec, folder, out, result, began)
+    _publish(spec, folder, out, result, began, busy)
 
 
-def _publish(spec: Any, folder: Path, out: Path, result: dict[str, Any], began: float) -> None:
+def _publish(spec: Any, folder: Path, out: Path, result: dict[str, Any], began: float, busy: float) -> None:
     fsync_tree(out)
     artefacts = folder / "artefacts"
     shutil.rmtree(artefacts, ignore_errors=True)
@@ -230,6 +234,7 @@ def _publish(spec: Any, folder: Path, out: Path, result: dict[str, Any], began: 
         "kind": spec.kind,
         "result": result,
         "seconds": time.time() - began,
+        "core_seconds": time.process_time() - busy,
         "finished": time.time(),
         "files": {path.relative_to(artefacts).as_posix(): sha256_file(path) for path in files},
     }

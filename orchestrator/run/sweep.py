@@ -33,7 +33,7 @@ def missing(plan: Plan, store: Store, speeds: dict[str, ThroughputSpec], stopped
     steps = [plan.teacher, *plan.controls.values()]
     for trial in plan.trials:
         steps += trial.steps[: stopped.get(trial.name, len(trial.steps))]
-    wanted = [spec.key for step in steps for spec in (step.train, step.evaluate)]
+    wanted = [plan.tokens.key, *(spec.key for step in steps for spec in (step.train, step.evaluate))]
     wanted += [speeds[step.train.key].key for step in steps if step.train.key in speeds]
     return [key for key in dict.fromkeys(wanted) if not store.finished(key)]
 
@@ -56,7 +56,7 @@ def run_plan(plan: Plan, context: RunContext, speeds: dict[str, ThroughputSpec],
         _collect(controls, outcome)
         # Speed is measured when all training is over: each measurement asks for every core, so one runs at a time.
         measurements = _measurable(Store(Path(context.store)), speeds)
-        _collect({name: broker.want.remote(key) for name, key in measurements.items()}, outcome)
+        _collect({name: [broker.want.remote(key)] for name, key in measurements.items()}, outcome)
     return outcome
 
 
@@ -72,16 +72,16 @@ def _from_the_start(plan: Plan) -> list[str]:
     return list(dict.fromkeys(wanted))
 
 
-def _start_controls(plan: Plan, broker: Any) -> dict[str, Any]:
+def _start_controls(plan: Plan, broker: Any) -> dict[str, list[Any]]:
     """Ask for the teacher's evaluation and the controls; what needs no teacher trains meanwhile on a free core."""
     wanted = {"teacher": plan.teacher, **plan.controls}
-    return {name: _want(broker, step.train.key, step.evaluate.key) for name, step in wanted.items()}
+    started = {name: _want(broker, step.train.key, step.evaluate.key) for name, step in wanted.items()}
+    return {"text": [broker.want.remote(plan.tokens.key)], **started}
 
 
-def _want(broker: Any, train: str, evaluate: str) -> Any:
-    """The future result of an evaluation; its stage is wanted too, since a mirror may have the evaluation alone."""
-    broker.begin.remote([train])
-    return broker.want.remote(evaluate)
+def _want(broker: Any, train: str, evaluate: str) -> list[Any]:
+    """The futures of a stage and of its evaluation: the store may have lost either without the other."""
+    return [broker.want.remote(train), broker.want.remote(evaluate)]
 
 
 def _run_trials(plan: Plan, broker: Any, outcome: Outcome, nodes: tuple[Node, ...]) -> None:
@@ -98,7 +98,7 @@ def _run_trials(plan: Plan, broker: Any, outcome: Outcome, nodes: tuple[Node, ..
         import ray
 
         for index, (train, evaluate, swapped, tokens) in enumerate(paths[config["trial"]]):
-            result = ray.get(_want(broker, train, evaluate))
+            _, result = ray.get(_want(broker, train, evaluate))
             tune.report(
                 {
                     "perplexity_ratio": result["perplexity_ratio"],
@@ -161,7 +161,7 @@ def _measurable(store: Store, speeds: dict[str, ThroughputSpec]) -> dict[str, st
     return {f"throughput {key[:8]}": key for key in sorted(keys)}
 
 
-def _collect(references: dict[str, Any], outcome: Outcome) -> None:
+def _collect(references: dict[str, list[Any]], outcome: Outcome) -> None:
     import ray
 
     for name, reference in references.items():
