@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import sys
+import uuid
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -25,6 +26,12 @@ Overrides = Annotated[
 HomeDirectory = Annotated[
     Path | None,
     typer.Option("--home", envvar="LAYERSWAP_HOME", help="store, records, reports; default: runs/ of the repository"),
+]
+TrackingUri = Annotated[
+    str | None,
+    typer.Option(
+        "--tracking-uri", envvar="LAYERSWAP_TRACKING_URI", help="MLflow server or database; default: one in the home"
+    ),
 ]
 EXIT_BAD_INPUT = 2
 # Large tensors come and go every step: keep their pages instead of giving them back to the kernel (glibc), and let
@@ -62,22 +69,30 @@ def run(
     ] = None,
     device: Annotated[str, typer.Option(help="where stages run: cpu, cuda")] = "cpu",
     checkpoint_seconds: Annotated[float, typer.Option(help="seconds between checkpoints of a running stage")] = 15.0,
+    tracking_uri: TrackingUri = None,
 ) -> None:
     """Run the study, or go on with it: what is finished is never computed again."""
+    from orchestrator.run.interrupt import Interrupt
+
     for name, value in PROCESS.items():
         os.environ.setdefault(name, value)  # for the worker processes, which inherit it
-    made, resolved = _load(study, overrides)
-    job = _job(study, overrides, home, made)
-    from orchestrator.distill.context import RunContext
-    from orchestrator.record.driver import run_study
-    from orchestrator.run.sweep import Cluster, ClusterError
+    with Interrupt() as interrupt:
+        made, resolved = _load(study, overrides)
+        job = _job(study, overrides, home, made, tracking_uri)
+        from orchestrator.distill.context import RunContext
+        from orchestrator.record.driver import run_study
+        from orchestrator.run.sweep import Cluster, ClusterError
 
-    _store(study, home)
-    context = RunContext(str(job.home.store.resolve()), device, checkpoint_seconds, locations=resolved.locations)
-    try:
-        raise typer.Exit(run_study(job, context, Cluster(ray_address)))
-    except ClusterError as error:
-        _bad_input(error)
+        root = _store(study, home).root.resolve()
+        interrupt.stop = root / f"stop-{uuid.uuid4().hex[:8]}"
+        context = RunContext(
+            str(root), device, checkpoint_seconds, locations=resolved.locations, stop=str(interrupt.stop)
+        )
+        try:
+            code = run_study(job, context, Cluster(ray_address), interrupt)
+        except ClusterError as error:
+            _bad_input(error)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -95,15 +110,16 @@ def report(
     overrides: Overrides = None,
     home: HomeDirectory = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the records to this file")] = None,
+    tracking_uri: TrackingUri = None,
 ) -> None:
-    """Print the answer from what is finished, and write the report's files again."""
+    """Print the answer from what is finished, write the report's files and send MLflow what it lacks."""
     made, _ = _load(study, overrides)
-    job = _job(study, overrides, home, made)
+    job = _job(study, overrides, home, made, tracking_uri)
     from orchestrator.files import write_json
     from orchestrator.record import driver
-    from orchestrator.record.tracking import Tracker
+    from orchestrator.record.recorder import Recorder
 
-    records, text = driver.report(job, Tracker(job.home, made, job.speeds))
+    records, text = driver.report(job, Recorder(job.home, made, job.speeds, live=False))
     if json_file is not None:
         write_json(json_file, {"study": job.name, "run": driver.last_run(job), "records": records})
     print(text)
@@ -207,12 +223,20 @@ def _store(study: Path, home: Path | None) -> Any:
         _bad_input(error)
 
 
-def _job(study: Path, overrides: list[str] | None, home: Path | None, made: Plan) -> Any:
+def _job(
+    study: Path, overrides: list[str] | None, home: Path | None, made: Plan, tracking_uri: str | None = None
+) -> Any:
     from orchestrator.record.driver import Job
+    from orchestrator.record.home import Home
+
+    place = Home(_home(study, home).root, tracking_uri)
+    if tracking_uri is not None and "://" not in tracking_uri:
+        _bad_input(f"--tracking-uri {tracking_uri}: no URI; write http://HOST:PORT, or sqlite:////FILE for a database")
 
     again = ["layerswap run", str(study), *(f"--set {shlex.quote(item)}" for item in overrides or ())]
     again += [f"--home {shlex.quote(str(home))}"] if home is not None else []
-    return Job(made, _home(study, home), throughput_specs(made, _hardware()), study, " ".join(again))
+    again += [f"--tracking-uri {shlex.quote(tracking_uri)}"] if tracking_uri is not None else []
+    return Job(made, place, throughput_specs(made, _hardware()), study, " ".join(again))
 
 
 def _hardware() -> str:

@@ -18,6 +18,11 @@ class RunContext:
     checkpoint_seconds: float = 15.0
     log_every: int = 10  # steps between journal lines; checkpoints fall on these steps
     locations: Mapping[str, Location] = dataclasses.field(default_factory=dict)
+    stop: str | None = None  # a file whose appearance asks training to end at its next log step
+
+    def stopping(self) -> bool:
+        """Whether the run was asked to stop."""
+        return self.stop is not None and Path(self.stop).exists()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,10 @@ class NonFiniteLoss(ArithmeticError):
     """A loss or gradient became NaN or infinite: the stage cannot go on, and trying again gives the same."""
 
 
+class Stopped(Exception):
+    """The run was asked to stop: the stage wrote a checkpoint and goes on from there the next time. Not a failure."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Training:
     """What to train and how: `loss(step)` gives the scalar to differentiate and detached parts to log."""
@@ -64,6 +68,7 @@ def train(training: Training, place: Workplace) -> dict[str, Any]:
 
     Raises:
         NonFiniteLoss: names the step and the parts of the loss.
+        Stopped: the run was asked to stop; a checkpoint of this step is written.
     """
     context = place.context
     start, before, said = load_checkpoint(place.work, training.model, training.optimizers)
@@ -84,11 +89,14 @@ def train(training: Training, place: Workplace) -> dict[str, Any]:
             means["tokens_per_s"] = (done - logged_step) * training.tokens_per_step / max(now - logged, 1e-9)
             journal.write(done, done * training.tokens_per_step, means)
             sums, logged, logged_step = {}, now, done
-            if now - saved >= context.checkpoint_seconds and done < training.steps:
+            stopping = context.stopping() and done < training.steps
+            if stopping or (now - saved >= context.checkpoint_seconds and done < training.steps):
                 journal.sync()
                 seconds = before + now - began
                 save_checkpoint(place.work, done, seconds, training.model, training.optimizers)
                 saved = time.monotonic()
+            if stopping:
+                raise Stopped(f"stopped at step {done} of {training.steps}")
     finally:
         journal.close()
     seconds = before + time.monotonic() - began

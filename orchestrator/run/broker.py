@@ -7,6 +7,7 @@ with the same error.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import ray
 from filelock import Timeout
 
 from orchestrator.distill.context import RunContext
-from orchestrator.run.store import Store, compute
+from orchestrator.run.store import Disturbed, Store, compute
 from orchestrator.study.spec import spec_from_json
 
 NAME = "layerswap-broker"
 POLL_SECONDS = 0.5
+DISTURBANCES = 3  # of one stage, after which its disk is not worth trying
 
 
 class StageFailed(RuntimeError):
@@ -34,21 +36,34 @@ class Broker:
         self.context = context
         self.store = Store(Path(context.store))
         self.futures: dict[str, asyncio.Task[dict[str, Any]]] = {}
+        self.disturbed: Counter[str] = Counter()  # key -> how often it was
+        self.training: set[str] = set()  # keys of stages that train at this moment
 
     async def want(self, key: str) -> dict[str, Any]:
         """The result of a stage, computed now, being computed, or found in the store. Raises `StageFailed`."""
-        if key not in self.futures:
+        future = self.futures.get(key)
+        withdrawn = future is not None and future.done() and not self.store.finished(key)
+        if future is None or (withdrawn and future.exception() is None):
             self.futures[key] = asyncio.ensure_future(self._obtain(key))
         return await asyncio.shield(self.futures[key])
 
+    async def settle(self) -> None:
+        """Return when no training stage of this run is at work: once asked to stop, they write a checkpoint and end."""
+        while any(self.store.locked(key) for key in self.training):
+            await asyncio.sleep(POLL_SECONDS / 5)
+
     async def _obtain(self, key: str) -> dict[str, Any]:
         spec = self.specs[key]
-        while not self.store.finished(key):
-            if self.store.locked(key):  # another driver computes it: wait without a core
-                await asyncio.sleep(POLL_SECONDS)
-                continue
-            await self._compute(key, spec)
-        return self.store.result(key)
+        while True:
+            while not self.store.finished(key):
+                if self.store.locked(key):  # another driver computes it: wait without a core
+                    await asyncio.sleep(POLL_SECONDS)
+                    continue
+                await self._compute(key, spec)
+            try:
+                return self.store.result(key)
+            except (OSError, ValueError):  # damaged since it was published
+                self.store.withdraw_damaged([key])
 
     async def _compute(self, key: str, spec: Any) -> None:
         await asyncio.gather(*(self.want(parent) for parent in spec.parents.values()))
@@ -56,13 +71,20 @@ class Broker:
         task: Any = ray.remote(compute).options(
             name=f"{spec.kind}-{key[:8]}", num_cpus=cores, max_retries=3, scheduling_strategy="DEFAULT"
         )
+        if hasattr(spec, "optimizer"):
+            self.training.add(key)
         try:
             await task.remote(self.texts[key], self.context, wait=False)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, Timeout):
                 return
+            if isinstance(error.cause, Disturbed) and self.disturbed[key] < DISTURBANCES:
+                self.disturbed[key] += 1
+                return
             told = self.store.failure(key)
             raise StageFailed(told["error"] if told else str(error.cause)) from None
+        finally:
+            self.training.discard(key)
 
 
 def start_broker(specs: dict[str, str], context: RunContext) -> Any:

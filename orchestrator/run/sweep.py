@@ -10,14 +10,16 @@ import dataclasses
 import logging
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from orchestrator.distill.context import RunContext
-from orchestrator.run.store import Store, compute
+from orchestrator.run.guard import guarded
+from orchestrator.run.store import Disturbed, Store, compute
 from orchestrator.study.plan import Plan, Trial
 from orchestrator.study.spec import ThroughputSpec
 
@@ -70,7 +72,8 @@ def missing(plan: Plan, store: Store, speeds: dict[str, ThroughputSpec], stopped
 def run_plan(plan: Plan, context: RunContext, speeds: dict[str, ThroughputSpec], cluster: Cluster) -> Outcome:
     """Compute everything the plan asks for and the store lacks; a failed trial does not stop the others.
 
-    Raises `ClusterError` where a stage asks for more cores than the cluster has.
+    Raises `ClusterError` where a stage asks for more cores than the cluster has. On `KeyboardInterrupt` with the
+    context's stop file in place it lets training stages write a checkpoint first; what does not train is cancelled.
     """
     outcome = Outcome()
     with _ray(cluster) as cores:
@@ -78,10 +81,15 @@ def run_plan(plan: Plan, context: RunContext, speeds: dict[str, ThroughputSpec],
         from orchestrator.run.broker import start_broker
 
         broker = start_broker({key: spec.model_dump_json() for key, spec in plan.specs.items()}, context)
-        controls = _start_controls(plan, broker)
-        _run_trials(plan, broker, outcome, cores)
-        _collect(controls, outcome)
-        _measure(plan, context, speeds, cores, outcome)
+        try:
+            controls = _start_controls(plan, broker)
+            _run_trials(plan, broker, outcome, cores)
+            _collect(controls, outcome)
+            _measure(broker, context, speeds, cores, outcome)
+        except KeyboardInterrupt:
+            if context.stopping():
+                _settle(broker)
+            raise
     return outcome
 
 
@@ -91,11 +99,10 @@ def _ray(cluster: Cluster) -> Iterator[int]:
     import ray
 
     local: dict[str, Any] = {}
-    temporary = None
-    if not os.access(Path.home(), os.W_OK):  # Ray keeps a token there, and dies where it cannot
-        os.environ["HOME"] = tempfile.mkdtemp(prefix="layerswap-home-")
+    temporary = tempfile.mkdtemp(prefix="layerswap-")
+    if not _writable(Path.home()):  # Ray keeps a token there, and dies where it cannot
+        os.environ["HOME"] = temporary
     if cluster.address is None:
-        temporary = tempfile.mkdtemp(prefix="layerswap-")
         local = {
             "num_cpus": cluster.cpus,
             "resources": {"trial_slot": 2 * cluster.cpus},
@@ -104,13 +111,44 @@ def _ray(cluster: Cluster) -> Iterator[int]:
             "_temp_dir": temporary,
         }
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are told once, at the end
-    ray.init(address=cluster.address, namespace="layerswap", log_to_driver=False, logging_level=logging.ERROR, **local)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    with guarded(temporary):
+        try:
+            with _own_sigterm():
+                ray.init(address=cluster.address, namespace="layerswap", **quiet, **local)
+            yield int(ray.cluster_resources().get("CPU", 0))
+        finally:
+            ray.shutdown()
+
+
+def _writable(folder: Path) -> bool:
     try:
-        yield int(ray.cluster_resources().get("CPU", 0))
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the handler of SIGTERM: `ray.init` replaces it by one that exits with the number of the signal."""
+    handler = signal.getsignal(signal.SIGTERM)
+    terminated = False
+    try:
+        yield
+    except SystemExit:
+        terminated = True
     finally:
-        ray.shutdown()
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        signal.signal(signal.SIGTERM, handler)
+    if terminated:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def _settle(broker: Any) -> None:
+    import ray
+
+    with suppress(ray.exceptions.RayError):
+        ray.get(broker.settle.remote())
 
 
 def _check_resources(plan: Plan, cores: int) -> None:
@@ -211,7 +249,7 @@ def _collect(controls: dict[str, Any], outcome: Outcome) -> None:
             outcome.failures[name] = _reason(error)
 
 
-def _measure(plan: Plan, context: RunContext, speeds: dict[str, ThroughputSpec], cores: int, outcome: Outcome) -> None:
+def _measure(broker: Any, context: RunContext, speeds: dict[str, ThroughputSpec], cores: int, outcome: Outcome) -> None:
     """Measure speed when all training is over, one architecture at a time, with every core of the machine reserved."""
     import ray
 
@@ -221,10 +259,15 @@ def _measure(plan: Plan, context: RunContext, speeds: dict[str, ThroughputSpec],
         if store.finished(spec.key):
             continue
         task = ray.remote(compute).options(name=f"throughput-{spec.key[:8]}", num_cpus=cores, max_retries=1)
-        try:
-            ray.get(task.remote(spec.model_dump_json(), context))
-        except ray.exceptions.RayError as error:
-            outcome.failures[f"throughput {spec.key[:8]}"] = _reason(error)
+        for again in (True, False):
+            try:
+                ray.get([broker.want.remote(parent) for parent in spec.parents.values()])
+                ray.get(task.remote(spec.model_dump_json(), context))
+            except ray.exceptions.RayError as error:
+                if again and isinstance(getattr(error, "cause", None), Disturbed):
+                    continue
+                outcome.failures[f"throughput {spec.key[:8]}"] = _reason(error)
+            break
 
 
 def _reason(error: BaseException) -> str:
