@@ -9,6 +9,7 @@ import platform
 import shlex
 import socket
 import sys
+import uuid
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -29,6 +30,12 @@ Overrides = Annotated[
 HomeDirectory = Annotated[
     Path | None,
     typer.Option("--home", envvar="LAYERSWAP_HOME", help="store, records, reports; default: runs/ of the repository"),
+]
+TrackingUri = Annotated[
+    str | None,
+    typer.Option(
+        "--tracking-uri", envvar="LAYERSWAP_TRACKING_URI", help="MLflow server or database; default: one in the home"
+    ),
 ]
 EXIT_BAD_INPUT = 2
 
@@ -85,35 +92,42 @@ def run(
     mirror: Annotated[
         str | None, typer.Option(metavar="URL", help="share finished stages through this URL (fsspec)")
     ] = None,
+    tracking_uri: TrackingUri = None,
 ) -> None:
     """Run the study, or go on with it: what is finished is never computed again."""
+    from orchestrator.run.interrupt import Interrupt
+
     for name, value in PROCESS.items():
         os.environ.setdefault(name, value)  # for the worker processes, which inherit it
-    made, resolved = _load(study, overrides)
-    job = _job(study, overrides, home, made)
-    from orchestrator.distill.context import RunContext
-    from orchestrator.record.driver import run_study
-    from orchestrator.run.cluster import Cluster, ClusterError
-    from orchestrator.run.mirror import Mirror, MirrorError
-    from orchestrator.run.preflight import check_run
+    with Interrupt() as interrupt:
+        made, resolved = _load(study, overrides)
+        job = _job(study, overrides, home, made, tracking_uri)
+        from orchestrator.distill.context import RunContext
+        from orchestrator.record.driver import run_study
+        from orchestrator.run.cluster import Cluster, ClusterError
+        from orchestrator.run.mirror import Mirror, MirrorError
+        from orchestrator.run.preflight import check_run
 
-    gpus = gpus_per_stage if gpus_per_stage is not None else float(device.startswith("cuda"))
-    context = RunContext(
-        str(job.home.store.resolve()), device, checkpoint_seconds, locations=resolved.locations, gpus_per_stage=gpus,
-        claims=claims.value, mirror=mirror,
-    )  # fmt: skip
-    cluster = Cluster(ray_address)
-    try:
-        copies = Mirror(mirror) if mirror is not None else None
-        check_run(made, context, cluster)
-        store = _store(study, home, write=True)
-        with job.home.in_use():
-            code = run_study(job, context, cluster)
-    except (ClusterError, MirrorError) as error:
-        _bad_input(error)
-    unsent = copies.upload_all(store, [*made.specs, *(spec.key for spec in job.speeds.values())]) if copies else []
-    for line in unsent:
-        print(line, file=sys.stderr)
+        root = job.home.store.resolve()
+        stop = root / f"stop-{uuid.uuid4().hex[:8]}"
+        gpus = gpus_per_stage if gpus_per_stage is not None else float(device.startswith("cuda"))
+        context = RunContext(
+            str(root), device, checkpoint_seconds, locations=resolved.locations, gpus_per_stage=gpus,
+            claims=claims.value, mirror=mirror, stop=str(stop),
+        )  # fmt: skip
+        cluster = Cluster(ray_address)
+        try:
+            copies = Mirror(mirror) if mirror is not None else None
+            check_run(made, context, cluster)
+            store = _store(study, home, write=True)
+            interrupt.stop = stop
+            with job.home.in_use():
+                code = run_study(job, context, cluster, interrupt)
+        except (ClusterError, MirrorError) as error:
+            _bad_input(error)
+        unsent = copies.upload_all(store, [*made.specs, *(s.key for s in job.speeds.values())]) if copies else []
+        for line in unsent:
+            print(line, file=sys.stderr)
     raise typer.Exit(code or (1 if unsent else 0))
 
 
@@ -132,18 +146,19 @@ def report(
     overrides: Overrides = None,
     home: HomeDirectory = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the records to this file")] = None,
+    tracking_uri: TrackingUri = None,
 ) -> None:
-    """Print the answer from what is finished, and write the report's files again."""
+    """Print the answer from what is finished, write the report's files and send MLflow what it lacks."""
     made, _ = _load(study, overrides)
-    job = _job(study, overrides, home, made)
+    job = _job(study, overrides, home, made, tracking_uri)
     _store(study, home, must_exist=True)
     if json_file is not None and (json_file.is_dir() or not json_file.parent.is_dir()):
         _bad_input(f"--json {json_file} cannot be written: give the path of a file in a directory that exists")
     from orchestrator.files import write_json
     from orchestrator.record import driver
-    from orchestrator.record.tracking import Tracker
+    from orchestrator.record.recorder import Recorder
 
-    records, text = driver.report(job, Tracker(job.home, made, job.speeds))
+    records, text = driver.report(job, Recorder(job.home, made, job.speeds, live=False))
     if json_file is not None:
         write_json(json_file, {"study": job.name, "run": driver.last_run(job), "records": records})
     print(text)
@@ -277,12 +292,20 @@ def _store(study: Path, home: Path | None, *, write: bool = False, must_exist: b
         _bad_input(error)
 
 
-def _job(study: Path, overrides: list[str] | None, home: Path | None, made: Plan) -> Any:
+def _job(
+    study: Path, overrides: list[str] | None, home: Path | None, made: Plan, tracking_uri: str | None = None
+) -> Any:
     from orchestrator.record.driver import Job
+    from orchestrator.record.home import Home
+
+    place = Home(_home(study, home).root, tracking_uri)
+    if tracking_uri is not None and "://" not in tracking_uri:
+        _bad_input(f"--tracking-uri {tracking_uri}: no URI; write http://HOST:PORT, or sqlite:////FILE for a database")
 
     again = ["layerswap run", str(study), *(f"--set {shlex.quote(item)}" for item in overrides or ())]
     again += [f"--home {shlex.quote(str(home))}"] if home is not None else []
-    return Job(made, _home(study, home), throughput_specs(made, _hardware()), study, " ".join(again))
+    again += [f"--tracking-uri {shlex.quote(tracking_uri)}"] if tracking_uri is not None else []
+    return Job(made, place, throughput_specs(made, _hardware()), study, " ".join(again))
 
 
 def _hardware() -> str:

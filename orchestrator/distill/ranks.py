@@ -50,6 +50,16 @@ def mean(values: Tensor) -> Tensor:
     return values
 
 
+def on_any(flag: bool) -> bool:
+    """Whether a flag is set on any rank: what ends training must end it on all of them at one step."""
+    return flag if world_size() == 1 else bool(mean(torch.tensor(float(flag))) > 0)
+
+
+def is_first() -> bool:
+    """Whether this process writes what the stage keeps."""
+    return world_size() == 1 or dist.get_rank() == 0
+
+
 def in_turn(load: Callable[[], tuple[int, T, Any]]) -> tuple[int, T, Any]:
     """Let the first rank `load` a checkpoint, which may tidy up damaged ones, then the others.
 

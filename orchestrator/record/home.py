@@ -20,6 +20,7 @@ class Home:
     """The `--home` directory."""
 
     root: Path
+    tracking: str | None = None  # a tracking server or database of the user's instead of the home's own
 
     @property
     def store(self) -> Path:
@@ -28,13 +29,18 @@ class Home:
 
     @property
     def database(self) -> str:
-        """MLflow's tracking URI."""
+        """URI of the home's own MLflow database."""
         return f"sqlite:///{(self.root / 'mlflow.db').resolve()}"
 
     @property
-    def artefacts(self) -> str:
-        """Where MLflow keeps files."""
-        return (self.root / "mlartifacts").resolve().as_uri()
+    def tracking_uri(self) -> str:
+        """Where MLflow's records go."""
+        return self.tracking or self.database
+
+    @property
+    def artefacts(self) -> str | None:
+        """Where MLflow keeps files; None where the tracking server decides."""
+        return None if self.tracking else (self.root / "mlartifacts").resolve().as_uri()
 
     def study(self, name: str) -> Path:
         """Reports of one study."""

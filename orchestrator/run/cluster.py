@@ -10,12 +10,15 @@ import dataclasses
 import logging
 import math
 import os
+import signal
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from orchestrator.distill.context import RunContext
+from orchestrator.run.guard import guarded
 from orchestrator.run.temporary import temporary_directory
 from orchestrator.study.spec import Spec
 
@@ -75,8 +78,9 @@ def connected(cluster: Cluster) -> Iterator[tuple[Node, ...]]:
     import ray
 
     with ExitStack() as stack:
-        if not os.access(Path.home(), os.W_OK):  # Ray keeps a token there, and dies where it cannot
-            os.environ["HOME"] = str(stack.enter_context(temporary_directory("home")))
+        folder = str(stack.enter_context(temporary_directory("ray")))
+        if not _writable(Path.home()):  # Ray keeps a token there, and dies where it cannot
+            os.environ["HOME"] = folder
         local: dict[str, Any] = {}
         if cluster.address is None:
             local = {
@@ -84,11 +88,36 @@ def connected(cluster: Cluster) -> Iterator[tuple[Node, ...]]:
                 "num_gpus": cluster.gpus,
                 "include_dashboard": False,
                 "object_store_memory": OBJECT_STORE_BYTES,
-                "_temp_dir": str(stack.enter_context(temporary_directory("ray"))),
+                "_temp_dir": folder,
             }
-        _connect(cluster.address, local)
+        stack.enter_context(guarded(folder))
         stack.callback(ray.shutdown)
+        with _own_sigterm():
+            _connect(cluster.address, local)
         yield _nodes()
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the handler of SIGTERM: `ray.init` replaces it by one that exits with the number of the signal."""
+    handler = signal.getsignal(signal.SIGTERM)
+    terminated = False
+    try:
+        yield
+    except SystemExit:
+        terminated = True
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    if terminated:
+        signal.raise_signal(signal.SIGTERM)
 
 
 def _connect(address: str | None, local: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ it. Invariant: the store decides what is left to do, so a plan that is done star
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def missing(plan: Plan, store: Store, speeds: dict[str, ThroughputSpec], stopped
 def run_plan(plan: Plan, context: RunContext, speeds: dict[str, ThroughputSpec], cluster: Cluster) -> Outcome:
     """Compute everything the plan asks for and the store lacks; a failed trial does not stop the others.
 
-    Raises `ClusterError` where a stage asks for more than the cluster has.
+    Raises `ClusterError` where a stage asks for more than the cluster has. On `KeyboardInterrupt` with the
+    context's stop file in place it lets training stages write a checkpoint first; what does not train is cancelled.
     """
     outcome = Outcome()
     specs: dict[str, Spec] = {**plan.specs, **{spec.key: spec for spec in speeds.values()}}
@@ -50,14 +52,26 @@ def run_plan(plan: Plan, context: RunContext, speeds: dict[str, ThroughputSpec],
         from orchestrator.run.broker import start_broker
 
         broker = start_broker({key: spec.model_dump_json() for key, spec in specs.items()}, context, nodes)
-        controls = _start_controls(plan, broker)
-        broker.begin.remote(_from_the_start(plan))
-        _run_trials(plan, broker, outcome, nodes)
-        _collect(controls, outcome)
-        # Speed is measured when all training is over: each measurement asks for every core, so one runs at a time.
-        measurements = _measurable(Store(Path(context.store)), speeds)
-        _collect({name: [broker.want.remote(key)] for name, key in measurements.items()}, outcome)
+        try:
+            controls = _start_controls(plan, broker)
+            broker.begin.remote(_from_the_start(plan))
+            _run_trials(plan, broker, outcome, nodes)
+            _collect(controls, outcome)
+            # Speed is measured when all training is over: each measurement asks for every core, so one runs at a time.
+            measurements = _measurable(Store(Path(context.store)), speeds)
+            _collect({name: [broker.want.remote(key)] for name, key in measurements.items()}, outcome)
+        except KeyboardInterrupt:
+            if context.stopping():
+                _settle(broker)
+            raise
     return outcome
+
+
+def _settle(broker: Any) -> None:
+    import ray
+
+    with suppress(ray.exceptions.RayError):
+        ray.get(broker.settle.remote())
 
 
 def _from_the_start(plan: Plan) -> list[str]:
