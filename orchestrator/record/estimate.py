@@ -61,9 +61,10 @@ def _measured(store: Store) -> tuple[Measured, Measured, Measured]:
     """By kind of stage: tokens a second of training, seconds beside the training, and megabytes."""
     rates, fixed, sizes = Measured(list), Measured(list), Measured(list)
     for key in store.all_keys():
-        if not store.finished(key):
+        try:
+            done = store.done(key)
+        except (OSError, ValueError):  # not finished, or damaged
             continue
-        done = store.done(key)
         result = done["result"]
         rate = result.get("tokens_per_s")
         kind = _kind(done["kind"], bool(rate))
