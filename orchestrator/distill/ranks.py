@@ -8,7 +8,8 @@ on every rank at every step, so a checkpoint of the first rank is everybody's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
+
+
+class PeerLost(RuntimeError):
+    """Another rank does not answer any more: whatever ended it, it is not this rank's error."""
 
 
 def world_size() -> int:
@@ -45,7 +50,8 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 def mean(values: Tensor) -> Tensor:
     """The mean over the ranks; since their parts of a batch are equal, the mean over the batch."""
     if world_size() > 1:
-        dist.all_reduce(values)
+        with _together():
+            dist.all_reduce(values)
         values /= world_size()
     return values
 
@@ -67,13 +73,23 @@ def in_turn(load: Callable[[], tuple[int, T, Any]]) -> tuple[int, T, Any]:
     """
     if world_size() == 1:
         return load()
-    if dist.get_rank() != 0:
-        dist.barrier()
-    found = load()
-    if dist.get_rank() == 0:
-        dist.barrier()
     steps: list[Any] = [None] * world_size()
-    dist.all_gather_object(steps, found[0])
+    if dist.get_rank() != 0:
+        with _together():
+            dist.barrier()
+    found = load()
+    with _together():
+        if dist.get_rank() == 0:
+            dist.barrier()
+        dist.all_gather_object(steps, found[0])
     if len(set(steps)) > 1:
         raise RuntimeError(f"the ranks found checkpoints of steps {steps}: the store is not the same on every node")
     return found
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # of the library that carries the sums: gloo's and nccl's own have no class
+        raise PeerLost(str(error).strip().split("\n")[0]) from error

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.distill.context import Workplace
+from orchestrator.distill.ranks import PeerLost
 from orchestrator.distill.stage import Result, run_stage
 
 START_TIMEOUT_S = str(7 * 24 * 3600)  # ranks wait for cores that other stages have, like any stage
@@ -30,8 +31,9 @@ def run_on_ranks(spec: Any, place: Workplace) -> Result:
     Raises `RankDied`, or the error that a rank raised.
     """
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_S)
-    from ray.train import RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
 
     context = place.context
     resources = {"CPU": float(spec.threads)}
@@ -50,8 +52,8 @@ def run_on_ranks(spec: Any, place: Workplace) -> Result:
     )
     try:
         result: Result = trainer.fit().return_value
-    except WorkerGroupError as error:
-        raise _cause(error.worker_failures) from None
+    except TrainingFailedError as error:
+        raise _cause(getattr(error, "worker_failures", {}), str(error)) from None
     finally:
         shutil.rmtree(storage, ignore_errors=True)
     return result
@@ -72,11 +74,9 @@ def _on_rank(given: dict[str, Any]) -> Result | None:
     return None
 
 
-def _cause(failures: dict[int, Exception]) -> Exception:
-    """What the first rank that raised an error raised; `RankDied` where none did."""
+def _cause(failures: dict[int, Exception], told: str) -> Exception:
+    """The first rank's own error; `RankDied` where all that is known is that ranks died or missed another."""
     for _, failure in sorted(failures.items()):
-        raised = getattr(failure, "_base_exc", None)
-        if isinstance(raised, Exception):
-            return raised
-    told = "; ".join(f"rank {rank}: {str(failure).strip().splitlines()[0]}" for rank, failure in failures.items())
-    return RankDied(told or "the ranks died")
+        if not isinstance(failure, PeerLost) and type(failure).__module__.split(".")[0] != "ray":
+            return failure
+    return RankDied(" ".join(told.split())[:200])
