@@ -58,7 +58,11 @@ def mean(values: Tensor) -> Tensor:
 
 def on_any(flag: bool) -> bool:
     """Whether a flag is set on any rank: what ends training must end it on all of them at one step."""
-    return flag if world_size() == 1 else bool(mean(torch.tensor(float(flag))) > 0)
+    if world_size() == 1:
+        return flag
+    flags = [False] * world_size()
+    dist.all_gather_object(flags, flag)
+    return any(flags)
 
 
 def is_first() -> bool:
