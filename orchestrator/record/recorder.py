@@ -35,9 +35,10 @@ class Recorder:
         self.store = Store(home.store)
         self.tracker: Tracker | None = None
         self.trouble: str | None = None  # why MLflow is behind
+        self.complete: set[str] = set()  # identities of runs that need no more
         self.elsewhere = False  # another recorder of this study is at work
         self.hopeless = False  # somebody waited in vain
-        self.asked: queue.Queue[tuple[Action, threading.Event]] = queue.Queue()
+        self.asked: queue.Queue[tuple[Action, threading.Event] | None] = queue.Queue()
         self.lock = FileLock(home.study(plan.study.study) / "recorder.lock", timeout=0, thread_local=False)
         self.thread = threading.Thread(target=self._work, daemon=True)
 
@@ -52,9 +53,12 @@ class Recorder:
     def finish(
         self, stopped: dict[str, int], failures: dict[str, str], summary: dict[str, float], files: list[Path]
     ) -> None:
-        """Give every run its true status and its files, as far as MLflow answers."""
+        """Give every run its true status and its files, as far as MLflow answers; nothing is sent after that."""
         self._wait_for(lambda tracker: tracker.finish(stopped, failures, summary))
         self._wait_for(lambda tracker: tracker.add_files(files))
+        self.asked.put(None)
+        if not self.hopeless:
+            self.thread.join()
 
     def run_id(self, step: Step) -> str | None:
         """The MLflow run of a step's stage, as far as it is known."""
@@ -65,9 +69,8 @@ class Recorder:
         """Lines that say what MLflow lacks and that `command` sends it; none where it lacks nothing."""
         if self.trouble is None and not self.hopeless:
             return []
-        closed = set() if self.tracker is None else set(self.tracker.closed)
         begun = {step.train.key for step in self.plan.steps if self.store.attempt(step.train.key) is not None}
-        lacking = sum(f"stage:{key}" not in closed for key in begun)
+        lacking = sum(f"stage:{key}" not in self.complete for key in begun)
         what = f"{lacking} of {len(begun)} stages" if lacking else "the study's files"
         return [
             f"MLflow lacks {what} ({self.trouble or 'it does not answer'}); nothing is lost: the next run sends them, "
@@ -90,13 +93,15 @@ class Recorder:
     def _work(self) -> None:
         while True:
             try:
-                action, done = self.asked.get(timeout=EVERY)
+                asked = self.asked.get(timeout=EVERY)
             except queue.Empty:
-                action, done = Tracker.sync, threading.Event()
-            try:
-                self._attempt(action)
-            finally:
-                done.set()
+                asked = (Tracker.sync, threading.Event())
+            if asked is None:
+                self.lock.release()
+                return
+            action, done = asked
+            self._attempt(action)
+            done.set()
 
     def _attempt(self, action: Action) -> None:
         try:
@@ -110,9 +115,11 @@ class Recorder:
         except Timeout:
             self.elsewhere = True
         except Exception as error:
+            self.complete |= set() if self.tracker is None else self.tracker.closed
             self.tracker = None  # a new one asks MLflow what it has
             self._say_behind(error)
         else:
+            self.complete |= self.tracker.closed
             if self.trouble is not None and self.live:
                 print("MLflow has caught up", file=sys.stderr)
             self.trouble = None

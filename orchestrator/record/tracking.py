@@ -100,11 +100,10 @@ class Tracker:
             if identity in self.runs and identity not in self.closed and not self.store.finished(step.evaluate.key):
                 self._close(self.runs[identity], "FAILED" if self._failure(step) else "KILLED")
         study, failed = self._study_run(), bool(failures) or any(self._failure(step) for step in self.plan.steps)
-        ends = [
-            self.store.done(s.evaluate.key)["finished"] for s in self.plan.steps if self.store.finished(s.evaluate.key)
-        ]
+        known = self.client.get_run(study).data.metrics
         for key, value in summary.items():
-            self.client.log_metric(study, key, value, timestamp=int(max(ends) * 1000), step=0)
+            if known.get(key) != value:
+                self.client.log_metric(study, key, value)
         self._close(study, "FINISHED" if complete and not failures else "FAILED" if failed else "KILLED")
 
     def add_files(self, files: list[Path]) -> None:
