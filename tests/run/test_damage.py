@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from orchestrator.distill import stage as stage_module
 from orchestrator.distill.context import RunContext
 from orchestrator.distill.train import Stopped
 from orchestrator.run import store as store_module
@@ -77,7 +78,7 @@ def family(text: Small, monkeypatch: pytest.MonkeyPatch) -> tuple[Small, TokensS
     child = Child.model_construct(**dict(spec), parent=spec.key)
     monkeypatch.setattr(store_module, "spec_from_json", lambda _: child)
     monkeypatch.setattr(
-        store_module, "run_stage", lambda _, place: {"bytes": len((place.inputs["parent"] / "train.bin").read_bytes())}
+        stage_module, "run_stage", lambda _, place: {"bytes": len((place.inputs["parent"] / "train.bin").read_bytes())}
     )
     return (spec, context, store), child
 
@@ -127,7 +128,7 @@ def test_a_disk_that_turns_read_only_inside_a_stage_is_named(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(store_module, "run_stage", fail)
+    monkeypatch.setattr(stage_module, "run_stage", fail)
     with pytest.raises(StoreError, match="has become read-only: make it writable, then run the same command"):
         compute(spec.model_dump_json(), context)
     failure = store.failure(spec.key)
@@ -198,7 +199,7 @@ def test_an_input_that_is_damaged_while_it_is_read_is_no_failure_of_the_reader(
         (place.inputs["parent"] / "train.bin").unlink()
         (place.inputs["parent"] / "train.bin").read_bytes()
 
-    monkeypatch.setattr(store_module, "run_stage", read)
+    monkeypatch.setattr(stage_module, "run_stage", read)
     with pytest.raises(Disturbed):
         compute("", context)
     assert store.failure(child.key) is None and not store.finished(spec.key)
@@ -218,7 +219,7 @@ def test_a_stage_whose_directory_is_deleted_under_it_is_disturbed_and_publishes_
         return {}
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "run_stage", deleted)
+        patch.setattr(stage_module, "run_stage", deleted)
         with pytest.raises(Disturbed, match="was deleted under it"):
             compute(spec.model_dump_json(), context)
     assert not store.finished(spec.key) and store.failure(spec.key) is None
@@ -276,5 +277,5 @@ def test_a_lock_held_by_the_living_is_respected_while_its_stage_is_deleted(text:
     with FileLock(store.folder(spec.key) / "lock"):
         shutil.rmtree(store.folder(spec.key))
         assert not store.locked(spec.key)
-        assert compute(spec.model_dump_json(), context, wait=False)
+        assert compute(spec.model_dump_json(), context)
     assert store.finished(spec.key)
