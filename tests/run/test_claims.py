@@ -14,6 +14,7 @@ from typing import Any
 import fsspec
 import pytest
 
+from orchestrator.distill import stage
 from orchestrator.distill.context import RunContext
 from orchestrator.run import claims
 from orchestrator.run.claims import EXIT_LOST, Claim, Flock, Lease, claim_of
