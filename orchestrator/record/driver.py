@@ -34,6 +34,8 @@ from orchestrator.run.sweep import Outcome, missing, run_plan
 from orchestrator.study.plan import Plan
 from orchestrator.study.spec import ThroughputSpec
 
+ROUNDS = 2  # of computing what the store lacks
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -65,8 +67,7 @@ def run_study(job: Job, context: RunContext, cluster: Cluster, interrupt: Interr
     watch.start()
     recorder.start()
     with suppress(KeyboardInterrupt):  # `interrupt` knows
-        if missing(job.plan, store, job.speeds, outcome.stopped):
-            outcome = run_plan(job.plan, context, job.speeds, cluster)
+        outcome = _compute(job, store, context, cluster, outcome)
     watch.stop()
     if interrupt.number:
         outcome.failures.clear()  # of stages that were asked to stop; a stage that failed itself has told the store
@@ -83,6 +84,18 @@ def run_study(job: Job, context: RunContext, cluster: Cluster, interrupt: Interr
     _unless_full(lambda: job.home.add_run(job.name, run))
     _, text = report(job, recorder, run, outcome)
     return _tell(job, outcome, text, interrupt.number)
+
+
+def _compute(job: Job, store: Store, context: RunContext, cluster: Cluster, outcome: Outcome) -> Outcome:
+    """Run the plan, once more where finished stages vanished or were damaged under it."""
+    for _ in range(ROUNDS):
+        if outcome.failures or not missing(job.plan, store, job.speeds, outcome.stopped):
+            return outcome
+        outcome = run_plan(job.plan, context, job.speeds, cluster)
+    gone = [] if outcome.failures else missing(job.plan, store, job.speeds, outcome.stopped)
+    if gone:
+        outcome.failures["store"] = f"{len(gone)} stages were finished and are gone or damaged: look at {store.root}"
+    return outcome
 
 
 def report(

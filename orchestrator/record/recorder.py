@@ -22,7 +22,8 @@ from orchestrator.study.plan import Plan, Step
 from orchestrator.study.spec import ThroughputSpec
 
 EVERY = 3.0  # seconds between rounds
-PATIENCE = 6.0  # seconds without an answer after which nobody waits any more
+PATIENCE = 6.0  # seconds without an answer after which the end of a run does not wait any more
+REPORT_PATIENCE = 60.0  # and a report, which may have to make a database first
 
 Action = Callable[[Tracker], None]
 
@@ -37,6 +38,7 @@ class Recorder:
         self.trouble: str | None = None  # why MLflow is behind
         self.complete: set[str] = set()  # identities of runs that need no more
         self.elsewhere = False  # another recorder of this study is at work
+        self.patience = PATIENCE if live else REPORT_PATIENCE
         self.hopeless = False  # somebody waited in vain
         self.asked: queue.Queue[tuple[Action, threading.Event] | None] = queue.Queue()
         self.lock = FileLock(home.study(plan.study.study) / "recorder.lock", timeout=0, thread_local=False)
@@ -86,7 +88,7 @@ class Recorder:
         self.asked.put((action, done))
         while not done.wait(0.1):
             heard = 0.0 if self.tracker is None else self.tracker.heard
-            if time.monotonic() - max(began, heard) > PATIENCE:
+            if time.monotonic() - max(began, heard) > self.patience:
                 self.hopeless = True
                 return
 
@@ -114,6 +116,7 @@ class Recorder:
             action(self.tracker)
         except Timeout:
             self.elsewhere = True
+            self._look()
         except Exception as error:
             self.complete |= set() if self.tracker is None else self.tracker.closed
             self.tracker = None  # a new one asks MLflow what it has
@@ -123,6 +126,13 @@ class Recorder:
             if self.trouble is not None and self.live:
                 print("MLflow has caught up", file=sys.stderr)
             self.trouble = None
+
+    def _look(self) -> None:
+        """Learn the runs that the recorder at work has made."""
+        try:
+            self.tracker = Tracker(self.home, self.plan, self.speeds, live=False)
+        except Exception:
+            self.tracker = None  # telling of it is that recorder's
 
     def _say_behind(self, error: Exception) -> None:
         told = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else ''}"

@@ -320,7 +320,7 @@ def test_a_study_has_one_recorder_at_a_time(scene: Scene) -> None:
     first, second = scene.recorder(), scene.recorder()
     first.catch_up()
     second.catch_up()
-    assert second.elsewhere and second.run_id(scene.plan.teacher) is None
+    assert second.elsewhere and second.run_id(scene.plan.teacher) == first.run_id(scene.plan.teacher) is not None
     assert finish(second) == [] and finish(first) == []
     third = scene.recorder()
     third.catch_up()
