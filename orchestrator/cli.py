@@ -91,19 +91,20 @@ def run(
     from orchestrator.record.driver import run_study
     from orchestrator.run.cluster import Cluster, ClusterError, check_before_start
     from orchestrator.run.mirror import Mirror, MirrorError
+    from orchestrator.run.store import Store, StoreError
 
-    store = _store(study, home)
     gpus = gpus_per_stage if gpus_per_stage is not None else float(device.startswith("cuda"))
     context = RunContext(
-        str(store.root.resolve()), device, checkpoint_seconds, locations=resolved.locations, gpus_per_stage=gpus,
+        str(job.home.store.resolve()), device, checkpoint_seconds, locations=resolved.locations, gpus_per_stage=gpus,
         claims=claims.value, mirror=mirror,
     )  # fmt: skip
     cluster = Cluster(ray_address)
     try:
         copies = Mirror(mirror) if mirror is not None else None
         check_before_start(made.specs.values(), context, cluster)
+        store = Store(job.home.store)
         code = run_study(job, context, cluster)
-    except (ClusterError, MirrorError) as error:
+    except (ClusterError, MirrorError, StoreError) as error:
         _bad_input(error)
     unsent = copies.upload_all(store, [*made.specs, *(spec.key for spec in job.speeds.values())]) if copies else []
     for line in unsent:

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from orchestrator.distill.context import RunContext
+from orchestrator.run.store import Store
 from orchestrator.study.spec import Spec
 
 QUIET = {
@@ -87,8 +89,9 @@ def connected(cluster: Cluster) -> Iterator[tuple[Node, ...]]:
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are told once, at the end
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
+        _knock(cluster.address)
         ray.init(address=cluster.address, namespace="layerswap", **quiet, **local)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         if cluster.address is None:
             raise
         reason = str(error).strip().split("\n")[0]
@@ -102,6 +105,13 @@ def connected(cluster: Cluster) -> Iterator[tuple[Node, ...]]:
         ray.shutdown()
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _knock(address: str | None) -> None:
+    """Raise `OSError` where nobody listens at a host and port: Ray itself would try for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _nodes() -> tuple[Node, ...]:
@@ -175,7 +185,7 @@ def check_store(context: RunContext, nodes: tuple[Node, ...]) -> None:
     """Raise `ClusterError` for a node that does not see the driver's store, or not this program."""
     import ray
 
-    marker = Path(context.store) / f".seen-{os.getpid()}"
+    marker = Store(Path(context.store)).root / f".seen-{os.getpid()}"
     marker.write_text("")
     try:
         looks = [ray.remote(_sees).options(num_cpus=0, **pinned(node)).remote(str(marker)) for node in nodes]
