@@ -61,7 +61,8 @@ def on_any(flag: bool) -> bool:
     if world_size() == 1:
         return flag
     flags = [False] * world_size()
-    dist.all_gather_object(flags, flag)
+    with _together():
+        dist.all_gather_object(flags, flag)
     return any(flags)
 
 

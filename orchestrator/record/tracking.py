@@ -256,9 +256,11 @@ class Tracker:
             if run not in self.sent:
                 history = self.client.get_metric_history(run, "stage_tokens")
                 self.sent[run] = max((point.step for point in history), default=-1)
-            self._journal(run, key)
+            # Asked before the journal is read: a stage that is finished writes no more lines.
+            trained = self.store.finished(key)
             finished = [result for result in results if self.store.finished(result)]
-            if self.store.finished(key) and finished[:1] == results[:1]:
+            self._journal(run, key)
+            if trained and finished[:1] == results[:1]:
                 self._results(run, finished)
         if self._told(run) and self.status[run] != "FINISHED" and self.store.finished(step.evaluate.key):
             self._close(run, "FINISHED", int(self.store.done(step.evaluate.key)["finished"] * 1000))

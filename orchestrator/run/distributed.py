@@ -77,12 +77,6 @@ def _on_rank(given: dict[str, Any]) -> Result | None:
 def _cause(failures: dict[int, Exception], told: str) -> Exception:
     """The first rank's own error; `RankDied` where all that is known is that ranks died or missed another."""
     for _, failure in sorted(failures.items()):
-        lost = isinstance(failure, PeerLost) or _lost_its_peer(failure)
-        if not lost and type(failure).__module__.split(".")[0] != "ray":
+        if not isinstance(failure, PeerLost) and type(failure).__module__.split(".")[0] != "ray":
             return failure
     return RankDied(" ".join(told.split())[:200])
-
-
-def _lost_its_peer(error: Exception) -> bool:
-    """Whether a rank only tells that another one went away in the middle of an all-reduce."""
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in ("closed by peer", "reset by peer"))

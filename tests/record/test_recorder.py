@@ -19,6 +19,7 @@ from werkzeug.serving import BaseWSGIServer, make_server
 from orchestrator.distill.journal import Journal
 from orchestrator.files import write_json
 from orchestrator.record import recorder as recorder_module
+from orchestrator.record import tracking as tracking_module
 from orchestrator.record.home import Home
 from orchestrator.record.recorder import Recorder
 from orchestrator.record.tracking import TOLD, Tracker
@@ -303,6 +304,27 @@ def test_any_lost_call_is_made_up_for(scene: Scene, monkeypatch: pytest.MonkeyPa
     assert finish(recorder) == []
     scene.check_complete()
     assert sorted(scene.statuses().values()) == ["FINISHED"] * 6
+
+
+def test_what_a_stage_writes_while_it_is_looked_at_is_sent_too(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages that write their last lines and finish right after their journal was read are told whole."""
+    read = tracking_module.read_journal
+
+    def read_then_finish(folder: Path, after: int = -1) -> Any:
+        lines = read(folder, after)
+        for step in scene.plan.steps:
+            if scene.store.folder(step.train.key) == folder and not scene.store.finished(step.train.key):
+                scene.begin(step, LINES)
+                scene.end(step)
+        return lines
+
+    for step in scene.plan.steps:
+        scene.begin(step, LINES - 5)
+    monkeypatch.setattr(tracking_module, "read_journal", read_then_finish)
+    tracker = Tracker(scene.home, scene.plan, scene.speeds)
+    tracker.sync()
+    tracker.sync()
+    scene.check_complete()
 
 
 def test_a_run_made_twice_is_kept_once(scene: Scene) -> None:
