@@ -82,7 +82,7 @@ class Recorder:
     def _wait_for(self, action: Action) -> None:
         if not self.thread.is_alive():
             self.thread.start()
-        if self.hopeless or self.elsewhere:
+        if self.hopeless:
             return
         done, began = threading.Event(), time.monotonic()
         self.asked.put((action, done))
@@ -110,13 +110,15 @@ class Recorder:
             if not self.lock.is_locked:
                 self.home.study(self.plan.study.study).mkdir(parents=True, exist_ok=True)
                 self.lock.acquire()
-            self.elsewhere = False
+            if self.elsewhere:
+                self.tracker, self.elsewhere = None, False
             if self.tracker is None:
                 self.tracker = Tracker(self.home, self.plan, self.speeds, self.live)
             action(self.tracker)
         except Timeout:
+            if not self.elsewhere:
+                self._look()
             self.elsewhere = True
-            self._look()
         except Exception as error:
             self.complete |= set() if self.tracker is None else self.tracker.closed
             self.tracker = None  # a new one asks MLflow what it has
