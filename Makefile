@@ -1,11 +1,13 @@
-# make setup | study | ui | test | check | format | bench: every target installs what it needs into .venv first.
+# make setup | study | ui | test | check | format | chaos | bench-tree: every target installs what it needs into .venv first.
 PYTHON ?= python3
 STUDY ?= studies/layerwise.yaml
 PORT ?= 5000
+SEEDS ?= 0-49
+SCALE ?= 0.1
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup study plan status report ui test check format clean
+.PHONY: setup study plan status report ui test check format chaos bench-tree clean
 
 study: $(INSTALLED)
 	@$(BIN)/layerswap run $(STUDY)
@@ -23,6 +25,12 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+chaos: $(INSTALLED)
+	$(BIN)/python -m tests.chaos --seeds $(SEEDS)
+
+bench-tree: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks.tree --scale $(SCALE)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -10,6 +10,10 @@ from typing import Literal
 from orchestrator.study.sources import Location
 
 
+class Stopped(Exception):
+    """The run was asked to stop: the stage wrote a checkpoint and goes on from there the next time. Not a failure."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RunContext:
     """The surroundings of a run. No field of it enters a stage key."""
@@ -23,6 +27,11 @@ class RunContext:
     claims: Literal["flock", "lease"] = "flock"  # how a stage that is being computed is held; one kind for one store
     lease_seconds: float = 30.0  # without a sign of life until a lease counts as left behind
     mirror: str | None = None  # URL below which finished stages are shared between stores
+    stop: str | None = None  # a file whose appearance asks training to end at its next log step
+
+    def stopping(self) -> bool:
+        """Whether the run was asked to stop."""
+        return self.stop is not None and Path(self.stop).exists()
 
 
 @dataclasses.dataclass(frozen=True)

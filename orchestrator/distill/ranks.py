@@ -56,6 +56,20 @@ def mean(values: Tensor) -> Tensor:
     return values
 
 
+def on_any(flag: bool) -> bool:
+    """Whether a flag is set on any rank: what ends training must end it on all of them at one step."""
+    if world_size() == 1:
+        return flag
+    flags = [False] * world_size()
+    dist.all_gather_object(flags, flag)
+    return any(flags)
+
+
+def is_first() -> bool:
+    """Whether this process writes what the stage keeps."""
+    return world_size() == 1 or dist.get_rank() == 0
+
+
 def in_turn(load: Callable[[], tuple[int, T, Any]]) -> tuple[int, T, Any]:
     """Let the first rank `load` a checkpoint, which may tidy up damaged ones, then the others.
 

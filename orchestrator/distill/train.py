@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.distill.checkpoint import load_checkpoint, save_checkpoint
-from orchestrator.distill.context import Workplace
+from orchestrator.distill.context import Stopped, Workplace
 from orchestrator.distill.journal import Journal
 from orchestrator.distill.optim import schedule, set_learning_rate
-from orchestrator.distill.ranks import average_gradients, in_turn, mean
+from orchestrator.distill.ranks import average_gradients, in_turn, is_first, mean, on_any
 from orchestrator.study.schema import Numerics, Optimizer
 
 Parts = dict[str, Tensor]
@@ -68,6 +68,7 @@ def train(training: Training, place: Workplace) -> dict[str, Any]:
 
     Raises:
         NonFiniteLoss: names the step and the parts of the loss.
+        Stopped: the run was asked to stop; a checkpoint of this step is written.
     """
     context = place.context
     start, before, said = in_turn(lambda: load_checkpoint(place.work, training.model, training.optimizers))
@@ -88,11 +89,16 @@ def train(training: Training, place: Workplace) -> dict[str, Any]:
             means["tokens_per_s"] = (done - logged_step) * training.tokens_per_step / max(now - logged, 1e-9)
             journal.write(done, done * training.tokens_per_step, means)
             sums, logged, logged_step = {}, now, done
-            if now - saved >= context.checkpoint_seconds and done < training.steps:
+            if done == training.steps:
+                break
+            stopping = on_any(context.stopping())
+            if is_first() and (stopping or now - saved >= context.checkpoint_seconds):
                 journal.sync()
                 seconds = before + now - began
                 save_checkpoint(place.work, done, seconds, training.model, training.optimizers)
                 saved = time.monotonic()
+            if stopping:
+                raise Stopped(f"stopped at step {done} of {training.steps}")
     finally:
         journal.close()
     seconds = before + time.monotonic() - began

@@ -7,6 +7,7 @@ with the same error. It lives and dies with the driver's node: whoever wants its
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from orchestrator.run.claims import claim_of
 from orchestrator.run.cluster import READS_FILES, Node, pinned, uses_device
 from orchestrator.run.distributed import RankDied
 from orchestrator.run.mirror import Mirror
-from orchestrator.run.store import ClaimLost, StageClaimed, Store, compute
+from orchestrator.run.store import ClaimLost, Disturbed, StageClaimed, Store, compute
 from orchestrator.study.spec import spec_from_json
 
 POLL_SECONDS = 0.5
+DISTURBANCES = 3  # of one stage, after which its disk is not worth trying
 
 
 class StageFailed(RuntimeError):
@@ -39,6 +41,8 @@ class Broker:
         self.store = Store(Path(context.store))
         self.mirror = Mirror(context.mirror) if context.mirror else None
         self.futures: dict[str, asyncio.Future[dict[str, Any]]] = {}
+        self.disturbed: Counter[str] = Counter()  # key -> how often it was
+        self.training: set[str] = set()  # keys of stages that train at this moment
         self.shared = asyncio.Semaphore(self._shared_at_once())
 
     async def begin(self, keys: list[str]) -> None:
@@ -53,27 +57,38 @@ class Broker:
         """
         return await asyncio.shield(self._future(key))
 
+    async def settle(self) -> None:
+        """Return when no training stage of this run is at work: once asked to stop, they write a checkpoint and end."""
+        while any(self.store.locked(key) for key in self.training):
+            await asyncio.sleep(POLL_SECONDS / 5)
+
     def _future(self, key: str) -> asyncio.Future[dict[str, Any]]:
-        if key not in self.futures:
+        future = self.futures.get(key)
+        withdrawn = future is not None and future.done() and not self.store.finished(key)
+        if future is None or (withdrawn and future.exception() is None):
             self.futures[key] = asyncio.ensure_future(self._obtain(key))
         return self.futures[key]
 
     async def _obtain(self, key: str) -> dict[str, Any]:
         spec = self.specs[key]
         claim = claim_of(self.context, key)
-        while not self.store.finished(key):
-            if self.mirror is not None and await asyncio.to_thread(self._fetched, key):
-                continue
-            if await asyncio.to_thread(claim.held_by_other):  # another driver computes it: wait without a core
-                await asyncio.sleep(POLL_SECONDS)
-                continue
-            await asyncio.gather(*(self.want(parent) for parent in spec.parents.values()))
-            if spec.world_size == 1:
-                await self._compute(key, spec, claim.expired)
-            else:
-                async with self.shared:
+        while True:
+            while not self.store.finished(key):
+                if self.mirror is not None and await asyncio.to_thread(self._fetched, key):
+                    continue
+                if await asyncio.to_thread(claim.held_by_other):  # another driver computes it: wait without a core
+                    await asyncio.sleep(POLL_SECONDS)
+                    continue
+                await asyncio.gather(*(self.want(parent) for parent in spec.parents.values()))
+                if spec.world_size == 1:
                     await self._compute(key, spec, claim.expired)
-        return self.store.result(key)
+                else:
+                    async with self.shared:
+                        await self._compute(key, spec, claim.expired)
+            try:
+                return self.store.result(key)
+            except (OSError, ValueError):  # damaged since it was published
+                self.store.withdraw_damaged([key])
 
     def _fetched(self, key: str) -> bool:
         try:
@@ -82,13 +97,20 @@ class Broker:
             return False
 
     async def _compute(self, key: str, spec: Any, expired: str | None) -> None:
+        if hasattr(spec, "optimizer"):
+            self.training.add(key)
         try:
             await self._submit(key, spec, expired)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, StageClaimed | ClaimLost):
                 return
+            if isinstance(error.cause, Disturbed) and self.disturbed[key] < DISTURBANCES:
+                self.disturbed[key] += 1
+                return
             told = self.store.failure(key)
             raise StageFailed(told["error"] if told else str(error.cause)) from None
+        finally:
+            self.training.discard(key)
 
     async def _submit(self, key: str, spec: Any, expired: str | None) -> None:
         task: Any = ray.remote(compute).options(

@@ -10,18 +10,16 @@ import dataclasses
 import logging
 import math
 import os
-import shutil
-import socket
+import signal
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from orchestrator.distill.context import RunContext
-from orchestrator.run.store import Store
+from orchestrator.run.guard import guarded
+from orchestrator.run.temporary import temporary_directory
 from orchestrator.study.spec import Spec
 
 QUIET = {
@@ -45,13 +43,19 @@ class ClusterError(ValueError):
     """A cluster that cannot be reached, or cannot hold a stage of the plan."""
 
 
+def _gpus_here() -> int:
+    import torch  # not for a command that starts nothing
+
+    return torch.cuda.device_count()
+
+
 @dataclasses.dataclass(frozen=True)
 class Cluster:
     """What to run on: an address of a Ray cluster, or none to start one on this machine."""
 
     address: str | None = None
     cpus: int = dataclasses.field(default_factory=lambda: len(os.sched_getaffinity(0)))
-    gpus: int = dataclasses.field(default_factory=torch.cuda.device_count)
+    gpus: int = dataclasses.field(default_factory=_gpus_here)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,45 +77,64 @@ def connected(cluster: Cluster) -> Iterator[tuple[Node, ...]]:
     os.environ.update(QUIET)
     import ray
 
-    local: dict[str, Any] = {}
-    temporary = None
-    if not os.access(Path.home(), os.W_OK):  # Ray keeps a token there, and dies where it cannot
-        os.environ["HOME"] = tempfile.mkdtemp(prefix="layerswap-home-")
-    if cluster.address is None:
-        temporary = tempfile.mkdtemp(prefix="layerswap-")
-        local = {
-            "num_cpus": cluster.cpus,
-            "num_gpus": cluster.gpus,
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-            "_temp_dir": temporary,
-        }
+    with ExitStack() as stack:
+        folder = str(stack.enter_context(temporary_directory("ray")))
+        if not _writable(Path.home()):  # Ray keeps a token there, and dies where it cannot
+            os.environ["HOME"] = folder
+        local: dict[str, Any] = {}
+        if cluster.address is None:
+            local = {
+                "num_cpus": cluster.cpus,
+                "num_gpus": cluster.gpus,
+                "include_dashboard": False,
+                "object_store_memory": OBJECT_STORE_BYTES,
+                "_temp_dir": folder,
+            }
+        stack.enter_context(guarded(folder))
+        stack.callback(ray.shutdown)
+        with _own_sigterm():
+            _connect(cluster.address, local)
+        yield _nodes()
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the handler of SIGTERM: `ray.init` replaces it by one that exits with the number of the signal."""
+    handler = signal.getsignal(signal.SIGTERM)
+    terminated = False
+    try:
+        yield
+    except SystemExit:
+        terminated = True
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    if terminated:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def _connect(address: str | None, local: dict[str, Any]) -> None:
+    import ray
+
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are told once, at the end
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        _knock(cluster.address)
-        ray.init(address=cluster.address, namespace="layerswap", **quiet, **local)
-    except (OSError, RuntimeError, ValueError) as error:
-        if cluster.address is None:
+        ray.init(address=address, namespace="layerswap", **quiet, **local)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if address is None:
             raise
         reason = str(error).strip().split("\n")[0]
         raise ClusterError(
-            f"--ray-address {cluster.address}: no Ray cluster there ({reason}): start one with ray start --head, or "
+            f"--ray-address {address}: no Ray cluster there ({reason}): start one with ray start --head, or "
             "leave the option out to use this machine"
         ) from error
-    try:
-        yield _nodes()
-    finally:
-        ray.shutdown()
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _knock(address: str | None) -> None:
-    """Raise `OSError` where nobody listens at a host and port: Ray itself would try for minutes."""
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
-    if host and port.isdecimal():
-        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _nodes() -> tuple[Node, ...]:
@@ -185,7 +208,8 @@ def check_store(context: RunContext, nodes: tuple[Node, ...]) -> None:
     """Raise `ClusterError` for a node that does not see the driver's store, or not this program."""
     import ray
 
-    marker = Store(Path(context.store)).root / f".seen-{os.getpid()}"
+    marker = Path(context.store) / f".seen-{os.getpid()}"
+    marker.parent.mkdir(parents=True, exist_ok=True)
     marker.write_text("")
     try:
         looks = [ray.remote(_sees).options(num_cpus=0, **pinned(node)).remote(str(marker)) for node in nodes]

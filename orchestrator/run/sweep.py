@@ -7,14 +7,14 @@ it. Invariant: the store decides what is left to do, so a plan that is done star
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from orchestrator.distill.context import RunContext
 from orchestrator.run.cluster import Cluster, Node, check_resources, connected
 from orchestrator.run.store import Store
+from orchestrator.run.temporary import temporary_directory
 from orchestrator.study.plan import Plan, Trial
 from orchestrator.study.spec import Spec, ThroughputSpec
 
@@ -34,7 +34,7 @@ def missing(plan: Plan, store: Store, speeds: dict[str, ThroughputSpec], stopped
     steps = [plan.teacher, *plan.controls.values()]
     for trial in plan.trials:
         steps += trial.steps[: stopped.get(trial.name, len(trial.steps))]
-    wanted = [spec.key for step in steps for spec in (step.train, step.evaluate)]
+    wanted = [plan.tokens.key, *(spec.key for step in steps for spec in (step.train, step.evaluate))]
     wanted += [speeds[step.train.key].key for step in steps if step.train.key in speeds]
     return [key for key in dict.fromkeys(wanted) if not store.finished(key)]
 
@@ -42,7 +42,8 @@ def missing(plan: Plan, store: Store, speeds: dict[str, ThroughputSpec], stopped
 def run_plan(plan: Plan, context: RunContext, speeds: dict[str, ThroughputSpec], cluster: Cluster) -> Outcome:
     """Compute everything the plan asks for and the store lacks; a failed trial does not stop the others.
 
-    Raises `ClusterError` where a stage asks for more than the cluster has.
+    Raises `ClusterError` where a stage asks for more than the cluster has. On `KeyboardInterrupt` with the
+    context's stop file in place it lets training stages write a checkpoint first; what does not train is cancelled.
     """
     outcome = Outcome()
     specs: dict[str, Spec] = {**plan.specs, **{spec.key: spec for spec in speeds.values()}}
@@ -51,14 +52,26 @@ def run_plan(plan: Plan, context: RunContext, speeds: dict[str, ThroughputSpec],
         from orchestrator.run.broker import start_broker
 
         broker = start_broker({key: spec.model_dump_json() for key, spec in specs.items()}, context, nodes)
-        controls = _start_controls(plan, broker)
-        broker.begin.remote(_from_the_start(plan))
-        _run_trials(plan, broker, outcome, nodes)
-        _collect(controls, outcome)
-        # Speed is measured when all training is over: each measurement asks for every core, so one runs at a time.
-        measurements = _measurable(Store(Path(context.store)), speeds)
-        _collect({name: broker.want.remote(key) for name, key in measurements.items()}, outcome)
+        try:
+            controls = _start_controls(plan, broker)
+            broker.begin.remote(_from_the_start(plan))
+            _run_trials(plan, broker, outcome, nodes)
+            _collect(controls, outcome)
+            # Speed is measured when all training is over: each measurement asks for every core, so one runs at a time.
+            measurements = _measurable(Store(Path(context.store)), speeds)
+            _collect({name: [broker.want.remote(key)] for name, key in measurements.items()}, outcome)
+        except KeyboardInterrupt:
+            if context.stopping():
+                _settle(broker)
+            raise
     return outcome
+
+
+def _settle(broker: Any) -> None:
+    import ray
+
+    with suppress(ray.exceptions.RayError):
+        ray.get(broker.settle.remote())
 
 
 def _from_the_start(plan: Plan) -> list[str]:
@@ -73,16 +86,16 @@ def _from_the_start(plan: Plan) -> list[str]:
     return list(dict.fromkeys(wanted))
 
 
-def _start_controls(plan: Plan, broker: Any) -> dict[str, Any]:
+def _start_controls(plan: Plan, broker: Any) -> dict[str, list[Any]]:
     """Ask for the teacher's evaluation and the controls; what needs no teacher trains meanwhile on a free core."""
     wanted = {"teacher": plan.teacher, **plan.controls}
-    return {name: _want(broker, step.train.key, step.evaluate.key) for name, step in wanted.items()}
+    started = {name: _want(broker, step.train.key, step.evaluate.key) for name, step in wanted.items()}
+    return {"text": [broker.want.remote(plan.tokens.key)], **started}
 
 
-def _want(broker: Any, train: str, evaluate: str) -> Any:
-    """The future result of an evaluation; its stage is wanted too, since a mirror may have the evaluation alone."""
-    broker.begin.remote([train])
-    return broker.want.remote(evaluate)
+def _want(broker: Any, train: str, evaluate: str) -> list[Any]:
+    """The futures of a stage and of its evaluation: the store may have lost either without the other."""
+    return [broker.want.remote(train), broker.want.remote(evaluate)]
 
 
 def _run_trials(plan: Plan, broker: Any, outcome: Outcome, nodes: tuple[Node, ...]) -> None:
@@ -99,7 +112,7 @@ def _run_trials(plan: Plan, broker: Any, outcome: Outcome, nodes: tuple[Node, ..
         import ray
 
         for index, (train, evaluate, swapped, tokens) in enumerate(paths[config["trial"]]):
-            result = ray.get(_want(broker, train, evaluate))
+            _, result = ray.get(_want(broker, train, evaluate))
             tune.report(
                 {
                     "perplexity_ratio": result["perplexity_ratio"],
@@ -109,20 +122,17 @@ def _run_trials(plan: Plan, broker: Any, outcome: Outcome, nodes: tuple[Node, ..
                 }
             )
 
-    storage = tempfile.mkdtemp(prefix="layerswap-tune-")
     slot = {"CPU": 0, nodes[0].tag: TRIAL_SLOT}  # a trial is a process without a core, on the driver's machine
-    try:
+    with temporary_directory("tune") as storage:
         tuner = tune.Tuner(
             tune.with_resources(coordinate, tune.PlacementGroupFactory([slot])),
             param_space={"trial": tune.grid_search([trial.name for trial in plan.trials])},
             tune_config=tune.TuneConfig(scheduler=_scheduler(plan), max_concurrent_trials=2 * _cores(nodes)),
             run_config=tune.RunConfig(
-                storage_path=storage, verbose=0, failure_config=tune.FailureConfig(max_failures=1)
+                storage_path=str(storage), verbose=0, failure_config=tune.FailureConfig(max_failures=1)
             ),
         )
         results = tuner.fit()
-    finally:
-        shutil.rmtree(storage, ignore_errors=True)
     for index in range(len(results)):
         _judge(plan, results[index], outcome)
 
@@ -165,7 +175,7 @@ def _measurable(store: Store, speeds: dict[str, ThroughputSpec]) -> dict[str, st
     return {f"throughput {key[:8]}": key for key in sorted(keys)}
 
 
-def _collect(references: dict[str, Any], outcome: Outcome) -> None:
+def _collect(references: dict[str, list[Any]], outcome: Outcome) -> None:
     import ray
 
     for name, reference in references.items():

@@ -147,7 +147,13 @@ def _check_lengths(document: Document, study: Study, resolved: Resolved) -> None
     if study.data.sequence_length > longest:
         raise StudyError(
             f"{document.place(('data', 'sequence_length'))}: data.sequence_length: {study.data.sequence_length} "
-            f"exceeds the teacher's {longest} positions"
+            f"exceeds the teacher's {longest} positions: lower it, or take a teacher of more"
+        )
+    prompt, new = min(study.evaluation.prompt_tokens, study.data.sequence_length), study.evaluation.new_tokens
+    if study.evaluation.prompts and prompt + new > longest:
+        raise StudyError(
+            f"{document.place(('evaluation', 'new_tokens'))}: evaluation.new_tokens: {new} after a prompt of {prompt} "
+            f"tokens exceeds the teacher's {longest} positions: lower new_tokens or prompt_tokens"
         )
     for length in study.throughput.lengths:
         if not study.throughput.decode_tokens < length <= longest:
@@ -159,10 +165,12 @@ def _check_lengths(document: Document, study: Study, resolved: Resolved) -> None
 
 def _check_heads(document: Document, point: Study, resolved: Resolved) -> None:
     heads = getattr(point.operator, "heads", None)
-    if heads is not None and resolved.architecture.hidden % heads:
+    width = resolved.architecture.hidden
+    if heads is not None and width % heads:
+        near = max(number for number in range(1, heads) if width % number == 0)
         raise StudyError(
             f"{document.place(('operator', 'heads'))}: operator.heads: {heads} must divide the teacher's width "
-            f"{resolved.architecture.hidden}"
+            f"{width}: give a divisor, for example {near}"
         )
 
 
@@ -265,7 +273,8 @@ def _phase(phase: Phase, layers: int, study: Study, key: str) -> PhaseSpec:
 def _steps_of(tokens: int, batch_size: int, study: Study, key: str) -> int:
     size = batch_size * study.data.sequence_length
     if tokens < size:
-        raise StudyError(f"{key}: {tokens} tokens are less than one step of {size} (batch_size x sequence_length)")
+        told = f"{tokens} tokens are less than one step of {size} (batch_size x sequence_length)"
+        raise StudyError(f"{key}: {told}: raise it, or lower one of those")
     return tokens // size
 
 

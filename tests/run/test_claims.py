@@ -14,8 +14,9 @@ from typing import Any
 import fsspec
 import pytest
 
+from orchestrator.distill import stage
 from orchestrator.distill.context import RunContext
-from orchestrator.run import claims, store
+from orchestrator.run import claims
 from orchestrator.run.claims import EXIT_LOST, Claim, Flock, Lease, claim_of
 from orchestrator.run.store import ClaimLost, StageClaimed, Store, compute
 from orchestrator.study.spec import TokensSpec
@@ -192,7 +193,7 @@ def test_a_leased_stage_is_computed_by_its_holder_only(text: tuple[TokensSpec, R
 def test_who_lost_its_lease_publishes_nothing(
     text: tuple[TokensSpec, RunContext], leased: RunContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec, real = text[0], store.run_stage
+    spec, real = text[0], stage.run_stage
 
     def run_stage(*given: Any) -> Any:
         result = real(*given)
@@ -201,7 +202,7 @@ def test_who_lost_its_lease_publishes_nothing(
             stream.write(b"another's")
         return result
 
-    monkeypatch.setattr(store, "run_stage", run_stage)
+    monkeypatch.setattr(stage, "run_stage", run_stage)
     with pytest.raises(ClaimLost):
         compute(spec.model_dump_json(), leased)
     found = Store(Path(leased.store))

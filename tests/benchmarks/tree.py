@@ -1,0 +1,289 @@
+"""What the stage tree saves against plain tuning, and what it costs: `python -m tests.benchmarks.tree --out DIR`.
+
+Both sides run the same trials with the same stage functions on the same machine in one session: plain Ray Tune, each
+trial alone (plain.py), and `layerswap run`. Text and teacher are given to both and controls are left out on both, so
+that trials are compared with trials. Every token budget is multiplied by `--scale`; the shape of the tree, which
+decides the ratios, stays.
+
+A stage's core-seconds are the processor time of its process while it was computed. Busy seconds are those of every
+process of a side, whatever it did. Not a test: figures depend on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from orchestrator.distill.context import RunContext
+from orchestrator.files import read_json, write_json
+from orchestrator.run.store import compute
+from orchestrator.study.plan import Plan
+from tests.benchmarks.plain import give, load
+
+ROOT = Path(__file__).resolve().parents[2]
+BUDGETS = ("tokens", "tokens_per_layer")
+FINER = [  # what a second user sweeps after the late-stage study: four of its values, and four between them
+    {"kl": 1.0}, {"kl": 1.0, "ce": 0.25}, {"kl": 1.0, "ce": 0.5}, {"kl": 1.0, "ce": 1.0},
+    {"kl": 1.0, "ce": 0.1}, {"kl": 1.0, "ce": 0.35}, {"kl": 1.0, "ce": 0.7}, {"kl": 1.0, "ce": 0.85},
+]  # fmt: skip
+
+
+@dataclasses.dataclass
+class Side:
+    """What one side of a comparison used, trials only."""
+
+    stages: int = 0
+    tokens: int = 0
+    core_seconds: float = 0.0
+    busy_seconds: float = 0.0
+    wall_seconds: float = 0.0
+
+    def __add__(self, other: Side) -> Side:
+        return Side(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+
+def main() -> None:
+    """Run the comparisons and the measurements of cost, print them and write them."""
+    options = _options()
+    out: Path = options.out.resolve()
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    default = scaled(ROOT / "studies/layerwise.yaml", out, options.scale)
+    late = scaled(ROOT / "studies/late-stage.yaml", out, options.scale)
+    finer = scaled(ROOT / "studies/late-stage.yaml", out, options.scale, "finer", {"recipe.joint.0.losses": FINER})
+    given = prepare([default, late, finer], out / "given")
+    result: dict[str, Any] = {"scale": options.scale, "comparisons": {}}
+    for name, studies in {"default": [default], "late stage": [late], "two studies": [late, finer]}.items():
+        result["comparisons"][name] = compare(name, studies, given, out / name.replace(" ", "-"))
+        print(json.dumps({name: result["comparisons"][name]}), flush=True)
+    result["start"] = start_up(default, given, out / "default" / "home", out / "start")
+    result["parallel"] = parallel(late, given, out / "parallel", options.repeats)
+    write_json(out / "tree.json", result)
+    (out / "tree.md").write_text(table(result) + "\n")
+    print(table(result))
+
+
+def scaled(study: Path, out: Path, scale: float, name: str | None = None, space: Any = None) -> Path:
+    """A copy of a study with every budget multiplied and no controls, in `out`."""
+    document = yaml.safe_load(study.read_text())
+    document = _multiplied(document, scale)
+    document["controls"] = {"skip": False, "scratch": "none"}
+    document["throughput"] = {"lengths": [64], "decode_tokens": 4, "repeats": 1}
+    if space is not None:
+        document["search"]["space"] = space
+    document["study"] = name or document["study"]
+    path = out / f"{document['study']}.yaml"
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return path
+
+
+def _multiplied(value: Any, scale: float) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: max(4096, int(item * scale)) if key in BUDGETS and isinstance(item, int) else _multiplied(item, scale)
+            for key, item in value.items()
+        }
+    return [_multiplied(item, scale) for item in value] if isinstance(value, list) else value
+
+
+def prepare(studies: list[Path], given: Path) -> Path:
+    """A store that has the text and the teacher of the studies."""
+    for study in studies:
+        plan, locations = load(study)
+        for spec in (plan.tokens, plan.teacher.train):
+            compute(spec.model_dump_json(), RunContext(str(given), locations=locations))
+    return given
+
+
+def compare(name: str, studies: list[Path], given: Path, out: Path) -> dict[str, Any]:
+    """Both sides of one comparison; `RuntimeError` where they do not end in the same bits."""
+    plain, tree = Side(), Side()
+    tree_store = out / "home" / "store"
+    counted: set[str] = set()
+    overhead: list[tuple[float, float]] = []
+    for index, study in enumerate(studies):
+        plan, _ = load(study)
+        alone = out / f"plain-{index}"
+        command = [sys.executable, "-m", "tests.benchmarks.plain", str(study), str(given), str(alone)]
+        wall, busy = measured(command, out / f"plain-{index}.log")
+        folders = [(alone / trial.name, spec) for trial in plan.trials for spec in _specs(trial.steps)]
+        plain += _side(folders, wall, busy)
+        if index == 0:
+            give(plan, given, tree_store)
+        command = [sys.executable, "-m", "orchestrator.cli", "run", str(study), "--home", str(out / "home")]
+        wall, busy = measured(command, out / f"tree-{index}.log")
+        mine = {spec.key: spec for trial in plan.trials for spec in _specs(trial.steps) if spec.key not in counted}
+        counted |= mine.keys()
+        tree += _side([(tree_store, spec) for spec in mine.values()], wall, busy)
+        overhead.append((_stage_seconds(tree_store), busy))
+        _same_bits(plan, alone, tree_store)
+    inside, busy = overhead[-1][0], sum(busy for _, busy in overhead)
+    sides = {"plain": dataclasses.asdict(plain), "tree": dataclasses.asdict(tree)}
+    ratios = {key: sides["plain"][key] / sides["tree"][key] for key in sides["plain"]}
+    return {**sides, "ratio": ratios, "same_bits": True, "overhead": 1 - inside / busy}
+
+
+def _specs(steps: Iterable[Any]) -> list[Any]:
+    return [spec for step in steps for spec in (step.train, step.evaluate)]
+
+
+def _side(folders: list[tuple[Path, Any]], wall: float, busy: float) -> Side:
+    side = Side(busy_seconds=busy, wall_seconds=wall)
+    for store, spec in folders:
+        side.core_seconds += read_json(store / spec.key[:2] / spec.key / "DONE.json")["core_seconds"]
+        if spec.kind == "distil":
+            side.stages += 1
+            side.tokens += sum(phase.steps for phase in spec.phases) * spec.batch_size * spec.sequence_length
+    return side
+
+
+def _stage_seconds(store: Path) -> float:
+    """Core-seconds inside all stages that a store's runs computed themselves."""
+    manifests = [read_json(path) for path in store.glob("??/*/DONE.json") if not path.parent.is_symlink()]
+    return float(sum(manifest["core_seconds"] for manifest in manifests))
+
+
+def _same_bits(plan: Plan, alone: Path, tree_store: Path) -> None:
+    for trial in plan.trials:
+        for spec in _specs(trial.steps):
+            place = Path(spec.key[:2]) / spec.key / "DONE.json"
+            one, other = (read_json(root / place) for root in (alone / trial.name, tree_store))
+            if one["files"] != other["files"] or (spec.kind == "evaluate" and one["result"] != other["result"]):
+                raise RuntimeError(
+                    f"{trial.name}: {spec.kind} {spec.key[:8]} differs between plain tuning and the tree"
+                )
+
+
+def measured(command: list[str], log: Path) -> tuple[float, float]:
+    """Run a command; wall seconds, and processor seconds of it and every process below it."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    used: dict[int, float] = {}
+    with log.open("wb") as stream:
+        process = psutil.Popen(command, stdout=stream, stderr=subprocess.STDOUT, cwd=ROOT)
+        known: dict[int, psutil.Process] = {process.pid: process}
+        while process.poll() is None:
+            for child in _below(process):
+                known.setdefault(child.pid, child)
+            for pid, one in known.items():
+                try:
+                    times = one.cpu_times()
+                    used[pid] = max(used.get(pid, 0.0), times.user + times.system)
+                except psutil.Error:
+                    continue
+            time.sleep(0.2)
+    if process.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{log.read_text()[-3000:]}")
+    return time.monotonic() - began, sum(used.values())
+
+
+def _below(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return list(process.children(recursive=True))
+    except psutil.Error:
+        return []
+
+
+def start_up(study: Path, given: Path, finished: Path, out: Path) -> dict[str, float]:
+    """Seconds from the command to the first training step (text given), and of a run that finds all done."""
+    plan, _ = load(study)
+    store = out / "store"
+    (store / plan.tokens.key[:2]).mkdir(parents=True)
+    (store / plan.tokens.key[:2] / plan.tokens.key).symlink_to(given / plan.tokens.key[:2] / plan.tokens.key)
+    command = [sys.executable, "-m", "orchestrator.cli", "run", str(study), "--home"]
+    began = time.monotonic()
+    process = subprocess.Popen([*command, str(out)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    journal = store / plan.teacher.train.key[:2] / plan.teacher.train.key / "journal.jsonl"
+    while not journal.exists():  # it is opened right before the first step
+        if process.poll() is not None:
+            raise RuntimeError(f"the run ended with {process.returncode} before its first step")
+        time.sleep(0.02)
+    first = time.monotonic() - began
+    process.terminate()
+    process.wait()
+    idle = [measured([*command, str(finished)], out / "idle.log")[0] for _ in range(3)]
+    return {"first_step_seconds": first, "nothing_to_do_seconds": statistics.median(idle)}
+
+
+def parallel(study: Path, given: Path, out: Path, repeats: int) -> dict[str, Any]:
+    """Two stages one after the other against two at a time, in turn; the median of the ratios of wall time."""
+    import ray
+
+    plan, locations = load(study)
+    stages = [trial.steps[0].train for trial in plan.trials[:1]]
+    twin = stages[0].model_copy(update={"seed": 1})
+    stages.append(type(twin).model_validate(twin.model_dump()))
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=tempfile.mkdtemp(prefix="tree-"))
+    task = ray.remote(compute).options(num_cpus=1)
+
+    def run(name: str, *, together: bool) -> float:
+        give(plan, given, out / name)
+        context = RunContext(str(out / name), locations=locations)
+        began = time.monotonic()
+        if together:
+            ray.get([task.remote(stage.model_dump_json(), context) for stage in stages])
+        else:
+            for stage in stages:
+                ray.get(task.remote(stage.model_dump_json(), context))
+        return time.monotonic() - began
+
+    run("warm", together=True)
+    pairs = [(run(f"one-{i}", together=False), run(f"two-{i}", together=True)) for i in range(repeats)]
+    ray.shutdown()
+    return {"pairs": pairs, "ratio": statistics.median(one / two for one, two in pairs)}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result in Markdown."""
+    lines = [
+        f"Token budgets of the studies x {result['scale']}; text and teacher given to both sides, no controls.",
+        "",
+        "| trials | side | stages | tokens | core-seconds in stages | busy seconds | wall seconds |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for name, told in result["comparisons"].items():
+        for side in ("plain", "tree"):
+            one = told[side]
+            lines.append(
+                f"| {name} | {side} | {one['stages']} | {one['tokens']:,} | {one['core_seconds']:.1f} "
+                f"| {one['busy_seconds']:.1f} | {one['wall_seconds']:.1f} |"
+            )
+        ratio = told["ratio"]
+        cells = " | ".join(f"{ratio[key]:.2f}x" for key in ("stages", "tokens", "core_seconds", "busy_seconds"))
+        lines.append(f"| {name} | ratio | {cells} | {ratio['wall_seconds']:.2f}x |")
+    start, both = result["start"], result["parallel"]
+    overheads = ", ".join(f"{name} {told['overhead']:.1%}" for name, told in result["comparisons"].items())
+    lines += [
+        "",
+        "- same student bits on both sides for every stage of every trial: yes (checked by digest)",
+        f"- overhead, 1 - core-seconds in stages / busy seconds of all processes: {overheads}",
+        f"- two stages at a time against one after the other: {both['ratio']:.2f}x",
+        f"- from the command to the first training step: {start['first_step_seconds']:.1f} s",
+        f"- run with nothing to do: {start['nothing_to_do_seconds']:.1f} s",
+    ]
+    return "\n".join(lines)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.tree", description=__doc__)
+    parser.add_argument("--scale", type=float, default=0.1, help="factor on every token budget")
+    parser.add_argument("--repeats", type=int, default=3, help="pairs of the parallel measurement")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench-tree", help="folder to write, emptied first")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

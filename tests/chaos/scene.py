@@ -1,0 +1,265 @@
+"""A home and the processes of a study that runs in it: started, watched, hit and started again.
+
+Every run is a session of its own, so its processes are known by their session id, also after their parents died.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN_SECONDS = 300.0  # a run that takes longer hangs
+ORPHAN_SECONDS = 30.0  # a run's processes are gone so soon after its driver
+TMPFS_BYTES = 256 * 2**20
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What the store shows of a stage at one moment."""
+
+    key: str
+    kind: str
+    folder: Path
+    done: bool
+    attempts: int
+    pid: int | None  # of the process that computes it or did so last
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.key[:8]}"
+
+
+@dataclasses.dataclass
+class Run:
+    """One start of the command."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    began: float
+    beside: bool = False  # a second driver, started while another one ran
+    code: int | None = None
+
+    @property
+    def text(self) -> str:
+        """What it printed, on both streams."""
+        return self.log.read_text(errors="replace")
+
+
+class Scene:
+    """A place where a study runs. `small_disk`: its home lies on a small file system of its own."""
+
+    def __init__(self, study: Path, seed: int = 0, *, small_disk: bool = False) -> None:
+        self.study = study
+        self.random = random.Random(seed)
+        self.root = Path(tempfile.mkdtemp(prefix="chaos-"))  # short: Ray's sockets lie below it
+        self.home = self.root / "home"
+        self.home.mkdir()
+        self.mounted = small_disk
+        if small_disk:
+            mount_small(self.home)
+        self.began = time.monotonic()
+        self.runs: list[Run] = []
+        self.sessions: set[int] = set()
+        self.allowed: Counter[str] = Counter()  # stage key -> attempts beyond the first that faults explain
+        self.kinds: dict[str, str] = {}
+
+    def close(self) -> None:
+        """End what still runs and delete everything."""
+        self.kill_rest()
+        if self.mounted:
+            subprocess.run(["umount", "--lazy", str(self.home)], check=False)
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    # Runs
+
+    def start(self, *, beside: bool = False) -> Run:
+        """Run the study's command; what was begun and is not finished may be tried once more."""
+        if not beside:
+            self.forgive(stage for stage in self.stages() if not stage.done)
+        log = self.root / f"run-{len(self.runs)}.log"
+        environment = {**os.environ, "TMPDIR": str(self.root), "PYTHONUNBUFFERED": "1"}
+        command = [sys.executable, "-m", "orchestrator.cli", "run", str(self.study)]
+        command += ["--home", str(self.home), "--checkpoint-seconds", "0.2"]
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+            )
+        run = Run(process, log, time.monotonic(), beside)
+        self.runs.append(run)
+        self.sessions.add(process.pid)
+        return run
+
+    @property
+    def run(self) -> Run:
+        """The newest run that is not the second one of two."""
+        return [run for run in self.runs if not run.beside][-1]
+
+    def alive(self) -> bool:
+        """Whether the newest run goes on."""
+        return self.run.process.poll() is None
+
+    def finish(self, run: Run) -> int:
+        """Wait until a run ends and return its exit code; one that hangs is killed and has -1000."""
+        try:
+            run.code = run.process.wait(max(0.0, run.began + RUN_SECONDS - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            run.code = -1000
+            self.kill_rest()
+        return run.code
+
+    def wait(self, wanted: Callable[[], T], seconds: float = 60.0, pause: float = 0.02) -> T | None:
+        """The first true value of `wanted`; None where the run ends before, or the time."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.alive():
+            value = wanted()
+            if value:
+                return value
+            time.sleep(pause)
+        return None
+
+    def wait_progress(self, stages: int) -> None:
+        """Wait until so many stages are finished, or the run ends."""
+        self.wait(lambda: sum(stage.done for stage in self.stages()) >= stages)
+
+    # Processes
+
+    def processes(self) -> list[psutil.Process]:
+        """All living processes of all runs."""
+        found = []
+        for pid in psutil.pids():
+            with contextlib.suppress(OSError, psutil.Error):
+                if os.getsid(pid) in self.sessions:
+                    process = psutil.Process(pid)
+                    if process.status() != psutil.STATUS_ZOMBIE:
+                        found.append(process)
+        return found
+
+    def named(self, part: str) -> list[psutil.Process]:
+        """Living processes whose command line begins with, or whose program ends with, `part`."""
+        found = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error, IndexError):
+                first = process.cmdline()[0]
+                if first.startswith(part) or first.endswith(f"/{part}"):
+                    found.append(process)
+        return found
+
+    def wait_gone(self) -> list[str]:
+        """Wait for the processes of ended runs to go; names of those that stay too long, which are killed."""
+        deadline = time.monotonic() + ORPHAN_SECONDS
+        while time.monotonic() < deadline:
+            if not self.processes():
+                return []
+            time.sleep(0.1)
+        return self.kill_rest()
+
+    def kill_rest(self) -> list[str]:
+        """Kill all processes of all runs and return their names."""
+        names = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                names.append(f"{process.pid} {' '.join(process.cmdline())[:60]}")
+                process.kill()
+        for run in self.runs:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                run.process.wait(5.0)
+        return names
+
+    # The store
+
+    def stages(self) -> list[Stage]:
+        """Every stage that has a specification in the store."""
+        return [stage for folder in sorted(self.home.glob("store/??/*")) if (stage := self._stage(folder)) is not None]
+
+    def _stage(self, folder: Path) -> Stage | None:
+        key = folder.name
+        if key not in self.kinds:
+            specification = read(folder / "spec.json")
+            if specification is None:
+                return None
+            self.kinds[key] = specification["kind"]
+        attempt = read(folder / "attempt.json") or {}
+        number = int(attempt.get("number", 0))
+        return Stage(key, self.kinds[key], folder, (folder / "DONE.json").is_file(), number, attempt.get("pid"))
+
+    def running(self, *, trained: bool = False, checkpoints: int = 0) -> Stage | None:
+        """A stage that is being computed: any, one that trains, or one that has so many checkpoints."""
+        found = []
+        for stage in self.stages():
+            if stage.done or stage.pid is None or not self.ours(stage.pid):
+                continue
+            if (trained or checkpoints) and stage.kind not in ("teacher", "distil", "scratch"):
+                continue
+            if len(newest_checkpoints(stage)) >= checkpoints:
+                found.append(stage)
+        return self.random.choice(found) if found else None
+
+    def ours(self, pid: int) -> bool:
+        """Whether a process belongs to a run of this scene."""
+        try:
+            return os.getsid(pid) in self.sessions
+        except OSError:
+            return False
+
+    def forgive(self, stages: Any) -> None:
+        """Let these stages be computed once more."""
+        self.allowed.update({stage.key: 1 for stage in stages})
+
+
+def newest_checkpoints(stage: Stage) -> list[Path]:
+    """Published checkpoints of an unfinished stage, the newest first."""
+    return sorted((path.parent for path in stage.folder.glob("work/step-*/manifest.json")), reverse=True)
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """A JSON mapping; None where it is absent, torn or something else."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def signal_to(pid: int, number: int) -> bool:
+    """Send a signal to a process; False where there is none any more."""
+    try:
+        os.kill(pid, number)
+    except OSError:
+        return False
+    return True
+
+
+def can_mount() -> bool:
+    """Whether this user may mount a small file system."""
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            mount_small(Path(place))
+        except (OSError, subprocess.CalledProcessError):
+            return False
+        subprocess.run(["umount", place], check=True)
+        return True
+
+
+def mount_small(place: Path) -> None:
+    """Mount a small file system in memory; `CalledProcessError` where that is not allowed."""
+    options = ["-t", "tmpfs", "-o", f"size={TMPFS_BYTES}", "none", str(place)]
+    subprocess.run(["mount", *options], check=True, capture_output=True)
+
+
+STOP, CONTINUE, KILL = signal.SIGSTOP, signal.SIGCONT, signal.SIGKILL
