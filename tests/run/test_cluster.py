@@ -102,7 +102,7 @@ def test_a_machine_of_its_own_is_checked_without_ray(monkeypatch: pytest.MonkeyP
         (["--gpus-per-stage", "64"], "a teacher stage asks for 64 GPUs and the largest node has "),
         (["--set", "numerics.threads=4096"], "stage asks for 4096 threads and the largest node has "),
         (["--mirror", "nowhere://x"], "--mirror nowhere://x: Protocol not known: nowhere"),
-        (["--ray-address", "127.0.0.1:1"], "--ray-address 127.0.0.1:1: no Ray cluster there ("),
+        (["--ray-address", "127.0.0.1:1"], "--ray-address 127.0.0.1:1: no Ray cluster answers ("),
     ],
 )
 def test_a_misfit_is_bad_input_and_nothing_is_written(tmp_path: Path, words: list[str], told: str) -> None:
