@@ -133,6 +133,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_two_drivers_compute_each_stage_once(together: Path) -> None:
     stages = [path for path in together.glob("store/*/*") if path.is_dir()]
     kinds = sorted(json.loads((path / "spec.json").read_text())["kind"] for path in stages)
@@ -178,6 +179,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_node_killed_in_the_middle_of_a_stage_costs_no_bit(nodes: Nodes, together: Path, tmp_path: Path) -> None:
     words = ("--ray-address", nodes.cluster.address, "--gpus-per-stage", "0.5", "--checkpoint-seconds", "0.2")
     run = subprocess.Popen(driver(tmp_path, SMALL, *words), cwd=ROOT, stdout=subprocess.DEVNULL)
