@@ -93,7 +93,7 @@ class Broker:
     def _fetched(self, key: str) -> bool:
         try:
             return self.mirror is not None and self.mirror.fetch(self.store, key)
-        except OSError:  # a mirror that does not answer is no reason not to compute
+        except Exception:  # a mirror that does not answer, whatever it raises, is no reason not to compute
             return False
 
     async def _compute(self, key: str, spec: Any, expired: str | None) -> None:

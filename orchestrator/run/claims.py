@@ -7,6 +7,7 @@ deterministic, so two holders at once waste time and harm nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -153,23 +154,24 @@ class Lease:
     def lost(self) -> bool:
         """Whether another owner's lease stands there, or ours could not be renewed in time."""
         with self._mutex:
-            if not self._gone and self._read() not in (self._held, None):
-                self._gone = True
+            with contextlib.suppress(Exception):  # who cannot read it has until its time is over
+                self._gone = self._gone or self._read() not in (self._held, None)
             return self._gone or time.monotonic() - self._renewed >= self.ttl
 
     def release(self) -> None:
         """Stop renewing, and remove the lease if it is still ours."""
         self._over.set()
         self._thread.join()
-        if self._read() == self._held:
-            self._files.rm_file(self._path)
+        with contextlib.suppress(Exception):  # what cannot be removed now expires
+            if self._read() == self._held:
+                self._files.rm_file(self._path)
 
     def _beat(self) -> None:
         while not self._over.wait(self.ttl / BEATS_PER_TTL):
             with self._mutex:
                 try:
                     self._renew()
-                except OSError:  # the file system does not answer: others may think us dead once the time is over
+                except Exception:  # whatever the file system raises: others may think us dead once the time is over
                     self._gone = time.monotonic() - self._renewed >= self.ttl
             if self._gone:
                 self.on_lost()

@@ -48,7 +48,7 @@ class Mirror:
         return self._manifest(key) is not None
 
     def upload(self, store: Store, key: str) -> None:
-        """Copy a finished stage there unless it is there already; `OSError` where that fails, and nothing is torn."""
+        """Copy a finished stage there unless it is there already; raises what the file system does, nothing torn."""
         if self.finished(key):
             return
         folder = store.folder(key)
@@ -67,7 +67,7 @@ class Mirror:
             try:
                 if store.finished(key):
                     self.upload(store, key)
-            except OSError as error:
+            except Exception as error:  # file systems raise errors of their own
                 said.append(f"stage {short(key)} could not be copied to the mirror {self.url}: {error}")
         return said
 

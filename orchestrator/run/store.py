@@ -211,7 +211,7 @@ def compute(spec_json: str, context: RunContext, expired: str | None = None) -> 
         if not store.finished(spec.key):
             _attempt(spec, spec_json, store, folder, context, claim)
         if context.mirror is not None:
-            with contextlib.suppress(OSError):  # the driver tells at its end what the mirror lacks
+            with contextlib.suppress(Exception):  # the driver tells at its end what the mirror lacks
                 Mirror(context.mirror).upload(store, spec.key)
     finally:
         claim.release()

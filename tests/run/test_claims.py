@@ -140,6 +140,22 @@ def test_a_holder_that_could_not_renew_in_time_has_lost(lease: Make, clock: Cloc
     holder.release()
 
 
+def test_a_file_system_that_does_not_answer_is_no_loss_until_the_time_is_over(
+    lease: Make, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder = lease()
+    assert holder.acquire()
+
+    def unreachable() -> str:
+        raise RuntimeError("an error of the file system's own")
+
+    monkeypatch.setattr(holder, "_read", unreachable)
+    assert not holder.lost()
+    clock.now += TTL
+    assert holder.lost()
+    holder.release()
+
+
 def test_a_lease_removed_by_mistake_is_written_again(lease: Make, clock: Clock) -> None:
     holder, observer = lease(), lease()
     assert holder.acquire()
