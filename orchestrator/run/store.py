@@ -170,6 +170,8 @@ def compute(spec_json: str, context: RunContext, *, wait: bool = True) -> dict[s
 
 
 def _attempt(spec: Any, spec_json: str, store: Store, folder: Path, context: RunContext) -> None:
+    from orchestrator.distill.stage import run_stage  # torch: only where a stage is computed, and before its clock
+
     write_text(folder / "spec.json", spec_json)
     (folder / FAILURE).unlink(missing_ok=True)
     for torn in folder.glob(".*.tmp"):  # of a process that died while it wrote
@@ -182,8 +184,6 @@ def _attempt(spec: Any, spec_json: str, store: Store, folder: Path, context: Run
     out.mkdir()
     work.mkdir(exist_ok=True)
     inputs = {role: store.artefacts(key) for role, key in spec.parents.items()}
-    from orchestrator.distill.stage import run_stage  # torch: only where a stage is computed
-
     try:
         result = run_stage(spec, Workplace(inputs, work, folder, out, context))
     except Exception as error:
