@@ -34,6 +34,10 @@ class FilterConfig:
         window: "log_spaced": exp(-t / tau) with tau log-spaced over the channels from half a token to the
             longest sequence, each window summing to 1. "linear": the reference code's, decay rates linearly
             spaced, not normalised: with `offset` 1 it passes sums over long stretches, so prefer 0 there.
+        positive: h(t) = exp(-t / tau + MLP(features(log(1 + t)))), above zero as an attention's weights are, with tau
+            trained; with heads and init "transfer" it starts at the attention's mean weight by lag. Of the MLP the
+            last layer alone is trained, for an exponential of a deep sine network diverges; `window`, `offset` and
+            the other train_ options have no part in it.
         offset: 1 starts the filter at its window (the MLP's last layer starts small); 0 is the paper's.
         train_features: whether the positional features are trained too.
     """
@@ -46,6 +50,7 @@ class FilterConfig:
     sine_frequency: float = 4.0
     train_frequency: bool = True
     window: Literal["log_spaced", "linear"] = "log_spaced"
+    positive: bool = False
     offset: float = 1.0
     train_features: bool = False
 
@@ -92,6 +97,11 @@ class HyenaConfig:
         if self.heads is not None:
             _require(self.heads >= 1, "heads", self.heads, "None or at least 1", "None means channel-wise")
             _require(self.order == 2, "order", self.order, "2 where heads is set", "or leave heads out")
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether `initialise` asks for the attention's mean weight by lag."""
+        return self.heads is not None and self.init == "transfer" and self.filter.positive
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,23 @@ from operators.config import FilterConfig
 from operators.convolution import compute_dtype
 
 SMALL_OUTPUT = 0.05
+RIDGE = 1e-3
 FAST_DECAY, SLOW_DECAY, DECAY_TARGET = 0.3, 1.5, 1e-2
 
 
-def positional_features(length: int, features: int) -> Tensor:
-    """Time in [0, 1] and complex exponentials of it, (L, F) float64, as in safari's `PositionalEmbedding`."""
+def positional_features(length: int, features: int, *, logarithmic: bool = False) -> Tensor:
+    """Time in [0, 1] and complex exponentials of it, (L, F) float64, as in safari's `PositionalEmbedding`.
+
+    A logarithmic time tells the first lags apart: position t stands where log(1 + t) lies between 0 and log(L).
+    """
     bands = (features - 1) // 2
     position = torch.arange(length, dtype=torch.float64)[:, None]
-    time = position / max(length - 1, 1)
+    if logarithmic:
+        position = position.log1p() * ((length - 1) / math.log(max(length, 2)))
+    fraction = position / max(length - 1, 1)
     frequency = torch.linspace(1e-4, bands - 1, bands, dtype=torch.float64)
     angle = 2 * math.pi * frequency * position / length
-    return torch.cat([time, torch.cos(angle), -torch.sin(angle)], dim=-1)
+    return torch.cat([fraction, torch.cos(angle), -torch.sin(angle)], dim=-1)
 
 
 def log_spaced_timescales(count: int, longest: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -42,7 +48,8 @@ class ImplicitFilter(nn.Module):
     """Filters h(t) = window(t) * (offset + MLP(features(t))).
 
     Parameters: `features` (max_length, F), frozen unless `train_features`; `frequency` (1, W), shared by all
-    sines, frozen unless `train_frequency`; `layers`, 1 + depth linear maps; `readout` (C, W).
+    sines, frozen unless `train_frequency`; `layers`, 1 + depth linear maps; `readout` (C, W). Positive filters train
+    `readout` and their `log_timescale` (C,) only.
 
     Args:
         config: see `FilterConfig`.
@@ -60,18 +67,51 @@ class ImplicitFilter(nn.Module):
         )
         widths = [config.features] + [config.width] * (config.depth + 1)
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
+        self.log_timescale: nn.Parameter | None = None
+        if config.positive:
+            self.requires_grad_(False)
+            self.log_timescale = nn.Parameter(torch.zeros(filters))
         self.readout = nn.Linear(config.width, filters, bias=False)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """Draw all weights (uniform, 1 / sqrt(fan in)); with an offset the last layer is small."""
-        self.features.copy_(positional_features(self.max_length, self.config.features))
+        """Draw all weights (uniform, 1 / sqrt(fan in)); where the filter starts at its window the last is small."""
+        self.features.copy_(
+            positional_features(self.max_length, self.config.features, logarithmic=self.config.positive)
+        )
         self.frequency.fill_(self.config.sine_frequency)
         for layer in self.layers:
             draw_linear(layer, generator)
         draw_linear(self.readout, generator)
-        if self.config.offset != 0.0:
+        if self.config.offset != 0.0 or self.config.positive:
             self.readout.weight *= SMALL_OUTPUT
+        if self.log_timescale is not None:
+            self.log_timescale.copy_(self._spread(self.log_timescale.dtype, self.log_timescale.device).log())
+
+    @torch.no_grad()
+    def follow(self, profile_CT: Tensor) -> None:
+        """Let positive filters start at a profile, the logarithm of weights by lag; call `initialise` before.
+
+        Beyond its T lags a profile goes on as 1 / lag. The filters sum to 1 over `max_length` but for the error of
+        the fit: least squares of the last layer on the logarithm, every octave of lags alike.
+        """
+        assert self.log_timescale is not None
+        lags = min(profile_CT.shape[1], self.max_length)
+        position = torch.arange(self.max_length, dtype=torch.float64, device=profile_CT.device)
+        beyond_L = -(position.clamp_min(lags) / lags).log()
+        wanted_CL = profile_CT[:, :lags].double()
+        end = max(1, lags // 8)
+        tail_C1 = wanted_CL[:, -end:].mean(1, keepdim=True)  # single lags far away were seen a few times only
+        wanted_CL = torch.cat([wanted_CL, tail_C1 + beyond_L[lags:]], dim=1)
+        wanted_CL = wanted_CL - wanted_CL.logsumexp(1, keepdim=True)
+        self.log_timescale.fill_(math.log(self.max_length))
+        residual_CL = wanted_CL - self.window(self.max_length).double().log()
+        weight_L1 = (1.0 + position[:, None]).rsqrt()
+        hidden_LW = self._hidden(self.max_length).double() * weight_L1
+        gram_WW = hidden_LW.t() @ hidden_LW
+        ridge = RIDGE * gram_WW.diagonal().mean() * torch.eye(len(gram_WW), dtype=gram_WW.dtype, device=gram_WW.device)
+        fit_WC = torch.linalg.solve(gram_WW + ridge, hidden_LW.t() @ (residual_CL.t() * weight_L1))
+        self.readout.weight.copy_(fit_WC.t())
 
     def forward(self, length: int) -> Tensor:
         """Filters (C, length), float32 or float64. ValueError if `length` exceeds `max_length`."""
@@ -80,16 +120,21 @@ class ImplicitFilter(nn.Module):
                 f"length must not exceed max_length {self.max_length} but is {length}: "
                 "build the operator with a larger max_length, or shorten the input."
             )
+        weight_CW = self.readout.weight.to(compute_dtype(self.readout.weight.dtype))
+        with torch.autocast(weight_CW.device.type, enabled=False):
+            network_CL = weight_CW @ self._hidden(length).t()
+            factor_CL = network_CL.exp() if self.config.positive else network_CL + self.config.offset
+            return self.window(length) * factor_CL
+
+    def _hidden(self, length: int) -> Tensor:
+        """What the last layer reads, (L, W)."""
         dtype = compute_dtype(self.readout.weight.dtype)
-        with torch.autocast(self.readout.weight.device.type, enabled=False):
-            hidden_LW = self.features[:length].to(dtype)
-            frequency = self.frequency.to(dtype)
-            for layer in self.layers:
-                assert isinstance(layer, nn.Linear)
-                weight_WW, bias_W = layer.weight.to(dtype), layer.bias.to(dtype)
-                hidden_LW = torch.sin(frequency * nn.functional.linear(hidden_LW, weight_WW, bias_W))
-            network_CL = self.readout.weight.to(dtype) @ hidden_LW.t()
-            return self.window(length) * (network_CL + self.config.offset)
+        hidden_LW, frequency = self.features[:length].to(dtype), self.frequency.to(dtype)
+        for layer in self.layers:
+            assert isinstance(layer, nn.Linear)
+            weight_WW, bias_W = layer.weight.to(dtype), layer.bias.to(dtype)
+            hidden_LW = torch.sin(frequency * nn.functional.linear(hidden_LW, weight_WW, bias_W))
+        return hidden_LW
 
     def window(self, length: int) -> Tensor:
         """The decaying window alone, (C, length).
@@ -98,15 +143,20 @@ class ImplicitFilter(nn.Module):
         """
         weight = self.readout.weight
         dtype, device = compute_dtype(weight.dtype), weight.device
-        if self.config.window == "linear":
+        if self.config.window == "linear" and self.log_timescale is None:
             decay = -math.log(DECAY_TARGET)
             slow, fast = decay / SLOW_DECAY, decay / FAST_DECAY
             rate = torch.linspace(slow, fast, self.filters, dtype=torch.float32, device=device).to(dtype)
             time = torch.linspace(0, 1, self.max_length, dtype=torch.float32, device=device).to(dtype)
             return torch.exp(-rate[:, None] * time[:length])
-        tau = log_spaced_timescales(self.filters // self.steps, self.max_length, dtype, device)
-        tau, position = tau.repeat(self.steps), torch.arange(length, dtype=dtype, device=device)
+        tau = self._spread(dtype, device) if self.log_timescale is None else self.log_timescale.to(dtype).exp()
+        position = torch.arange(length, dtype=dtype, device=device)
         return torch.exp(-position / tau[:, None]) * -torch.expm1(-1 / tau)[:, None]
+
+    def _spread(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The log-spaced timescales (C,) in tokens."""
+        each = log_spaced_timescales(self.filters // self.steps, self.max_length, dtype, device)
+        return each.repeat(self.steps)
 
 
 @torch.no_grad()

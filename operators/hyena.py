@@ -151,12 +151,14 @@ class Hyena(nn.Module):
         """Set every parameter, deterministically given the generator's state.
 
         "transfer": value and output projections are copied; with heads so are query and key (heads may differ
-        in number from the attention's, which then are cut or merged along the same rows), else the gates get
-        bias 1 and small random weights. The short convolution starts as the identity and `direct` as 0.
+        in number from the attention's, which then are cut or merged along the same rows) and positive filters
+        follow its profile, else the gates get bias 1 and small random weights. The short convolution starts as
+        the identity and `direct` as 0.
         "random": torch's usual uniform bounds, `direct` standard normal as in safari.
 
         Raises:
-            ValueError: "transfer" without an attention, or with weights of another shape than (D, D).
+            ValueError: "transfer" without an attention, with weights of another shape than (D, D), or without the
+                profile that a positive filter of heads follows.
         """
         self.filter.initialise(generator)
         if self.config.init == "random":
@@ -170,6 +172,8 @@ class Hyena(nn.Module):
         if attention is None:
             raise ValueError("init: transfer needs the attention to copy from but got None: use init: random.")
         attention.check(self.d_model)
+        if self.config.needs_profile:
+            self.filter.follow(attention.profile_of(self.config.heads or 1))
         draw_uniform(self.in_proj.weight, GATE_WEIGHT, generator)
         self.in_proj.bias.fill_(1.0)
         copied = [(attention.value, attention.value_bias)]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import shlex
+import socket
 import sys
+import uuid
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from orchestrator.study.loader import Document, StudyError, read_document, validate
+from orchestrator.study.peek import check_files
 from orchestrator.study.plan import Plan, make_plan, throughput_specs
 from orchestrator.study.schema import Study
 from orchestrator.study.sources import Resolved, resolve
@@ -26,7 +31,22 @@ HomeDirectory = Annotated[
     Path | None,
     typer.Option("--home", envvar="LAYERSWAP_HOME", help="store, records, reports; default: runs/ of the repository"),
 ]
+TrackingUri = Annotated[
+    str | None,
+    typer.Option(
+        "--tracking-uri", envvar="LAYERSWAP_TRACKING_URI", help="MLflow server or database; default: one in the home"
+    ),
+]
 EXIT_BAD_INPUT = 2
+
+
+class Claims(StrEnum):
+    """`--claims`: a lock of the kernel, or a file that is renewed."""
+
+    flock = "flock"
+    lease = "lease"
+
+
 # Large tensors come and go every step: keep their pages instead of giving them back to the kernel (glibc), and let
 # threads that wait sleep, so that a busy neighbour does not cost a stage of two threads most of its speed (OpenMP).
 PROCESS = {
@@ -49,7 +69,8 @@ def plan(
 
     made, _ = _load(study, overrides)
     store = _store(study, home)
-    print(json.dumps(plan_summary(made, store), indent=1) if as_json else plan_text(made, store))
+    speeds = throughput_specs(made, _hardware())
+    print(json.dumps(plan_summary(made, store, speeds), indent=1) if as_json else plan_text(made, store, speeds))
 
 
 @app.command()
@@ -61,23 +82,53 @@ def run(
         str | None, typer.Option(help="a Ray cluster to run on; default: one on this machine")
     ] = None,
     device: Annotated[str, typer.Option(help="where stages run: cpu, cuda")] = "cpu",
+    gpus_per_stage: Annotated[
+        float | None, typer.Option(min=0, help="of each process of a stage, 0.5 for half; default: 1 on cuda, else 0")
+    ] = None,
     checkpoint_seconds: Annotated[float, typer.Option(help="seconds between checkpoints of a running stage")] = 15.0,
+    claims: Annotated[
+        Claims, typer.Option(help="how stages being computed are held: lease where flock does not reach")
+    ] = Claims.flock,
+    mirror: Annotated[
+        str | None, typer.Option(metavar="URL", help="share finished stages through this URL (fsspec)")
+    ] = None,
+    tracking_uri: TrackingUri = None,
 ) -> None:
     """Run the study, or go on with it: what is finished is never computed again."""
+    from orchestrator.run.interrupt import Interrupt
+
     for name, value in PROCESS.items():
         os.environ.setdefault(name, value)  # for the worker processes, which inherit it
-    made, resolved = _load(study, overrides)
-    job = _job(study, overrides, home, made)
-    from orchestrator.distill.context import RunContext
-    from orchestrator.record.driver import run_study
-    from orchestrator.run.sweep import Cluster, ClusterError
+    with Interrupt() as interrupt:
+        made, resolved = _load(study, overrides)
+        job = _job(study, overrides, home, made, tracking_uri)
+        from orchestrator.distill.context import RunContext
+        from orchestrator.record.driver import run_study
+        from orchestrator.run.cluster import Cluster, ClusterError
+        from orchestrator.run.mirror import Mirror, MirrorError
+        from orchestrator.run.preflight import check_run
 
-    _store(study, home)
-    context = RunContext(str(job.home.store.resolve()), device, checkpoint_seconds, locations=resolved.locations)
-    try:
-        raise typer.Exit(run_study(job, context, Cluster(ray_address)))
-    except ClusterError as error:
-        _bad_input(error)
+        root = job.home.store.resolve()
+        stop = root / f"stop-{uuid.uuid4().hex[:8]}"
+        gpus = gpus_per_stage if gpus_per_stage is not None else float(device.startswith("cuda"))
+        context = RunContext(
+            str(root), device, checkpoint_seconds, locations=resolved.locations, gpus_per_stage=gpus,
+            claims=claims.value, mirror=mirror, stop=str(stop),
+        )  # fmt: skip
+        cluster = Cluster(ray_address)
+        try:
+            copies = Mirror(mirror) if mirror is not None else None
+            check_run(made, context, cluster)
+            store = _store(study, home, write=True)
+            interrupt.stop = stop
+            with job.home.in_use():
+                code = run_study(job, context, cluster, interrupt)
+        except (ClusterError, MirrorError) as error:
+            _bad_input(error)
+        unsent = copies.upload_all(store, [*made.specs, *(s.key for s in job.speeds.values())]) if copies else []
+        for line in unsent:
+            print(line, file=sys.stderr)
+    raise typer.Exit(code or (1 if unsent else 0))
 
 
 @app.command()
@@ -95,15 +146,19 @@ def report(
     overrides: Overrides = None,
     home: HomeDirectory = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the records to this file")] = None,
+    tracking_uri: TrackingUri = None,
 ) -> None:
-    """Print the answer from what is finished, and write the report's files again."""
+    """Print the answer from what is finished, write the report's files and send MLflow what it lacks."""
     made, _ = _load(study, overrides)
-    job = _job(study, overrides, home, made)
+    job = _job(study, overrides, home, made, tracking_uri)
+    _store(study, home, must_exist=True)
+    if json_file is not None and (json_file.is_dir() or not json_file.parent.is_dir()):
+        _bad_input(f"--json {json_file} cannot be written: give the path of a file in a directory that exists")
     from orchestrator.files import write_json
     from orchestrator.record import driver
-    from orchestrator.record.tracking import Tracker
+    from orchestrator.record.recorder import Recorder
 
-    records, text = driver.report(job, Tracker(job.home, made, job.speeds))
+    records, text = driver.report(job, Recorder(job.home, made, job.speeds, live=False))
     if json_file is not None:
         write_json(json_file, {"study": job.name, "run": driver.last_run(job), "records": records})
     print(text)
@@ -123,7 +178,9 @@ def export(
     from orchestrator.distill.export import export_student
     from orchestrator.record.driver import exported_stage
 
-    store = _store(study, home)
+    store = _store(study, home, must_exist=True)
+    if to.exists():
+        _bad_input(f"--to {to} exists already: give another folder, or remove it")
     try:
         key = exported_stage(job, stage)
         tokenizer = store.artefacts(made.tokens.key) / "tokenizer"
@@ -140,26 +197,44 @@ def gc(
     delete: Annotated[bool, typer.Option("--delete", help="delete them; without it they are only listed")] = False,
 ) -> None:
     """List, or delete, the stages that none of the given studies needs."""
-    store = _store(studies[0], home)
+    store = _store(studies[0], home, write=delete, must_exist=True)
     kept: set[str] = set()
     for study in studies:
-        made, _ = _load(study, None)
-        kept |= made.specs.keys() | {spec.key for spec in throughput_specs(made, _hardware()).values()}
+        kept |= _needed(_load(study, None)[0])
     from orchestrator.record.plan_view import gc_text
 
     print(gc_text(store, kept, delete))
 
 
 @app.command()
+def doctor(
+    study: Annotated[Path | None, typer.Argument(metavar="[STUDY]", help="say of each stage if it needs it")] = None,
+    home: HomeDirectory = None,
+    fix: Annotated[bool, typer.Option("--fix", help="remove what is surely safe to remove")] = False,
+) -> None:
+    """Name what interrupted runs left behind, and what to do about it; exit code 1 where something needs attention."""
+    needed = None if study is None else _needed(_load(study, None)[0])
+    place = _home(study or Path("study"), home)
+    _store(study or Path("study"), home)
+    from orchestrator.record.doctor import doctor_text, examine
+
+    text, code = doctor_text(examine(place, needed), fix)
+    print(text)
+    raise typer.Exit(code)
+
+
+@app.command()
 def ui(
     study: StudyFile,
     home: HomeDirectory = None,
-    port: Annotated[int, typer.Option(help="port of the MLflow UI")] = 5000,
+    port: Annotated[int, typer.Option(help="port of the MLflow UI", min=1, max=65_535)] = 5000,
 ) -> None:
     """Serve the MLflow UI on the study's records until Ctrl-C."""
     place = _home(study, home)
     if not (place.root / "mlflow.db").exists():
-        _bad_input(f"{place.root} has no records yet: run the study first, or give its --home")
+        _bad_input(f"{place.root} holds nothing yet: run the study first, or give its --home")
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
+        _bad_input(f"--port {port} is taken by another program: give another one")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     print(f"MLflow UI on http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
     where = ["--backend-store-uri", place.database, "--default-artifact-root", place.artefacts]
@@ -178,13 +253,19 @@ def _load(study: Path, overrides: list[str] | None) -> tuple[Plan, Resolved]:
 
 
 def _resolve(document: Document, valid: Study, base: Path) -> Resolved:
-    """`resolve`, its errors placed in the study file by the key they begin with."""
+    """What the study refers to, looked at; errors placed in the study file by the key they begin with."""
     try:
-        return resolve(valid, base)
+        resolved = resolve(valid, base)
+        check_files(valid, resolved)
+        return resolved
     except StudyError as error:
         key = str(error).split(":")[0]
         path = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
         raise StudyError(f"{document.place(path)}: {error}") from None
+
+
+def _needed(made: Plan) -> set[str]:
+    return made.specs.keys() | {spec.key for spec in throughput_specs(made, _hardware()).values()}
 
 
 def _bad_input(error: object) -> NoReturn:
@@ -198,21 +279,33 @@ def _home(study: Path, home: Path | None) -> Any:
     return Home(home or default_home(study))
 
 
-def _store(study: Path, home: Path | None) -> Any:
+def _store(study: Path, home: Path | None, *, write: bool = False, must_exist: bool = False) -> Any:
     from orchestrator.run.store import Store, StoreError
 
+    place = _home(study, home)
     try:
-        return Store(_home(study, home).store)
+        store = Store(place.store, write=False)
+        if must_exist and not place.store.is_dir():
+            _bad_input(f"{place.root} holds nothing yet: run the study first, or give its --home")
+        return Store(place.store) if write else store
     except StoreError as error:
         _bad_input(error)
 
 
-def _job(study: Path, overrides: list[str] | None, home: Path | None, made: Plan) -> Any:
+def _job(
+    study: Path, overrides: list[str] | None, home: Path | None, made: Plan, tracking_uri: str | None = None
+) -> Any:
     from orchestrator.record.driver import Job
+    from orchestrator.record.home import Home
+
+    place = Home(_home(study, home).root, tracking_uri)
+    if tracking_uri is not None and "://" not in tracking_uri:
+        _bad_input(f"--tracking-uri {tracking_uri}: no URI; write http://HOST:PORT, or sqlite:////FILE for a database")
 
     again = ["layerswap run", str(study), *(f"--set {shlex.quote(item)}" for item in overrides or ())]
     again += [f"--home {shlex.quote(str(home))}"] if home is not None else []
-    return Job(made, _home(study, home), throughput_specs(made, _hardware()), study, " ".join(again))
+    again += [f"--tracking-uri {shlex.quote(tracking_uri)}"] if tracking_uri is not None else []
+    return Job(made, place, throughput_specs(made, _hardware()), study, " ".join(again))
 
 
 def _hardware() -> str:

@@ -69,6 +69,11 @@ def load_checkpoint(
     return 0, 0.0, said
 
 
+def newest_step(work: Path) -> int:
+    """The step that training would go on from, 0 where there is no checkpoint."""
+    return max((int(path.name.removeprefix("step-")) for path in _folders(work)), default=0)
+
+
 def _restore(
     tensors: dict[str, torch.Tensor],
     numbers: dict[str, Any],

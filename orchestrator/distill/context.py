@@ -5,8 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from orchestrator.study.sources import Location
+
+
+class Stopped(Exception):
+    """The run was asked to stop: the stage wrote a checkpoint and goes on from there the next time. Not a failure."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +23,15 @@ class RunContext:
     checkpoint_seconds: float = 15.0
     log_every: int = 10  # steps between journal lines; checkpoints fall on these steps
     locations: Mapping[str, Location] = dataclasses.field(default_factory=dict)
+    gpus_per_stage: float = 0.0  # of each process of a stage that computes on the device
+    claims: Literal["flock", "lease"] = "flock"  # how a stage that is being computed is held; one kind for one store
+    lease_seconds: float = 30.0  # without a sign of life until a lease counts as left behind
+    mirror: str | None = None  # URL below which finished stages are shared between stores
+    stop: str | None = None  # a file whose appearance asks training to end at its next log step
+
+    def stopping(self) -> bool:
+        """Whether the run was asked to stop."""
+        return self.stop is not None and Path(self.stop).exists()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,8 @@ from orchestrator.distill.models import (
     save_student,
 )
 from orchestrator.distill.optim import make_optimizers, trainable_counts
+from orchestrator.distill.ranks import share
+from orchestrator.distill.statistics import SEQUENCES, attention_profiles
 from orchestrator.distill.swap import swap
 from orchestrator.distill.throughput import measure_throughput
 from orchestrator.distill.train import Parts, Training, autocast, prepare, train
@@ -73,7 +75,7 @@ def distil(spec: DistilSpec, place: Workplace) -> Result:
     base = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     student = load_student(place.inputs["parent"], load_teacher(place.inputs["teacher"]))
     generator = torch.Generator().manual_seed(spec.seed)
-    swap(student, spec.new_layers, spec.operator, generator)
+    swap(student, spec.new_layers, spec.operator, generator, profiles=_profiles(spec, student, place))
     student.to(device).train()
     result: Result = {"seconds": 0.0, "tokens": 0, "tokens_per_s": None, "said": []}
     if spec.phases:
@@ -81,6 +83,15 @@ def distil(spec: DistilSpec, place: Workplace) -> Result:
         result = train(_distillation(spec, teacher, student, optimizers, place), place)
     save_student(student, base, place.out)
     return {**result, "parameters": parameter_count(student), **trainable_counts(student)}
+
+
+def _profiles(spec: DistilSpec, student: Any, place: Workplace) -> dict[int, Tensor]:
+    """By layer, what the attention that is about to be replaced does on the first text of the path, if it matters."""
+    if not getattr(spec.operator, "needs_profile", False):
+        return {}
+    tokens = load_tokens(place.inputs["tokens"], "train")
+    ids_BL = batch(tokens, spec.sequence_length, spec.seed + STUDENT_ORDER, 0, SEQUENCES)
+    return attention_profiles(student, spec.new_layers, ids_BL)
 
 
 def _language_modelling(
@@ -94,7 +105,7 @@ def _language_modelling(
     size, length = spec.batch_size, spec.sequence_length
 
     def loss(step: int) -> tuple[Tensor, Parts]:
-        ids_BL = batch(tokens, length, order, step * size, size).to(place.context.device)
+        ids_BL = batch(tokens, length, order, *share(step * size, size)).to(place.context.device)
         with autocast(spec.numerics, place.context.device):
             entropy = next_token_loss(model, ids_BL)
         return entropy, {"loss/ce": entropy.detach()}
@@ -111,8 +122,8 @@ def _distillation(
     phase_of_step = [phase for phase in spec.phases for _ in range(phase.steps)]
 
     def loss(step: int) -> tuple[Tensor, Parts]:
-        first = spec.first_sequence + step * size
-        ids_BL = batch(tokens, length, spec.seed + STUDENT_ORDER, first, size).to(place.context.device)
+        mine = share(spec.first_sequence + step * size, size)
+        ids_BL = batch(tokens, length, spec.seed + STUDENT_ORDER, *mine).to(place.context.device)
         with autocast(spec.numerics, place.context.device):
             return batch_losses(teacher, student, ids_BL, spec.layers, phase_of_step[step].losses)
 

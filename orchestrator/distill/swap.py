@@ -7,7 +7,8 @@ Shapes: B batch, L positions, D model width, S positions in the mask.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -95,12 +96,19 @@ class OperatorCacheLayer(CacheLayerMixin):
 
 
 def swap(
-    model: Any, layers: Iterable[int], config: OperatorConfig, generator: torch.Generator, *, initialise: bool = True
+    model: Any,
+    layers: Iterable[int],
+    config: OperatorConfig,
+    generator: torch.Generator,
+    *,
+    profiles: Mapping[int, Tensor] | None = None,
+    initialise: bool = True,
 ) -> list[SwappedAttention]:
     """Replace the attention of `layers` in place and return what took its place.
 
-    With `initialise` the operators are set as the configuration's `init` says, from the attention they replace;
-    without, they await a state dict. Raises `ValueError` for an unsupported family or an impossible transfer.
+    With `initialise` the operators are set as the configuration's `init` says, from the attention they replace and
+    from `profiles`, by layer what it does by lag (`AttentionWeights.profile`); without, they await a state dict.
+    Raises `ValueError` for an unsupported family or an impossible transfer.
     """
     family = family_of(model)
     blocks = family.layers(model)
@@ -113,7 +121,10 @@ def swap(
         operator: Any = build(config, model.config.hidden_size, model.config.max_position_embeddings)
         if initialise:
             transfer = getattr(config, "init", "random") == "transfer"
-            operator.initialise(family.read(attention) if transfer else None, generator)
+            read = family.read(attention) if transfer else None
+            if read is not None and profiles and layer in profiles:
+                read = dataclasses.replace(read, profile=profiles[layer])
+            operator.initialise(read, generator)
         operator.to(device=model.device)
         replacement = SwappedAttention(operator, layer, family.cache_argument)
         setattr(block, family.attribute, replacement)

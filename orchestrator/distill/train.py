@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.distill.checkpoint import load_checkpoint, save_checkpoint
-from orchestrator.distill.context import Workplace
+from orchestrator.distill.context import Stopped, Workplace
 from orchestrator.distill.journal import Journal
 from orchestrator.distill.optim import schedule, set_learning_rate
+from orchestrator.distill.ranks import average_gradients, in_turn, is_first, mean, on_any
 from orchestrator.study.schema import Numerics, Optimizer
 
 Parts = dict[str, Tensor]
@@ -31,7 +32,10 @@ class NonFiniteLoss(ArithmeticError):
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What to train and how: `loss(step)` gives the scalar to differentiate and detached parts to log."""
+    """What to train and how: `loss(step)` gives the scalar to differentiate and detached parts to log.
+
+    Where ranks share a batch, it is the loss of this rank's part.
+    """
 
     model: nn.Module
     optimizers: list[torch.optim.Optimizer]
@@ -64,9 +68,10 @@ def train(training: Training, place: Workplace) -> dict[str, Any]:
 
     Raises:
         NonFiniteLoss: names the step and the parts of the loss.
+        Stopped: the run was asked to stop; a checkpoint of this step is written.
     """
     context = place.context
-    start, before, said = load_checkpoint(place.work, training.model, training.optimizers)
+    start, before, said = in_turn(lambda: load_checkpoint(place.work, training.model, training.optimizers))
     journal = Journal(place.journal)
     began = saved = logged = time.monotonic()
     logged_step = start
@@ -84,11 +89,16 @@ def train(training: Training, place: Workplace) -> dict[str, Any]:
             means["tokens_per_s"] = (done - logged_step) * training.tokens_per_step / max(now - logged, 1e-9)
             journal.write(done, done * training.tokens_per_step, means)
             sums, logged, logged_step = {}, now, done
-            if now - saved >= context.checkpoint_seconds and done < training.steps:
+            if done == training.steps:
+                break
+            stopping = on_any(context.stopping())
+            if is_first() and (stopping or now - saved >= context.checkpoint_seconds):
                 journal.sync()
                 seconds = before + now - began
                 save_checkpoint(place.work, done, seconds, training.model, training.optimizers)
                 saved = time.monotonic()
+            if stopping:
+                raise Stopped(f"stopped at step {done} of {training.steps}")
     finally:
         journal.close()
     seconds = before + time.monotonic() - began
@@ -105,10 +115,11 @@ def _step(training: Training, step: int) -> dict[str, float]:
     loss, parts = training.loss(step)
     loss.backward()
     trained = [p for optimizer in training.optimizers for group in optimizer.param_groups for p in group["params"]]
+    average_gradients(trained)
     norm = nn.utils.clip_grad_norm_(trained, training.config.gradient_clip)
     values = {"loss/total": loss.detach(), **parts, "gradient_norm": norm}
     names = list(values)
-    numbers = dict(zip(names, torch.stack([values[name].float() for name in names]).tolist(), strict=True))
+    numbers = dict(zip(names, mean(torch.stack([values[name].float() for name in names])).tolist(), strict=True))
     if not all(math.isfinite(number) for number in numbers.values()):
         told = ", ".join(f"{name}={number:g}" for name, number in numbers.items() if not math.isfinite(number))
         raise NonFiniteLoss(f"step {step + 1}: {told}; lower recipe.optimizer.lr or matrix_lr, or raise warmup")

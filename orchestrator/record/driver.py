@@ -8,27 +8,33 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from orchestrator.distill.checkpoint import newest_step
 from orchestrator.distill.context import RunContext
+from orchestrator.distill.journal import read_journal
 from orchestrator.files import canonical_json
 from orchestrator.record.home import Home
-from orchestrator.record.progress import Progress
+from orchestrator.record.progress import Progress, distinct_steps
+from orchestrator.record.recorder import Recorder
 from orchestrator.record.records import Record, best_path, make_records
 from orchestrator.record.report import answer, write_report
-from orchestrator.record.tracking import Tracker
+from orchestrator.run.cluster import Cluster
+from orchestrator.run.interrupt import Interrupt
 from orchestrator.run.store import Store
-from orchestrator.run.sweep import Cluster, Outcome, missing, run_plan
+from orchestrator.run.sweep import Outcome, missing, run_plan
 from orchestrator.study.plan import Plan
 from orchestrator.study.spec import ThroughputSpec
+
+ROUNDS = 2  # of computing what the store lacks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,57 +53,73 @@ class Job:
         return self.plan.study.study
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived."""
-
-
-def run_study(job: Job, context: RunContext, cluster: Cluster) -> int:
+def run_study(job: Job, context: RunContext, cluster: Cluster, interrupt: Interrupt) -> int:
     """Compute what is missing, tell everything, and return the exit code."""
-    began = time.time()
+    began = time.monotonic()
+    started = time.time()
     store = Store(job.home.store)
     for line in store.withdraw_damaged([*job.plan.specs, *(spec.key for spec in job.speeds.values())]):
         print(line, file=sys.stderr)
     before = _finished(job.plan, store)
     watch = _Watch(job, cluster.cpus)
-    outcome, stopped_by = Outcome(_stopped_before(job)), 0
+    recorder = Recorder(job.home, job.plan, job.speeds)
+    outcome = Outcome(_stopped_before(job))
     watch.start()
-    try:
-        if missing(job.plan, store, job.speeds, outcome.stopped):
-            outcome = run_plan(job.plan, context, job.speeds, cluster)
-    except KeyboardInterrupt:
-        stopped_by = signal.SIGINT
-    except Terminated:
-        stopped_by = signal.SIGTERM
-    finally:
-        watch.stop()
+    recorder.start()
+    with suppress(KeyboardInterrupt):  # `interrupt` knows
+        outcome = _compute(job, store, context, cluster, outcome)
+    watch.stop()
+    if interrupt.number:
+        outcome.failures.clear()  # of stages that were asked to stop; a stage that failed itself has told the store
     run = {
-        "started": began,
-        "seconds": time.time() - began,
+        "started": started,
+        "seconds": time.monotonic() - began,
         "trained": sorted(_finished(job.plan, store) - before),
         "reused": len(before),
         "peak_rss_mb": watch.peak_mb,
         "disk_mb": store.disk_bytes() / 2**20,
         "plan": _digest(job),
-        "stopped": None if stopped_by or outcome.failures else outcome.stopped,
+        "stopped": None if interrupt.number or outcome.failures else outcome.stopped,
     }
-    job.home.add_run(job.name, run)
-    records, text = report(job, watch.tracker)
-    watch.finish(outcome, records, bool(stopped_by))
-    return _tell(job, outcome, text, stopped_by)
+    _unless_full(lambda: job.home.add_run(job.name, run))
+    _, text = report(job, recorder, run, outcome)
+    return _tell(job, outcome, text, interrupt.number)
 
 
-def report(job: Job, tracker: Tracker | None) -> tuple[list[Record], str]:
-    """Write the report's files from what is finished; returns the records and the answer for the terminal."""
-    last = last_run(job)
+def _compute(job: Job, store: Store, context: RunContext, cluster: Cluster, outcome: Outcome) -> Outcome:
+    """Run the plan, once more where finished stages vanished or were damaged under it."""
+    for _ in range(ROUNDS):
+        if outcome.failures or not missing(job.plan, store, job.speeds, outcome.stopped):
+            return outcome
+        outcome = run_plan(job.plan, context, job.speeds, cluster)
+    gone = [] if outcome.failures else missing(job.plan, store, job.speeds, outcome.stopped)
+    if gone:
+        outcome.failures["store"] = f"{len(gone)} stages were finished and are gone or damaged: look at {store.root}"
+    return outcome
+
+
+def report(
+    job: Job, recorder: Recorder, run: dict[str, Any] | None = None, outcome: Outcome | None = None
+) -> tuple[list[Record], str]:
+    """Bring MLflow up to date and write the report's files from what is finished.
+
+    `run` is the newest run, which the home may have failed to remember. Returns the records and the answer for the
+    terminal. What cannot be written, or MLflow does not take, is told and stops nothing.
+    """
+    last = last_run(job, run)
+    recorder.catch_up()
     records = make_records(
-        job.plan,
-        Store(job.home.store),
-        job.speeds,
-        set(last.get("trained", [])),
-        tracker.run_id if tracker else lambda _: None,
-    )
+        job.plan, Store(job.home.store), job.speeds, set(last.get("trained", [])), recorder.run_id
+    )  # fmt: skip
     folder = job.home.study(job.name)
-    write_report(job.plan, records, last, folder)
+    files: dict[str, Path] = {}
+    _unless_full(lambda: files.update(write_report(job.plan, records, last, folder)))
+    best = best_path(records)
+    summary = {"best_perplexity_ratio": best[-1]["metrics"]["perplexity_ratio"]} if best else {}
+    told = outcome or Outcome(last.get("stopped") or {})
+    recorder.finish(told.stopped, told.failures, summary, sorted(files.values()))
+    for line in recorder.behind(f"layerswap report {job.study_file}"):
+        print(line, file=sys.stderr)
     commands = [
         f"report:   {folder / 'report.md'}",
         f"records:  layerswap report {job.study_file} --json records.json",
@@ -107,17 +129,24 @@ def report(job: Job, tracker: Tracker | None) -> tuple[list[Record], str]:
     return records, answer(job.plan, records, last, commands)
 
 
+def _unless_full(write: Callable[[], None]) -> None:
+    try:
+        write()
+    except OSError as error:
+        print(f"cannot be written: {error.filename or 'the report'}: {error.strerror or error}", file=sys.stderr)
+
+
 def exported_stage(job: Job, begins: str | None) -> str:
     """The key of the finished student to export: the one that `begins` so, or the end of the best path.
 
     Raises `ValueError` where none or several finished students fit.
     """
-    store = Store(job.home.store)
+    store = Store(job.home.store, write=False)
     steps = {step.train.key: step for trial in job.plan.trials for step in trial.steps}
     if begins is not None:
         found = [key for key in steps if key.startswith(begins) and store.finished(key)]
         if len(found) != 1:
-            raise ValueError(f"--stage {begins}: {len(found)} finished students begin so; layerswap plan lists them")
+            raise ValueError(f"--stage {begins}: {len(found)} finished students begin so; layerswap status lists them")
         return found[0]
     path = best_path(make_records(job.plan, store, job.speeds, set(), lambda _: None))
     if not path:
@@ -125,95 +154,69 @@ def exported_stage(job: Job, begins: str | None) -> str:
     return str(path[-1]["stage_key"])
 
 
-def last_run(job: Job) -> dict[str, Any]:
-    """The newest run of a study, with the highest memory of all its runs; empty before the first."""
+def last_run(job: Job, newest: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The `newest` or last remembered run, with the highest memory of all runs; empty before the first."""
     runs = job.home.runs(job.name)
-    return {**runs[-1], "peak_rss_mb": max(run["peak_rss_mb"] for run in runs)} if runs else {}
+    last = newest or (runs[-1] if runs else {})
+    return {**last, "peak_rss_mb": max(run["peak_rss_mb"] for run in [*runs, last])} if last else {}
 
 
 class _Watch:
-    """The two threads beside a run: one tells the terminal and weighs the processes, one keeps MLflow in step."""
+    """The thread beside a run that tells the terminal and weighs the processes."""
 
     def __init__(self, job: Job, cores: int) -> None:
-        self.job = job
         self.progress = Progress(job.plan, Store(job.home.store), job.speeds, cores)
-        self.tracker: Tracker | None = None
-        self.behind = False
         self.peak_mb = 0.0
         self.over = threading.Event()
-        self.threads = [
-            threading.Thread(target=self._every, args=(1.0, self._look), daemon=True),
-            threading.Thread(target=self._every, args=(3.0, self._record), daemon=True),
-        ]
+        self.thread = threading.Thread(target=self._every_second, daemon=True)
 
     def start(self) -> None:
-        def terminate(*_: object) -> None:
-            raise Terminated
-
-        signal.signal(signal.SIGTERM, terminate)
         self.progress.begin()
-        for thread in self.threads:
-            thread.start()
+        self.thread.start()
 
     def stop(self) -> None:
         self.over.set()
-        for thread in self.threads:
-            thread.join()
+        self.thread.join()
         self._look()
-        self._record()
-
-    def finish(self, outcome: Outcome, records: list[Record], interrupted: bool) -> None:
-        """Give every MLflow run its true status and the study run its files."""
-        if self.tracker is None:
-            return
-        best = best_path(records)
-        summary = {"best_perplexity_ratio": best[-1]["metrics"]["perplexity_ratio"]} if best else {}
-        files = sorted(path for path in self.job.home.study(self.job.name).iterdir() if path.name != "runs.json")
-        try:
-            self.tracker.finish(outcome, summary, files, interrupted)
-        except Exception as error:
-            self._say_behind(error)
-
-    def _record(self) -> None:
-        try:
-            if self.tracker is None:
-                self.tracker = Tracker(self.job.home, self.job.plan, self.job.speeds)
-            self.tracker.sync()
-            self.behind = False
-        except Exception as error:
-            self._say_behind(error)
-
-    def _say_behind(self, error: Exception) -> None:
-        if not self.behind:
-            told = str(error).split("\n")[0][:200]
-            print(
-                f"MLflow is behind, nothing is lost, the study goes on: {type(error).__name__}: {told}", file=sys.stderr
-            )
-        self.behind = True
 
     def _look(self) -> None:
-        self.progress.tick()
-        self.peak_mb = max(self.peak_mb, _tree_rss_mb())
+        try:
+            self.progress.tick()
+        except (OSError, ValueError, KeyError):  # a stage that is withdrawn or deleted while it is looked at
+            return
+        finally:
+            self.peak_mb = max(self.peak_mb, _tree_rss_mb())
 
-    def _every(self, seconds: float, action: Callable[[], None]) -> None:
-        while not self.over.wait(seconds):
-            action()
+    def _every_second(self) -> None:
+        while not self.over.wait(1.0):
+            self._look()
 
 
 def _tell(job: Job, outcome: Outcome, text: str, stopped_by: int) -> int:
-    if not stopped_by:
-        print(f"\n{text}", flush=True)
+    if stopped_by:
+        told = ["stopped; nothing finished is lost", *_unfinished(job), f"go on with: {job.command}"]
+        print("\n".join(told), file=sys.stderr)
+        return 128 + stopped_by
+    print(f"\n{text}", flush=True)
     for name, steps in outcome.stopped.items():
         print(f"{name} was stopped early after {steps} stages")
     for name, reason in outcome.failures.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
-    if stopped_by:
-        print(f"stopped; nothing finished is lost, go on with: {job.command}", file=sys.stderr)
-        return 128 + stopped_by
     if outcome.failures:
         print(f"{len(outcome.failures)} failed, the rest is finished; go on with: {job.command}", file=sys.stderr)
         return 1
     return 0
+
+
+def _unfinished(job: Job) -> list[str]:
+    """A line for every stage that is begun and will go on from a checkpoint."""
+    store, lines = Store(job.home.store), []
+    for key, (name, step) in distinct_steps(job.plan).items():
+        at = newest_step(store.folder(key) / "work")
+        if at and not store.finished(key):
+            tokens = next((line["tokens"] for line in read_journal(store.folder(key)) if line["step"] == at), 0)
+            lines.append(f"  {name} goes on after step {at}, {tokens:,} of {step.own_tokens:,} tokens")
+    return lines
 
 
 def _digest(job: Job) -> str:

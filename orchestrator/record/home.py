@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from orchestrator.files import read_json, write_json
+
+IN_USE = "in-use"  # a file that every running driver holds a shared lock on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +20,7 @@ class Home:
     """The `--home` directory."""
 
     root: Path
+    tracking: str | None = None  # a tracking server or database of the user's instead of the home's own
 
     @property
     def store(self) -> Path:
@@ -23,13 +29,18 @@ class Home:
 
     @property
     def database(self) -> str:
-        """MLflow's tracking URI."""
+        """URI of the home's own MLflow database."""
         return f"sqlite:///{(self.root / 'mlflow.db').resolve()}"
 
     @property
-    def artefacts(self) -> str:
-        """Where MLflow keeps files."""
-        return (self.root / "mlartifacts").resolve().as_uri()
+    def tracking_uri(self) -> str:
+        """Where MLflow's records go."""
+        return self.tracking or self.database
+
+    @property
+    def artefacts(self) -> str | None:
+        """Where MLflow keeps files; None where the tracking server decides."""
+        return None if self.tracking else (self.root / "mlartifacts").resolve().as_uri()
 
     def study(self, name: str) -> Path:
         """Reports of one study."""
@@ -42,6 +53,25 @@ class Home:
         except (OSError, json.JSONDecodeError):
             return []
         return runs
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Say for the time of a run that somebody runs here; the kernel takes it back at any death."""
+        with (self.root / IN_USE).open("a") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH)
+            yield
+
+    @property
+    def used(self) -> bool:
+        """Whether a run is going on here at this moment."""
+        try:
+            with (self.root / IN_USE).open() as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except FileNotFoundError:
+            return False
+        return False
 
     def add_run(self, name: str, run: dict[str, Any]) -> None:
         """Remember a run."""

@@ -1,64 +1,76 @@
-"""The plan and its state for people and scripts: what will run, what is shared, what is there."""
+"""The plan and its state for people and scripts: what will run, what is shared, what is there.
+
+Invariant: looking changes nothing on disk.
+"""
 
 from __future__ import annotations
 
-import json
-import statistics
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from orchestrator.distill.journal import read_journal
+from orchestrator.record.estimate import estimate
 from orchestrator.record.progress import distinct_steps
+from orchestrator.record.records import values_text
 from orchestrator.run.store import Store, tree_bytes
-from orchestrator.study.plan import Plan, Step
-from orchestrator.study.spec import short
+from orchestrator.study.plan import Plan, Trial, operator_name
+from orchestrator.study.spec import ThroughputSpec, short
+
+Node = dict[str, Any]  # a stage of the tree: key, swapped layers, state, trials that end here, children
 
 
-def plan_summary(plan: Plan, store: Store) -> dict[str, Any]:
-    """Counts and every trial's path, JSON values only."""
+def plan_summary(plan: Plan, store: Store, speeds: dict[str, ThroughputSpec]) -> dict[str, Any]:
+    """Counts, costs and the tree, JSON values only. `sharing` compares with each trial computing all its own stages."""
     users = plan.users()
-    paths = [
-        {"trial": trial.name, "values": trial.values, "stages": [_stage(step, store, users) for step in trial.steps]}
-        for trial in plan.trials
-    ]
-    asked = sum(len(trial.steps) for trial in plan.trials)
-    budgets = {step.train.key: step.own_tokens for step in plan.steps}
+    own = {step.train.key: step.own_tokens for step in plan.steps}
+    asked = [step.train.key for trial in plan.trials for step in trial.steps]
+    asked_tokens = sum(own[key] for key in asked)
+    distinct_tokens = sum(own[key] for key in users)
+    steps = distinct_steps(plan)
     return {
         "study": plan.study.study,
         "trials": len(plan.trials),
-        "stages": asked,
+        "stages": len(asked),
         "distinct": len(users),
         "done": sum(store.finished(key) for key in users),
-        "sharing": asked / max(1, len(users)),
-        "tokens_to_train": sum(tokens for key, tokens in budgets.items() if not store.finished(key)),
-        "estimate": estimate(plan, store),
+        "sharing": len(asked) / max(1, len(users)),
+        "tokens": asked_tokens,
+        "distinct_tokens": distinct_tokens,
+        "sharing_tokens": asked_tokens / max(1, distinct_tokens),
+        "all_stages": len(steps),  # with the teacher and the controls
+        "all_done": sum(store.finished(key) and store.finished(step.evaluate.key) for key, (_, step) in steps.items()),
+        "tokens_to_train": sum(tokens for key, tokens in own.items() if not store.finished(key)),
+        "estimate": estimate(plan, store, speeds, len(os.sched_getaffinity(0))),
         "controls": list(plan.controls),
-        "paths": paths,
+        "values": {trial.name: trial.values for trial in plan.trials},
+        "teacher": {"key": plan.teacher.train.key, "tokens": plan.teacher.own_tokens, "state": _state(plan, store)},
+        "tree": _tree(list(plan.trials), 0, store),
     }
 
 
-def plan_text(plan: Plan, store: Store) -> str:
-    """The tree as lines."""
-    summary = plan_summary(plan, store)
-    lines = []
-    for path in summary["paths"]:
-        lines.append(f"{path['trial']}  {json.dumps(path['values'])}")
-        for stage in path["stages"]:
-            shared = f", shared by {stage['trials']} trials" if stage["trials"] > 1 else ""
-            lines.append(
-                f"    {'done' if stage['done'] else '    '} {short(stage['key'])}  layers {stage['swapped']}, "
-                f"{stage['tokens']:,} tokens on the path{shared}"
-            )
-    lines.append(f"controls: {', '.join(summary['controls']) or 'none'}")
-    lines.append(
-        f"{summary['trials']} trials, {summary['stages']} stages asked for, {summary['distinct']} distinct, "
-        f"{summary['done']} in the store; sharing factor {summary['sharing']:.2f}; "
-        f"{summary['tokens_to_train'] / 1e6:.2f} M tokens to train, teacher and controls included"
-    )
-    if summary["tokens_to_train"] and summary["estimate"]:
-        cost = summary["estimate"]
-        lines.append(f"about {cost['core_seconds'] / 60:.0f} core-minutes of training and {cost['megabytes']:.0f} MB")
-    elif summary["tokens_to_train"]:
-        lines.append("time and disk: known once a stage has been measured in this store")
+def plan_text(plan: Plan, store: Store, speeds: dict[str, ThroughputSpec]) -> str:
+    """The tree as lines, a line for every stretch of stages without a fork, and what it costs."""
+    summary = plan_summary(plan, store, speeds)
+    teacher = summary["teacher"]
+    trained = f", {_tokens(teacher['tokens'])} tokens" if teacher["tokens"] else ""
+    rows = list(_rows(summary["tree"], "", "", summary["values"]))
+    wide = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
+    lines = [f"{summary['study']}: {plan.study.question}".strip(": "), ""]
+    lines += [f"teacher  {plan.total_layers} layers{trained}{_mark(teacher['state'])}"]
+    lines += [f"{a:{wide[0]}}  {b:>{wide[1]}}  {c:{wide[2]}}  {d}".rstrip() for a, b, c, d in rows]
+    skipped = sum(name.startswith("skip") for name in summary["controls"])
+    controls = [name for name in summary["controls"] if not name.startswith("skip")]
+    controls += [f"skip ({skipped})"] if skipped else []
+    lines += [
+        f"controls: {', '.join(controls) or 'none'}",
+        "",
+        f"{summary['trials']} trials ask for {summary['stages']} stages, {summary['distinct']} distinct: sharing "
+        f"factor {summary['sharing']:.2f} in stages, {summary['sharing_tokens']:.2f} in tokens",
+        f"in the store: {summary['done']} of them; with teacher and controls {summary['all_done']} of "
+        f"{summary['all_stages']}",
+        _cost_text(summary),
+    ]
     return "\n".join(lines)
 
 
@@ -68,38 +80,15 @@ def gc_text(store: Store, kept: set[str], delete: bool) -> str:
     for key in store.all_keys():
         if key in kept:
             continue
-        size = store.remove(key) if delete else tree_bytes(store.folder(key))
+        size, finished = tree_bytes(store.folder(key)), store.finished(key)
+        if store.locked(key) or (delete and not store.remove(key)):
+            lines.append(f"{short(key)}  {size / 2**20:8.1f} MB  stays: it is being computed")
+            continue
         total += size
-        kind = "finished" if store.finished(key) else "deleted" if delete and size else "unfinished"
-        lines.append(f"{short(key)}  {size / 2**20:8.1f} MB  {kind}")
+        state = "finished" if finished else "unfinished"
+        lines.append(f"{short(key)}  {size / 2**20:8.1f} MB  {'deleted' if delete else state}")
     verb = "freed" if delete else "would be freed by --delete"
     return "\n".join([*lines, f"{len(lines)} stages that no given study needs, {total / 2**20:.1f} MB {verb}"])
-
-
-def estimate(plan: Plan, store: Store) -> dict[str, float] | None:
-    """Core-seconds and megabytes of what is left to do, from the rates that the store's stages were measured at.
-
-    None until a stage of each kind that is left, or of any kind that trains, was measured.
-    """
-    rates: dict[str, list[float]] = {}
-    sizes: dict[str, list[float]] = {}
-    for key in store.all_keys():
-        if store.finished(key):
-            done = store.done(key)
-            sizes.setdefault(done["kind"], []).append(tree_bytes(store.folder(key)) / 2**20)
-            if done["result"].get("tokens_per_s"):
-                rates.setdefault(done["kind"], []).append(done["result"]["tokens_per_s"])
-    if not rates:
-        return None
-    slowest = min(statistics.median(values) for values in rates.values())
-    seconds = megabytes = 0.0
-    for step in {step.train.key: step for step in plan.steps if not store.finished(step.train.key)}.values():
-        kind = str(getattr(step.train, "kind", ""))
-        rate = statistics.median(rates[kind]) if kind in rates else slowest
-        threads = step.train.numerics.threads if hasattr(step.train, "numerics") else 1
-        seconds += threads * step.own_tokens / rate
-        megabytes += statistics.median(sizes.get(kind) or [0.0])
-    return {"core_seconds": seconds, "megabytes": megabytes}
 
 
 def status_text(plan: Plan, store: Store) -> str:
@@ -120,12 +109,89 @@ def status_text(plan: Plan, store: Store) -> str:
     return "\n".join(lines)
 
 
-def _stage(step: Step, store: Store, users: dict[str, list[str]]) -> dict[str, Any]:
-    key = step.train.key
-    return {
-        "key": key,
-        "swapped": list(step.swapped),
-        "tokens": step.tokens,
-        "trials": len(users[key]),
-        "done": store.finished(step.evaluate.key),
-    }
+def _tree(trials: list[Trial], depth: int, store: Store) -> list[Node]:
+    """The stages at `depth` of these trials, which share all before, each with what follows it."""
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        if depth < len(trial.steps):
+            groups.setdefault(trial.steps[depth].train.key, []).append(trial)
+    nodes = []
+    for key, group in groups.items():
+        step: Any = group[0].steps[depth]
+        nodes.append(
+            {
+                "key": key,
+                "operator": operator_name(step.train.operator),
+                "layers": list(step.train.layers),
+                "joint": step.joint,
+                "tokens": step.own_tokens,
+                "trials": len(group),
+                "state": _stage_state(key, step.evaluate.key, store),
+                "ends": [trial.name for trial in group if len(trial.steps) == depth + 1],
+                "children": _tree(group, depth + 1, store),
+            }
+        )
+    return nodes
+
+
+def _state(plan: Plan, store: Store) -> str:
+    return _stage_state(plan.teacher.train.key, plan.teacher.evaluate.key, store)
+
+
+def _stage_state(key: str, evaluate: str, store: Store) -> str:
+    if store.finished(key) and store.finished(evaluate):
+        return "done"
+    return "new" if store.attempt(key) is None else "begun"
+
+
+def _mark(state: str) -> str:
+    return {"done": " ✓", "begun": " …", "new": ""}[state]
+
+
+def _rows(nodes: list[Node], indent: str, operator: str, values: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Stages, tokens, trials and their values of every stretch below `indent`."""
+    for index, node in enumerate(nodes):
+        last = index == len(nodes) - 1
+        stretch = [node]
+        while len(stretch[-1]["children"]) == 1 and not stretch[-1]["ends"]:
+            stretch += stretch[-1]["children"]
+        names = ["joint" if stage["joint"] else _layers(stage["layers"]) for stage in stretch]
+        told = " → ".join(name + _mark(stage["state"]) for name, stage in zip(names, stretch, strict=True))
+        own = f"{node['operator']}  " if node["operator"] != operator else ""
+        ends = stretch[-1]["ends"]
+        tried = values_text(values[ends[0]]) if ends else ""
+        tokens = _tokens(sum(stage["tokens"] for stage in stretch))
+        yield f"{indent}{'└─' if last else '├─'} {own}{told}", tokens, ", ".join(ends), tried
+        yield from _rows(stretch[-1]["children"], indent + ("   " if last else "│  "), node["operator"], values)
+
+
+def _cost_text(summary: dict[str, Any]) -> str:
+    cost, left = summary["estimate"], summary["tokens_to_train"]
+    if summary["all_done"] == summary["all_stages"] and not (cost and cost["core_seconds"]):
+        return "to do: nothing"
+    told = f"to do: {_tokens(left)} tokens to train"
+    if cost is None:
+        return f"{told}; time and disk are not known yet: no stage was measured in this store"
+    told += f"; about {_minutes(cost['wall_seconds'])} on {cost['cores']} cores ({_minutes(cost['core_seconds'])} of "
+    told += f"core time), {cost['megabytes']:.0f} MB"
+    guessed = ", ".join(cost["unmeasured"])
+    return f"{told}\n       (not measured in this store yet: {guessed})" if guessed else told
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _tokens(count: int) -> str:
+    return f"{count / 1e6:.2f} M" if count >= 1_000_000 else f"{count / 1e3:.0f} k" if count >= 10_000 else str(count)
+
+
+def _layers(layers: Sequence[int]) -> str:
+    """Layers as people write them: `0-3,5`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

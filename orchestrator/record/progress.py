@@ -25,8 +25,8 @@ class Progress:
         self, plan: Plan, store: Store, speeds: dict[str, ThroughputSpec], cores: int, out: TextIO = sys.stdout
     ):
         self.plan, self.store, self.cores, self.out = plan, store, cores, out
-        self.began = time.time()
-        self.told = self.began
+        self.began = self.told = time.monotonic()
+        self.heard = store.said(0)[1]
         self.users = plan.users()
         self.steps = distinct_steps(plan)
         self.speeds = {spec.key: spec for spec in speeds.values()}
@@ -38,6 +38,7 @@ class Progress:
         self.measured = {key for key in self.speeds if store.finished(key)}
         self.data_told = store.finished(plan.tokens.key)
         self.rates: dict[str, float] = {}
+        self.before = {key: store.attempt(key) for key in self.steps}  # of earlier runs
 
     def begin(self) -> None:
         """Say what is there and what will be done."""
@@ -52,7 +53,10 @@ class Progress:
 
     def tick(self) -> None:
         """Look at the store and say what is new."""
-        now = time.time()
+        now = time.monotonic()
+        said, self.heard = self.store.said(self.heard)
+        for line in said:
+            self._say(line)
         if not self.data_told and self.store.finished(self.plan.tokens.key):
             self.data_told = True
             counts = self.store.result(self.plan.tokens.key)
@@ -60,11 +64,16 @@ class Progress:
                 f"text ready: {counts['train_tokens']:,} training and {counts['valid_tokens']:,} validation tokens"
             )
         for key, (name, step) in self.steps.items():
+            done = self.store.finished(key) and self.store.finished(step.evaluate.key)
             if key in self.finished:
+                if not done:  # withdrawn, for it was damaged
+                    self.finished.discard(key)
+                    self.started.discard(key)
                 continue
-            if self.store.finished(key) and self.store.finished(step.evaluate.key):
+            if done:
+                line = self._done_line(name, step)
                 self.finished.add(key)
-                self._say(self._done_line(name, step))
+                self._say(line)
             elif key not in self.started and self._running(key):
                 self.started.add(key)
                 if step.own_tokens:
@@ -102,7 +111,7 @@ class Progress:
 
     def _running(self, key: str) -> bool:
         attempt = self.store.attempt(key)
-        return attempt is not None and attempt["started"] >= self.began - 1 and not self.store.finished(key)
+        return attempt is not None and attempt != self.before[key] and not self.store.finished(key)
 
     def _time_left(self) -> str:
         """Work left over the cores, never less than the longest chain of stages that is left."""
@@ -113,7 +122,7 @@ class Progress:
             seconds = self._seconds(key, step)
             if seconds is None:
                 return "time left: known once the first steps are measured"
-            work += seconds * _threads(step)
+            work += seconds * step.train.cores
             chains[key] = seconds
         longest = max((sum(chains.get(s.train.key, 0.0) for s in t.steps) for t in self.plan.trials), default=0.0)
         longest += chains.get(self.plan.teacher.train.key, 0.0)
@@ -147,7 +156,7 @@ class Progress:
         return "\n          ".join([f"done   {name}: {told}", *trained.get("said", [])])
 
     def _say(self, text: str) -> None:
-        self.told = time.time()
+        self.told = time.monotonic()
         passed = int(self.told - self.began)
         print(f"[{passed // 60:3d}:{passed % 60:02d}] {text}", file=self.out, flush=True)
 
@@ -163,7 +172,3 @@ def distinct_steps(plan: Plan) -> dict[str, tuple[str, Step]]:
     for name, step in plan.controls.items():
         found.setdefault(step.train.key, (f"control {name}", step))
     return found
-
-
-def _threads(step: Step) -> int:
-    return int(step.train.numerics.threads) if hasattr(step.train, "numerics") else 1

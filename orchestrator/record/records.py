@@ -85,3 +85,16 @@ def pareto_front(records: list[Record], speed: str, length: str) -> list[Record]
         if not front or row["metrics"]["perplexity_ratio"] < front[-1]["metrics"]["perplexity_ratio"]:
             front.append(row)
     return front[::-1]
+
+
+def values_text(values: dict[str, Any]) -> str:
+    """A point of the search space in a few words: `losses=kl:1.0,ce:0.5`."""
+    return " ".join(f"{key.split('.')[-1]}={_short(value)}" for key, value in values.items())
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{key}:{_short(inner)}" for key, inner in value.items() if key != "kind")
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(_short(inner) for inner in value) + "]"
+    return str(value)

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from orchestrator.files import write_json, write_text
-from orchestrator.record.records import Record, best_path, pareto_front
+from orchestrator.record.records import Record, best_path, pareto_front, values_text
 from orchestrator.study.plan import Plan
 
 COLUMNS = ["row", "swapped", "tokens", "perplexity", "ratio", "agree", "hit", "miss", "copied", "prefill", "decode"]
@@ -44,7 +44,11 @@ def answer(plan: Plan, records: list[Record], run: dict[str, Any], commands: lis
     lines = [plan.study.question.strip() or plan.study.study, ""]
     lines += [text_table(table(chosen, length)), ""]
     if path:
-        lines += [f"best path: {path[0]['trial']} {_values(path[0]['values'])}", text_table(table(path, length)), ""]
+        lines += [
+            f"best path: {path[0]['trial']} {values_text(path[0]['values'])}",
+            text_table(table(path, length)),
+            "",
+        ]
     lines += [text_table(table(_ends(records), length, "trial")), ""] if len(_ends(records)) > 1 else []
     lines += [LEGEND.format(length=length), "", resources(run), "", *commands]
     return "\n".join(lines)
@@ -61,7 +65,7 @@ def markdown(plan: Plan, records: list[Record], run: dict[str, Any]) -> str:
     if path:
         parts += [
             f"## Best path: {path[0]['trial']}",
-            f"`{_values(path[0]['values'])}`",
+            f"`{values_text(path[0]['values'])}`",
             pipe_table(table(path, length)),
         ]
     parts += ["## Every trial at its last stage", pipe_table(table(_ends(records), length, "trial"))]
@@ -102,7 +106,7 @@ def table(rows: list[Record], length: str, name: str = "name") -> pd.DataFrame:
     lines = []
     for row in rows:
         metrics = row["metrics"]
-        values = f" {_values(row['values'])}" if name == "trial" else ""
+        values = f" {values_text(row['values'])}" if name == "trial" else ""
         lines.append(
             {
                 "row": f"{row[name]}{values}",
@@ -210,18 +214,6 @@ def _ends(records: list[Record]) -> list[Record]:
         if row["kind"] == "stage":
             trials[row["trial"]] = row
     return sorted(trials.values(), key=lambda row: (-len(row["swapped_layers"]), row["metrics"]["perplexity_ratio"]))
-
-
-def _values(values: dict[str, Any]) -> str:
-    return " ".join(f"{key.split('.')[-1]}={_short(value)}" for key, value in values.items())
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, dict):
-        return ",".join(f"{key}:{_short(inner)}" for key, inner in value.items() if key != "kind")
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(_short(inner) for inner in value) + "]"
-    return str(value)
 
 
 def _number(value: float | None, digits: int, unit: str = "") -> str:

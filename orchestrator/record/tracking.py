@@ -1,33 +1,41 @@
 """Store -> MLflow: study run > trial run > stage run. The only importer of mlflow.
 
-One process replays what stages wrote. Invariant: replaying is idempotent: a run is found again by its tag, a journal
-line has one time and one step, and MLflow ignores a point that it has.
+One process replays what stages wrote. Invariant: replaying is idempotent and may stop anywhere: a run is found again
+by its tag, a journal line has one time and one step, MLflow ignores a point that it has, and what is sent once only
+carries a mark on its run.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+# A server that does not answer must not hold the sender for minutes: the next round tries again.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
 
+import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunStatus, RunTag
+from mlflow.entities import Metric, Param, RunTag
 
 from orchestrator.distill.journal import read_journal
 from orchestrator.record.home import Home
 from orchestrator.run.store import Store
-from orchestrator.run.sweep import Outcome
 from orchestrator.study.loader import dump
 from orchestrator.study.plan import Plan, Step, Trial, operator_name
 from orchestrator.study.spec import ThroughputSpec, short
 
-for noisy in ("mlflow", "alembic"):
-    logging.getLogger(noisy).setLevel(logging.WARNING)
+for noisy in ("mlflow", "alembic", "urllib3"):
+    logging.getLogger(noisy).setLevel(logging.ERROR)
 IDENTITY = "layerswap.id"
+TOLD = "layerswap.told"  # tag: how many results of the run's stages were sent
+MODEL = "layerswap.model"
 BATCH = 500
 SUMMARY = (
     "perplexity",
@@ -42,17 +50,25 @@ SUMMARY = (
 
 
 class Tracker:
-    """Keeps one study's MLflow runs in step with the store. `sync` may be called at any time, from one thread."""
+    """Keeps one study's MLflow runs in step with the store. Any call may raise what MLflow raises; then make a new one.
 
-    def __init__(self, home: Home, plan: Plan, speeds: dict[str, ThroughputSpec]) -> None:
-        self.home, self.plan, self.speeds = home, plan, speeds
+    A `live` one marks the runs it finds as running again; `heard` is when MLflow last answered (monotonic seconds).
+    """
+
+    def __init__(self, home: Home, plan: Plan, speeds: dict[str, ThroughputSpec], live: bool = True) -> None:
+        self.home, self.plan, self.speeds, self.live = home, plan, speeds, live
         self.store = Store(home.store)
-        self.client = MlflowClient(tracking_uri=home.database)
-        self.experiment = self._experiment()
-        self.runs = self._known_runs()
-        self.sent: dict[str, int] = {}  # run id -> last step sent
+        self.client = MlflowClient(tracking_uri=home.tracking_uri)
+        self.runs: dict[str, str] = {}  # identity -> run id
+        self.tags: dict[str, dict[str, str]] = {}  # run id -> its tags
+        self.params: dict[str, set[str]] = {}  # run id -> names of its parameters
+        self.status: dict[str, str] = {}  # run id -> RUNNING, FINISHED, FAILED or KILLED
+        self.sent: dict[str, int] = {}  # run id -> last journal step sent
         self.closed: set[str] = set()  # identities that need no more attention
         self.users = plan.users()
+        self.experiment = self._experiment()
+        self._find_runs()
+        self.heard = time.monotonic()
 
     def sync(self) -> None:
         """Send what is new: runs of started stages, journal points, results of finished ones."""
@@ -63,78 +79,116 @@ class Tracker:
         for trial in self.plan.trials:
             self._trial(trial, study)
 
-    def finish(self, outcome: Outcome, summary: dict[str, float], files: list[Path], interrupted: bool = False) -> None:
-        """Send the rest and give every run its true status."""
+    def finish(self, stopped: dict[str, int], failures: dict[str, str], summary: dict[str, float]) -> None:
+        """Send the rest and give every run its true status: trials of `stopped` were ended early, the rest is read."""
         self.sync()
-        failed = set(outcome.failures)
+        alone = [self.plan.teacher, *self.plan.controls.values()]
+        complete = all(self.store.finished(step.evaluate.key) for step in alone)
         for trial in self.plan.trials:
+            done = trial.name in stopped or all(self.store.finished(step.evaluate.key) for step in trial.steps)
+            complete &= done
             run = self.runs.get(self._trial_identity(trial))
             if run is None:
                 continue
-            complete = all(self.store.finished(step.evaluate.key) for step in trial.steps)
-            stopped = trial.name in outcome.stopped
-            status = "FINISHED" if complete or stopped else "FAILED" if trial.name in failed else "KILLED"
-            self.client.set_tag(run, "layerswap.stopped_early", str(stopped).lower())
-            if trial.name in outcome.failures:
-                self.client.set_tag(run, "layerswap.failure", outcome.failures[trial.name][:5000])
-            self.client.set_terminated(run, status)
+            told = failures.get(trial.name) or next((e for s in trial.steps if (e := self._failure(s))), None)
+            self.client.set_tag(run, "layerswap.stopped_early", str(trial.name in stopped).lower())
+            if told and not done:
+                self.client.set_tag(run, "layerswap.failure", told[:5000])
+            self._close(run, "FINISHED" if done else "FAILED" if told else "KILLED")
         for step in self.plan.steps:
             identity = f"stage:{step.train.key}"
-            if identity in self.runs and identity not in self.closed:
-                lost = self.store.failure(step.train.key) or self.store.failure(step.evaluate.key)
-                self.client.set_terminated(self.runs[identity], "FAILED" if lost else "KILLED")
-        study = self._study_run()
+            if identity in self.runs and identity not in self.closed and not self.store.finished(step.evaluate.key):
+                self._close(self.runs[identity], "FAILED" if self._failure(step) else "KILLED")
+        study, failed = self._study_run(), bool(failures) or any(self._failure(step) for step in self.plan.steps)
+        known = self.client.get_run(study).data.metrics
         for key, value in summary.items():
-            self.client.log_metric(study, key, value)
+            if known.get(key) != value:
+                self.client.log_metric(study, key, value)
+        self._close(study, "FINISHED" if complete and not failures else "FAILED" if failed else "KILLED")
+
+    def add_files(self, files: list[Path]) -> None:
+        """Give the study run its files, and MLflow a model for every finished student, without copying weights."""
         for path in files:
-            self.client.log_artifact(study, str(path))
-        self.client.set_terminated(study, "KILLED" if interrupted else "FAILED" if failed else "FINISHED")
+            self.client.log_artifact(self._study_run(), str(path))
+            self.heard = time.monotonic()
+        for step in self.plan.steps:
+            run = self.runs.get(f"stage:{step.train.key}")
+            if run is not None and step.swapped and getattr(step.train, "phases", ()) and self.tags[run].get(TOLD):
+                self._register(run, step)
 
     def run_id(self, step: Step) -> str | None:
         """The MLflow run of a step's stage."""
         return self.runs.get(f"stage:{step.train.key}")
 
-    def _experiment(self) -> str:
-        found = self.client.get_experiment_by_name(self.plan.study.study)
-        if found is not None:
-            return str(found.experiment_id)
-        name = self.plan.study.study
-        tags = {"mlflow.experimentKind": "custom_model_development"}  # the UI then opens on runs and metrics
-        return str(self.client.create_experiment(name, f"{self.home.artefacts}/{name}", tags))
+    def _failure(self, step: Step) -> str | None:
+        failure = self.store.failure(step.train.key) or self.store.failure(step.evaluate.key)
+        return None if failure is None else str(failure["error"])
 
-    def _known_runs(self) -> dict[str, str]:
-        known: dict[str, str] = {}
+    def _experiment(self) -> str:
+        name = self.plan.study.study
+        found = self.client.get_experiment_by_name(name)
+        if found is not None:
+            if found.lifecycle_stage == "deleted":  # in the UI, by its owner, who now runs the study again
+                self.client.restore_experiment(found.experiment_id)
+            return str(found.experiment_id)
+        tags = {"mlflow.experimentKind": "custom_model_development"}  # the UI then opens on runs and metrics
+        place = None if self.home.artefacts is None else f"{self.home.artefacts}/{name}"
+        return str(self.client.create_experiment(name, place, tags))
+
+    def _find_runs(self) -> None:
+        """Learn the runs that are there; where an answer was lost and a run made twice, the first one stays."""
         token = None
         while True:
-            page = self.client.search_runs([self.experiment], max_results=1000, page_token=token)
-            known |= {run.data.tags[IDENTITY]: run.info.run_id for run in page if IDENTITY in run.data.tags}
+            page = self.client.search_runs(
+                [self.experiment], max_results=1000, page_token=token, order_by=["attributes.start_time ASC"]
+            )
+            for run in page:
+                identity = run.data.tags.get(IDENTITY)
+                if identity in self.runs:
+                    self.client.delete_run(run.info.run_id)
+                elif identity is not None:
+                    self._know(identity, run)
             token = page.token
             if not token:
-                return known
+                return
+
+    def _know(self, identity: str, run: Any) -> None:
+        self.runs[identity] = run.info.run_id
+        self.tags[run.info.run_id] = dict(run.data.tags)
+        self.params[run.info.run_id] = set(run.data.params)
+        self.status[run.info.run_id] = run.info.status
 
     def _run(self, identity: str, name: str, parent: str | None, tags: dict[str, str], params: dict[str, Any]) -> str:
         if identity not in self.runs:
             tags = {**tags, IDENTITY: identity, "layerswap.study": self.plan.study.study, "mlflow.runName": name}
             if parent is not None:
                 tags["mlflow.parentRunId"] = parent
-            run = self.client.create_run(self.experiment, tags=tags, run_name=name)
-            self.runs[identity] = run.info.run_id
-            entries = [Param(key, value) for key, value in _flat(params).items()]
-            for start in range(0, len(entries), 100):
-                self.client.log_batch(run.info.run_id, params=entries[start : start + 100])
-        return self.runs[identity]
+            self._know(identity, self.client.create_run(self.experiment, tags=tags, run_name=name))
+        run = self.runs[identity]
+        entries = [Param(key, value) for key, value in _flat(params).items() if key not in self.params[run]]
+        for start in range(0, len(entries), 100):
+            self.client.log_batch(run, params=entries[start : start + 100])
+            self.params[run] |= {entry.key for entry in entries[start : start + 100]}
+        return run
 
     def _study_run(self) -> str:
         study = self.plan.study
-        known = "study" in self.runs
-        run = self._run(
-            "study", study.study, None, {"layerswap.role": "study", "mlflow.note.content": study.question}, {}
-        )
-        if "study" not in self.sent:
-            self.sent["study"] = 0
-            if known:
-                self.client.update_run(run, status=RunStatus.to_string(RunStatus.RUNNING))
+        tags = {"layerswap.role": "study", "mlflow.note.content": study.question}
+        run = self._run("study", study.study, None, tags, {})
+        if "study" not in self.closed:
+            self.closed.add("study")
+            self._reopen(run)
         return run
+
+    def _reopen(self, run: str) -> None:
+        if self.live and self.status[run] != "RUNNING":
+            self.client.update_run(run, status="RUNNING")
+            self.status[run] = "RUNNING"
+
+    def _close(self, run: str, status: str, end_time: int | None = None) -> None:
+        if self.status[run] != status:
+            self.client.set_terminated(run, status, end_time=end_time)
+            self.status[run] = status
 
     def _trial_identity(self, trial: Trial) -> str:
         return f"trial:{trial.steps[-1].train.key}:{len(trial.steps)}"
@@ -160,98 +214,107 @@ class Tracker:
 
     def _summarise(self, trial: Trial, run: str) -> None:
         """The trial's own curve: quality over the tokens of its path, one point a stage, with links to the stages."""
+        told = self._told(run)
         metrics: list[Metric] = []
         lines = []
-        for step in trial.steps:
+        for index, step in enumerate(trial.steps):
             if not self.store.finished(step.evaluate.key):
                 break
             done = self.store.done(step.evaluate.key)
             stamp = int(done["finished"] * 1000)
             result = done["result"]
-            metrics += [Metric(name, float(result[name]), stamp, step.tokens) for name in SUMMARY if name in result]
-            metrics.append(Metric("swapped_layers", float(len(step.swapped)), stamp, step.tokens))
+            if index >= told:
+                metrics += [Metric(name, float(result[name]), stamp, step.tokens) for name in SUMMARY if name in result]
+                metrics.append(Metric("swapped_layers", float(len(step.swapped)), stamp, step.tokens))
             stage = self.runs.get(f"stage:{step.train.key}", "")
             lines.append(
                 f"- layers {list(step.swapped)}: ratio {result['perplexity_ratio']:.3f} "
                 f"([stage {short(step.train.key)}](#/experiments/{self.experiment}/runs/{stage}))"
             )
-        if self.sent.get(run, 0) < len(lines):
-            self.client.log_batch(run, metrics=metrics, tags=[RunTag("mlflow.note.content", "\n".join(lines))])
-            self.sent[run] = len(lines)
+        if told < len(lines):
+            self._tell(run, metrics, len(lines), RunTag("mlflow.note.content", "\n".join(lines)))
+
+    def _told(self, run: str) -> int:
+        return int(self.tags[run].get(TOLD, "0"))
+
+    def _tell(self, run: str, metrics: list[Metric], told: int, *tags: RunTag) -> None:
+        """Send results of finished stages once, whatever becomes of the stages; MLflow writes the tags last."""
+        self.client.log_batch(run, metrics=metrics, tags=[*tags, RunTag(TOLD, str(told))])
+        self.tags[run][TOLD] = str(told)
 
     def _stage(self, identity: str, name: str, step: Step, parent: str, tags: dict[str, str]) -> None:
         key = step.train.key
         if identity in self.closed or self.store.attempt(key) is None:
             return
         tags = {**tags, "layerswap.stage": key, "layerswap.layers": ",".join(map(str, step.swapped))}
-        known = identity in self.runs
         run = self._run(identity, name, parent, tags, {**step.train.model_dump(mode="json"), "stage_key": key})
-        if run not in self.sent:
-            self.sent[run] = self._last_step(run) if known else -1
-            if known and not self.store.finished(step.evaluate.key):
-                self.client.update_run(run, status=RunStatus.to_string(RunStatus.RUNNING))
-        self._journal(run, key)
-        if self.store.finished(key) and self.store.finished(step.evaluate.key):
-            self._results(run, step, name)
-            speed = self.speeds.get(key)
-            if speed is None or self.store.finished(speed.key):
-                self.closed.add(identity)
-
-    def _last_step(self, run: str) -> int:
-        history = self.client.get_metric_history(run, "stage_tokens")
-        return max((point.step for point in history), default=-1)
+        speed = self.speeds.get(key)
+        results = [step.evaluate.key, *([] if speed is None else [speed.key])]
+        if self._told(run) < len(results):
+            if not self.store.finished(step.evaluate.key):
+                self._reopen(run)
+            if run not in self.sent:
+                history = self.client.get_metric_history(run, "stage_tokens")
+                self.sent[run] = max((point.step for point in history), default=-1)
+            self._journal(run, key)
+            finished = [result for result in results if self.store.finished(result)]
+            if self.store.finished(key) and finished[:1] == results[:1]:
+                self._results(run, finished)
+        if self._told(run) and self.status[run] != "FINISHED" and self.store.finished(step.evaluate.key):
+            self._close(run, "FINISHED", int(self.store.done(step.evaluate.key)["finished"] * 1000))
+        if self._told(run) == len(results):
+            self.closed.add(identity)
+        self.heard = time.monotonic()
 
     def _journal(self, run: str, key: str) -> None:
-        lines = read_journal(self.store.folder(key), after=self.sent[run])
-        points: list[Metric] = []
-        for line in lines:
-            stamp, step = int(line["time"] * 1000), line["step"]
+        batch: list[Metric] = []
+        for line in read_journal(self.store.folder(key), after=self.sent[run]):
             # The marker goes last, so that a batch that was cut is sent again as a whole.
             metrics = [*line["metrics"].items(), ("stage_tokens", line["tokens"])]
-            fresh = [Metric(name, float(value), stamp, step) for name, value in metrics]
-            if len(points) + len(fresh) > BATCH:
-                self.client.log_batch(run, metrics=points)
-                points = []
-            points += fresh
-            self.sent[run] = step
+            stamp, step = int(line["time"] * 1000), line["step"]
+            points = [Metric(name, float(value), stamp, step) for name, value in metrics]
+            if len(batch) + len(points) > BATCH:
+                self._send(run, batch)
+                batch = []
+            batch += points
+        self._send(run, batch)
+
+    def _send(self, run: str, points: list[Metric]) -> None:
         if points:
             self.client.log_batch(run, metrics=points)
+            self.sent[run] = points[-1].step
+            self.heard = time.monotonic()
 
-    def _results(self, run: str, step: Step, name: str) -> None:
-        marker = f"results:{run}"
-        speed = self.speeds.get(step.train.key)
-        measured = speed is not None and self.store.finished(speed.key)
-        stage = 2 if measured else 1
-        if self.sent.get(marker, 0) >= stage:
+    def _results(self, run: str, keys: list[str]) -> None:
+        """Send the results of a stage's evaluation and, once it is there, of its measurement of speed."""
+        for index in range(self._told(run), len(keys)):
+            done = self.store.done(keys[index])
+            stamp, last = int(done["finished"] * 1000), max(self.sent[run], 0)
+            metrics = [Metric(name, value, stamp, last) for name, value in _numbers(done["result"]).items()]
+            self._tell(run, metrics, index + 1)
+
+    def _register(self, run: str, step: Step) -> None:
+        """A logged model that points into the store; one that an earlier attempt left half made is made again."""
+        if MODEL in self.tags[run]:
             return
-        stamped = [self.store.done(step.evaluate.key)]
-        if measured and speed is not None:
-            stamped.append(self.store.done(speed.key))
-        last = max(self.sent[run], 0)
-        for done in stamped:
-            stamp = int(done["finished"] * 1000)
-            metrics = [Metric(k, float(v), stamp, last) for k, v in _numbers(done["result"]).items()]
-            self.client.log_batch(run, metrics=metrics)
-        if marker not in self.sent and step.swapped and getattr(step.train, "phases", ()):
-            self._register(run, step, name)
-        self.client.set_terminated(run, "FINISHED", end_time=int(stamped[0]["finished"] * 1000))
-        self.sent[marker] = stage
-
-    def _register(self, run: str, step: Step, name: str) -> None:
-        """A logged model that points into the store; no file is copied."""
-        import mlflow
-
-        if self.client.get_run(run).data.tags.get("layerswap.model"):
-            return
-        mlflow.set_tracking_uri(self.home.database)
+        name, key = f"student-{short(step.train.key)}", step.train.key
+        for half in self.client.search_logged_models([self.experiment], f"name = '{name}'"):
+            self.client.delete_logged_model(half.model_id)
+        mlflow.set_tracking_uri(self.home.tracking_uri)
         model = mlflow.create_external_model(
-            name=f"student-{short(step.train.key)}",
+            name=name,
             source_run_id=run,
-            tags={"stage_key": step.train.key, "artefacts": str(self.store.artefacts(step.train.key)), "stage": name},
+            tags={
+                "stage_key": key,
+                "artefacts": str(self.store.artefacts(key)),
+                "stage": self.tags[run]["mlflow.runName"],
+            },
             model_type="layerswap-student",
             experiment_id=self.experiment,
         )
-        self.client.set_tag(run, "layerswap.model", model.model_id)
+        self.client.set_tag(run, MODEL, model.model_id)
+        self.tags[run][MODEL] = model.model_id
+        self.heard = time.monotonic()
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, str]:

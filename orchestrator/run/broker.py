@@ -1,24 +1,28 @@
 """One future per stage key: each stage is computed once, and every trial that needs it waits without holding a core.
 
 The broker knows the plan's graph. Wanting a stage means wanting its parents first; a failed parent fails the child
-with the same error.
+with the same error. It lives and dies with the driver's node: whoever wants its answers is there too.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import ray
-from filelock import Timeout
 
 from orchestrator.distill.context import RunContext
-from orchestrator.run.store import Store, compute
+from orchestrator.run.claims import claim_of
+from orchestrator.run.cluster import READS_FILES, Node, pinned, uses_device
+from orchestrator.run.distributed import RankDied
+from orchestrator.run.mirror import Mirror
+from orchestrator.run.store import ClaimLost, Disturbed, StageClaimed, Store, compute
 from orchestrator.study.spec import spec_from_json
 
-NAME = "layerswap-broker"
 POLL_SECONDS = 0.5
+DISTURBANCES = 3  # of one stage, after which its disk is not worth trying
 
 
 class StageFailed(RuntimeError):
@@ -28,46 +32,112 @@ class StageFailed(RuntimeError):
 class Broker:
     """The actor that trials ask for stages. Its methods run interleaved in one event loop."""
 
-    def __init__(self, specs: dict[str, str], context: RunContext) -> None:
+    def __init__(self, specs: dict[str, str], context: RunContext, nodes: tuple[Node, ...]) -> None:
         self.specs = {key: spec_from_json(text) for key, text in specs.items()}
         self.texts = specs
         self.context = context
+        self.here = nodes[0]
+        self.cores = int(sum(node.cpus for node in nodes))
         self.store = Store(Path(context.store))
-        self.futures: dict[str, asyncio.Task[dict[str, Any]]] = {}
+        self.mirror = Mirror(context.mirror) if context.mirror else None
+        self.futures: dict[str, asyncio.Future[dict[str, Any]]] = {}
+        self.disturbed: Counter[str] = Counter()  # key -> how often it was
+        self.training: set[str] = set()  # keys of stages that train at this moment
+        self.shared = asyncio.Semaphore(self._shared_at_once())
+
+    async def begin(self, keys: list[str]) -> None:
+        """Have stages computed as cores come free, whether or not somebody waits for them yet."""
+        for key in keys:
+            self._future(key)
 
     async def want(self, key: str) -> dict[str, Any]:
-        """The result of a stage, computed now, being computed, or found in the store. Raises `StageFailed`."""
-        if key not in self.futures:
+        """The result of a stage, computed now, being computed, or found in the store. Raises `StageFailed`.
+
+        The stage goes on for others when the one who wanted it goes away.
+        """
+        return await asyncio.shield(self._future(key))
+
+    async def settle(self) -> None:
+        """Return when no training stage of this run is at work: once asked to stop, they write a checkpoint and end."""
+        while any(self.store.locked(key) for key in self.training):
+            await asyncio.sleep(POLL_SECONDS / 5)
+
+    def _future(self, key: str) -> asyncio.Future[dict[str, Any]]:
+        future = self.futures.get(key)
+        withdrawn = future is not None and future.done() and not self.store.finished(key)
+        if future is None or (withdrawn and future.exception() is None):
             self.futures[key] = asyncio.ensure_future(self._obtain(key))
-        return await asyncio.shield(self.futures[key])
+        return self.futures[key]
 
     async def _obtain(self, key: str) -> dict[str, Any]:
         spec = self.specs[key]
-        while not self.store.finished(key):
-            if self.store.locked(key):  # another driver computes it: wait without a core
-                await asyncio.sleep(POLL_SECONDS)
-                continue
-            await self._compute(key, spec)
-        return self.store.result(key)
+        claim = claim_of(self.context, key)
+        while True:
+            while not self.store.finished(key):
+                if self.mirror is not None and await asyncio.to_thread(self._fetched, key):
+                    continue
+                if await asyncio.to_thread(claim.held_by_other):  # another driver computes it: wait without a core
+                    await asyncio.sleep(POLL_SECONDS)
+                    continue
+                await asyncio.gather(*(self.want(parent) for parent in spec.parents.values()))
+                if spec.world_size == 1:
+                    await self._compute(key, spec, claim.expired)
+                else:
+                    async with self.shared:
+                        await self._compute(key, spec, claim.expired)
+            try:
+                return self.store.result(key)
+            except (OSError, ValueError):  # damaged since it was published
+                self.store.withdraw_damaged([key])
 
-    async def _compute(self, key: str, spec: Any) -> None:
-        await asyncio.gather(*(self.want(parent) for parent in spec.parents.values()))
-        cores = spec.numerics.threads if hasattr(spec, "numerics") else 1
-        task: Any = ray.remote(compute).options(
-            name=f"{spec.kind}-{key[:8]}", num_cpus=cores, max_retries=3, scheduling_strategy="DEFAULT"
-        )
+    def _fetched(self, key: str) -> bool:
         try:
-            await task.remote(self.texts[key], self.context, wait=False)
+            return self.mirror is not None and self.mirror.fetch(self.store, key)
+        except OSError:  # a mirror that does not answer is no reason not to compute
+            return False
+
+    async def _compute(self, key: str, spec: Any, expired: str | None) -> None:
+        if hasattr(spec, "optimizer"):
+            self.training.add(key)
+        try:
+            await self._submit(key, spec, expired)
         except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, Timeout):
+            if isinstance(error.cause, StageClaimed | ClaimLost):
+                return
+            if isinstance(error.cause, Disturbed) and self.disturbed[key] < DISTURBANCES:
+                self.disturbed[key] += 1
                 return
             told = self.store.failure(key)
             raise StageFailed(told["error"] if told else str(error.cause)) from None
+        finally:
+            self.training.discard(key)
+
+    async def _submit(self, key: str, spec: Any, expired: str | None) -> None:
+        task: Any = ray.remote(compute).options(
+            name=f"{spec.kind}-{key[:8]}", max_retries=3, retry_exceptions=[RankDied], **self._needs(spec)
+        )
+        await task.remote(self.texts[key], self.context, expired)
+
+    def _needs(self, spec: Any) -> dict[str, Any]:
+        """Ray options: cores, GPUs and place of the process that computes a stage."""
+        gpus = self.context.gpus_per_stage if uses_device(spec) else 0.0
+        if spec.kind in READS_FILES:
+            return {"num_cpus": min(spec.threads, self.here.cpus), **pinned(self.here)}
+        if spec.kind == "throughput":  # hardware is the driver's, all of it, so that nothing runs beside
+            return {"num_cpus": self.here.cpus, "num_gpus": self.here.gpus if gpus else 0, **pinned(self.here)}
+        if spec.world_size > 1:  # waits for its ranks, which have the cores
+            return {"num_cpus": 0, **pinned(self.here)}
+        return {"num_cpus": spec.threads, "num_gpus": gpus, "scheduling_strategy": "DEFAULT"}
+
+    def _shared_at_once(self) -> int:
+        """Stages of several ranks that may hold a claim at once: no more than there are cores for."""
+        most = max((spec.cores for spec in self.specs.values() if spec.world_size > 1), default=1)
+        return max(1, self.cores // most)
 
 
-def start_broker(specs: dict[str, str], context: RunContext) -> Any:
-    """Start the broker; a broker that dies is started again by Ray and finds finished stages in the store."""
+def start_broker(specs: dict[str, str], context: RunContext, nodes: tuple[Node, ...]) -> Any:
+    """Start the broker on the driver's node; one that dies is started again and finds finished stages in the store."""
     actor = ray.remote(Broker).options(
-        name=NAME, num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=10_000
+        num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=10_000, **pinned(nodes[0])
     )
-    return actor.remote(specs, context)
+    return actor.remote(specs, context, nodes)

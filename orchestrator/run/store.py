@@ -1,67 +1,94 @@
 """The store: stage key -> specification, journal, checkpoints, artefacts, result. The only truth about what is done.
 
     store/ab/<key>/spec.json          the specification, written first
-                   lock               held by whoever computes the stage; the kernel releases it at any death
-                   attempt.json       who computes it since when, and for which time; failure.json: why it failed
+                   lock               held by whoever computes the stage; lease.json where leases are used
+                   attempt.json       who computes it since when, for the how-manieth time
+                   failure.json       why the last attempt failed
                    work/step-000120/  checkpoints of an unfinished stage
                    journal.jsonl      its history
                    artefacts/         what it made
-                   DONE.json          result and checksums; written last: without it nothing is done
+                   DONE.json          result and checksums, its own included; written last: without it nothing is done
+    store/said.log                    what a worker found damaged, for whoever drives a run
 
 Invariant: publishing is atomic and the first writer wins; stages are deterministic, so a second writer had the same.
+Nothing depends on the order of clock times.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import os
 import platform
 import shutil
 import time
 import traceback
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from orchestrator.distill.context import RunContext, Workplace
-from orchestrator.files import fsync_tree, read_json, sha256_file, write_json, write_text
-from orchestrator.study.spec import short, spec_from_json
+from orchestrator.distill.context import RunContext, Stopped, Workplace
+from orchestrator.files import canonical_json, fsync_tree, read_json, sha256_file, write_json, write_text
+from orchestrator.run.claims import LEASE, LOCK, Claim, Flock, claim_of
+from orchestrator.run.mirror import Mirror
+from orchestrator.study.spec import place_of, short, spec_from_json
 
 VERSION = "1"  # of the store's layout
 DONE = "DONE.json"
 ATTEMPT = "attempt.json"
 FAILURE = "failure.json"
+SAID = "said.log"
 
 
 class StoreError(ValueError):
-    """A directory that cannot be used as a store."""
+    """A directory that cannot be used as a store, or not any more."""
+
+
+class Disturbed(RuntimeError):
+    """An input of a stage was damaged, or its directory deleted, under it: the remedy is to compute that again."""
+
+
+class StageClaimed(RuntimeError):
+    """Another process computes the stage."""
+
+
+class ClaimLost(RuntimeError):
+    """The stage was taken over by another process while this one computed it."""
 
 
 class Store:
-    """A directory of stages. Opening one creates it; `StoreError` where that is impossible."""
+    """A directory of stages. Opening one to write creates it; `StoreError` where it cannot be used."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, write: bool = True) -> None:
         self.root = root
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(f"the store {root} cannot be made ({error.strerror}): give another --home") from error
-        if not os.access(root, os.W_OK):
-            raise StoreError(f"the store {root} cannot be written: give another --home")
         marker = root / "VERSION"
-        if not marker.exists():
-            write_text(marker, VERSION)
-        elif marker.read_text() != VERSION:
+        try:
+            above = next(path for path in (root, *root.parents) if path.exists())
+            if not above.is_dir():
+                raise StoreError(f"the store {root} cannot be made: {above} is a file: give a directory as --home")
+            if write:
+                root.mkdir(parents=True, exist_ok=True)
+                if not marker.exists():
+                    write_text(marker, VERSION)
+            version = marker.read_text(errors="replace") if marker.exists() else VERSION
+        except OSError as error:
+            told = f"the store {root} cannot be {'made' if write else 'read'} ({error.strerror})"
+            raise StoreError(f"{told}: give another --home") from error
+        if write and not os.access(root, os.W_OK):
+            raise StoreError(f"the store {root} cannot be written: give another --home")
+        if version != VERSION:
             raise StoreError(
-                f"the store {root} has layout {marker.read_text()!r}, this program writes {VERSION!r}: use the program "
+                f"the store {root} has layout {version!r}, this program writes {VERSION!r}: use the program "
                 "that wrote it, or give another --home"
             )
 
     def folder(self, key: str) -> Path:
         """Where a stage lives."""
-        return self.root / key[:2] / key
+        return self.root / place_of(key)
 
     def finished(self, key: str) -> bool:
         """Whether the stage's result is there."""
@@ -69,8 +96,13 @@ class Store:
 
     def done(self, key: str) -> dict[str, Any]:
         """The manifest of a finished stage: `result`, `seconds` and `core_seconds` (of processor time) of its last
-        attempt, `finished` (time), `files` with their digests."""
+        attempt, `finished` (time), `files` with their digests.
+
+        Raises `ValueError` where it is torn or altered, `OSError` where it is gone.
+        """
         manifest: dict[str, Any] = read_json(self.folder(key) / DONE)
+        if manifest.pop("sha256", None) not in (None, _digest(manifest)):
+            raise ValueError(f"{DONE} of stage {short(key)} is damaged")
         return manifest
 
     def result(self, key: str) -> dict[str, Any]:
@@ -91,17 +123,9 @@ class Store:
         return _maybe(self.folder(key) / FAILURE)
 
     def locked(self, key: str) -> bool:
-        """Whether somebody computes the stage at this moment."""
+        """Whether somebody computes the stage at this moment, or left a lease on it behind."""
         folder = self.folder(key)
-        if not folder.is_dir():
-            return False
-        lock = FileLock(folder / "lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            return True
-        lock.release()
-        return False
+        return (folder / LEASE).exists() or Flock(folder / LOCK).held_by_other()
 
     def withdraw_damaged(self, keys: Iterable[str]) -> list[str]:
         """Let finished stages whose files are not what was published count as not finished; a line for each."""
@@ -109,29 +133,43 @@ class Store:
         for key in keys:
             if not self.finished(key):
                 continue
-            bad = self._damaged(key)
+            bad = self.damaged(key)
             if bad:
-                (self.folder(key) / DONE).unlink()
+                (self.folder(key) / DONE).unlink(missing_ok=True)
                 said.append(f"stage {short(key)}: {bad} is damaged or gone: the stage is computed again")
+        if said:
+            with contextlib.suppress(OSError), (self.root / SAID).open("a", encoding="utf-8") as log:
+                log.write("".join(f"{line}\n" for line in said))
         return said
+
+    def said(self, after: int) -> tuple[list[str], int]:
+        """What any process said of damage after the first `after` bytes of the log, and how long it is now."""
+        try:
+            raw = (self.root / SAID).read_bytes()[after:]
+        except OSError:
+            return [], after
+        whole = raw[: raw.rfind(b"\n") + 1]
+        return whole.decode(errors="replace").splitlines(), after + len(whole)
 
     def all_keys(self) -> list[str]:
         """All stages that have a directory, finished or not."""
-        return sorted(path.parent.name for path in self.root.glob("??/*/spec.json"))
+        return sorted(path.name for path in self.root.glob("??/*") if path.is_dir())
 
-    def remove(self, key: str) -> int:
-        """Delete a stage that nobody computes and return the bytes that it took; 0 for a locked one."""
-        size = tree_bytes(self.folder(key))
-        with contextlib.suppress(Timeout), FileLock(self.folder(key) / "lock", timeout=0):
+    def remove(self, key: str) -> bool:
+        """Delete a stage, finished or not, with all that its attempts left; False for one that is being computed."""
+        if (self.folder(key) / LEASE).exists():
+            return False
+        with contextlib.suppress(Timeout), FileLock(self.folder(key) / LOCK, timeout=0):
             (self.folder(key) / DONE).unlink(missing_ok=True)  # first: a half-deleted stage is not a finished one
             shutil.rmtree(self.folder(key))
-            return size
-        return 0
+            return True
+        return False
 
-    def _damaged(self, key: str) -> str | None:
+    def damaged(self, key: str) -> str | None:
+        """The first file of a finished stage that is not what was published; none where all are."""
         try:
             files: dict[str, str] = self.done(key)["files"]
-        except (ValueError, KeyError):
+        except (OSError, ValueError, KeyError):
             return DONE
         for name, digest in files.items():
             path = self.artefacts(key) / name
@@ -153,47 +191,120 @@ def tree_bytes(root: Path) -> int:
     return total
 
 
-def compute(spec_json: str, context: RunContext, *, wait: bool = True) -> dict[str, Any]:
+def compute(spec_json: str, context: RunContext, expired: str | None = None) -> dict[str, Any]:
     """Compute a stage unless it is finished, and return its result. Runs in the process that has the stage's cores.
 
-    Two processes that ask for one stage wait for each other, or the later one raises `filelock.Timeout` at once where
-    it must not `wait`; a process that died left a checkpoint to go on from.
+    A process that died left a checkpoint to go on from. `expired` is the lease that it left, as the caller saw it.
+
+    Raises:
+        StageClaimed: another process computes the stage; this one does not wait, for it has the cores.
+        ClaimLost: another took the stage over meanwhile; nothing is published.
     """
     spec = spec_from_json(spec_json)
     store = Store(Path(context.store))
     folder = store.folder(spec.key)
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock", timeout=-1 if wait else 0):
+    claim = claim_of(context, spec.key, expired)
+    if not claim.acquire():
+        raise StageClaimed(f"stage {short(spec.key)} is being computed by another process")
+    try:
         if not store.finished(spec.key):
-            _attempt(spec, spec_json, store, folder, context)
+            _attempt(spec, spec_json, store, folder, context, claim)
+        if context.mirror is not None:
+            with contextlib.suppress(OSError):  # the driver tells at its end what the mirror lacks
+                Mirror(context.mirror).upload(store, spec.key)
+    finally:
+        claim.release()
     return store.result(spec.key)
 
 
-def _attempt(spec: Any, spec_json: str, store: Store, folder: Path, context: RunContext) -> None:
-    from orchestrator.distill.stage import run_stage  # torch: only where a stage is computed, and before its clock
+def _attempt(spec: Any, spec_json: str, store: Store, folder: Path, context: RunContext, claim: Claim) -> None:
+    if context.stopping():
+        raise Stopped("the run was asked to stop before this stage began")
+    _check_inputs(spec, store)
+    from orchestrator.distill.stage import run_stage  # torch: only where a stage is computed
+    from orchestrator.run.distributed import run_on_ranks
 
-    write_text(folder / "spec.json", spec_json)
-    (folder / FAILURE).unlink(missing_ok=True)
-    for torn in folder.glob(".*.tmp"):  # of a process that died while it wrote
-        torn.unlink()
-    began, busy = time.time(), time.process_time()
-    number = (store.attempt(spec.key) or {}).get("number", 0) + 1
-    write_json(folder / ATTEMPT, {"pid": os.getpid(), "host": platform.node(), "started": began, "number": number})
-    out, work = folder / "out", folder / "work"
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir()
-    work.mkdir(exist_ok=True)
-    inputs = {role: store.artefacts(key) for role, key in spec.parents.items()}
+    out, work = folder / f"out-{uuid.uuid4().hex[:8]}", folder / "work"  # `out` is this attempt's alone
+    began, busy = time.monotonic(), time.process_time()
     try:
-        result = run_stage(spec, Workplace(inputs, work, folder, out, context))
-    except Exception as error:
-        text = "".join(traceback.format_exception(error))
-        write_json(folder / FAILURE, {"error": f"{type(error).__name__}: {error}", "traceback": text})
+        write_text(folder / "spec.json", spec_json)
+        (folder / FAILURE).unlink(missing_ok=True)
+        number = (store.attempt(spec.key) or {}).get("number", 0) + 1
+        told = {"pid": os.getpid(), "host": platform.node(), "started": time.time(), "number": number}
+        write_json(folder / ATTEMPT, told)
+        _clear(folder)
+        out.mkdir()
+        work.mkdir(exist_ok=True)
+        inputs = {role: store.artefacts(key) for role, key in spec.parents.items()}
+        run = run_stage if spec.world_size == 1 else run_on_ranks
+        result = run(spec, Workplace(inputs, work, folder, out, context))
+        if claim.lost():
+            raise ClaimLost(f"stage {short(spec.key)} was taken over by another process")
+        _publish(spec, folder, out, result, began, busy)
+    except (Stopped, Disturbed, ClaimLost):
         raise
-    _publish(spec, folder, out, result, began, busy)
+    except Exception as error:
+        if claim.lost():
+            raise ClaimLost(f"stage {short(spec.key)} was taken over by another process") from error
+        shutil.rmtree(out, ignore_errors=True)  # first: it may be what fills the disk
+        _check_inputs(spec, store)
+        _tell_failure(spec, store, folder, error)
+        raise
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what attempts that died were writing."""
+    for left in folder.glob("out-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    for torn in folder.glob(".*.tmp"):
+        torn.unlink(missing_ok=True)
+
+
+def _tell_failure(spec: Any, store: Store, folder: Path, error: Exception) -> None:
+    """Write why a stage failed; raises what is to be told instead where the disk is to blame, not the stage."""
+    trouble = _storage_trouble(error, store)
+    if trouble is None and not (folder / ATTEMPT).is_file():
+        raise Disturbed(f"the directory of stage {short(spec.key)} was deleted under it") from error
+    told = error if trouble is None else StoreError(trouble)
+    text = "".join(traceback.format_exception(error))
+    with contextlib.suppress(OSError):
+        write_json(folder / FAILURE, {"error": f"{type(told).__name__}: {told}", "traceback": text})
+    if told is not error:
+        raise told from error
+
+
+def _check_inputs(spec: Any, store: Store) -> None:
+    """Raise `Disturbed` unless every parent is finished and has the bytes that it published."""
+    said = store.withdraw_damaged(spec.parents.values())
+    lacking = [short(key) for key in spec.parents.values() if not store.finished(key)]
+    if lacking:
+        raise Disturbed(f"stage {short(spec.key)} lacks {', '.join(lacking)}: {'; '.join(said) or 'not finished'}")
+
+
+def _storage_trouble(error: BaseException, store: Store) -> str | None:
+    """What to tell where an error says that the store's file system is full or read-only; None for other errors."""
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    numbers = {cause.errno for cause in causes if isinstance(cause, OSError)}
+    told = " ".join(map(str, causes))  # compiled libraries tell the number in their message only
+    if numbers & {errno.ENOSPC, errno.EDQUOT} or "(os error 28)" in told or " requested and " in told:
+        largest = max((tree_bytes(store.folder(key)) for key in store.all_keys()), default=0)
+        megabytes = 2 * largest // 2**20 + 1
+        return f"no space left on {store.root}: free {megabytes} MB, then run the same command"
+    if errno.EROFS in numbers or "(os error 30)" in told:
+        return f"the store {store.root} has become read-only: make it writable, then run the same command"
+    return None
 
 
 def _publish(spec: Any, folder: Path, out: Path, result: dict[str, Any], began: float, busy: float) -> None:
+    if not (folder / ATTEMPT).is_file():
+        raise Disturbed(f"the directory of stage {short(spec.key)} was deleted under it")
     fsync_tree(out)
     artefacts = folder / "artefacts"
     shutil.rmtree(artefacts, ignore_errors=True)
@@ -203,13 +314,17 @@ def _publish(spec: Any, folder: Path, out: Path, result: dict[str, Any], began: 
         "key": spec.key,
         "kind": spec.kind,
         "result": result,
-        "seconds": time.time() - began,
+        "seconds": time.monotonic() - began,
         "core_seconds": time.process_time() - busy,
         "finished": time.time(),
         "files": {path.relative_to(artefacts).as_posix(): sha256_file(path) for path in files},
     }
-    write_json(folder / DONE, manifest)
+    write_json(folder / DONE, {**manifest, "sha256": _digest(manifest)})
     shutil.rmtree(folder / "work", ignore_errors=True)
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(manifest).encode()).hexdigest()
 
 
 def _maybe(path: Path) -> dict[str, Any] | None:

@@ -7,46 +7,18 @@ it. Invariant: the store decides what is left to do, so a plan that is done star
 from __future__ import annotations
 
 import dataclasses
-import logging
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from orchestrator.distill.context import RunContext
-from orchestrator.run.store import Store, compute
+from orchestrator.run.cluster import Cluster, Node, check_resources, connected
+from orchestrator.run.store import Store
+from orchestrator.run.temporary import temporary_directory
 from orchestrator.study.plan import Plan, Trial
-from orchestrator.study.spec import ThroughputSpec
+from orchestrator.study.spec import Spec, ThroughputSpec
 
-QUIET = {
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_DEDUP_LOGS": "0",
-    "RAY_worker_niceness": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_WARN_THRESHOLD_S": "1000",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-}
-OBJECT_STORE_BYTES = 100 * 1024 * 1024
-
-
-class ClusterError(ValueError):
-    """The cluster cannot hold a stage of the plan."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Cluster:
-    """What to run on: an address of a Ray cluster, or none to start one on this machine with `cpus` cores."""
-
-    address: str | None = None
-    cpus: int = dataclasses.field(default_factory=lambda: len(os.sched_getaffinity(0)))
+TRIAL_SLOT = 0.001  # of a resource that is there in plenty: nothing but a number of processes bounds the trials
 
 
 @dataclasses.dataclass
@@ -70,73 +42,67 @@ def missing(plan: Plan, store: Store, speeds: dict[str, ThroughputSpec], stopped
 def run_plan(plan: Plan, context: RunContext, speeds: dict[str, ThroughputSpec], cluster: Cluster) -> Outcome:
     """Compute everything the plan asks for and the store lacks; a failed trial does not stop the others.
 
-    Raises `ClusterError` where a stage asks for more cores than the cluster has.
+    Raises `ClusterError` where a stage asks for more than the cluster has. On `KeyboardInterrupt` with the
+    context's stop file in place it lets training stages write a checkpoint first; what does not train is cancelled.
     """
     outcome = Outcome()
-    with _ray(cluster) as cores:
-        _check_resources(plan, cores)
+    specs: dict[str, Spec] = {**plan.specs, **{spec.key: spec for spec in speeds.values()}}
+    with connected(cluster) as nodes:
+        check_resources(specs.values(), context, nodes)
         from orchestrator.run.broker import start_broker
 
-        broker = start_broker({key: spec.model_dump_json() for key, spec in plan.specs.items()}, context)
-        controls = _start_controls(plan, broker)
-        _run_trials(plan, broker, outcome, cores)
-        _collect(controls, outcome)
-        _measure(plan, context, speeds, cores, outcome)
+        broker = start_broker({key: spec.model_dump_json() for key, spec in specs.items()}, context, nodes)
+        try:
+            controls = _start_controls(plan, broker)
+            broker.begin.remote(_from_the_start(plan))
+            _run_trials(plan, broker, outcome, nodes)
+            _collect(controls, outcome)
+            # Speed is measured when all training is over: each measurement asks for every core, so one runs at a time.
+            measurements = _measurable(Store(Path(context.store)), speeds)
+            _collect({name: [broker.want.remote(key)] for name, key in measurements.items()}, outcome)
+        except KeyboardInterrupt:
+            if context.stopping():
+                _settle(broker)
+            raise
     return outcome
 
 
-@contextmanager
-def _ray(cluster: Cluster) -> Iterator[int]:
-    os.environ.update(QUIET)
+def _settle(broker: Any) -> None:
     import ray
 
-    local: dict[str, Any] = {}
-    temporary = None
-    if not os.access(Path.home(), os.W_OK):  # Ray keeps a token there, and dies where it cannot
-        os.environ["HOME"] = tempfile.mkdtemp(prefix="layerswap-home-")
-    if cluster.address is None:
-        temporary = tempfile.mkdtemp(prefix="layerswap-")
-        local = {
-            "num_cpus": cluster.cpus,
-            "resources": {"trial_slot": 2 * cluster.cpus},
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-            "_temp_dir": temporary,
-        }
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are told once, at the end
-    ray.init(address=cluster.address, namespace="layerswap", log_to_driver=False, logging_level=logging.ERROR, **local)
-    try:
-        yield int(ray.cluster_resources().get("CPU", 0))
-    finally:
-        ray.shutdown()
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with suppress(ray.exceptions.RayError):
+        ray.get(broker.settle.remote())
 
 
-def _check_resources(plan: Plan, cores: int) -> None:
-    for spec in plan.specs.values():
-        threads = spec.numerics.threads if hasattr(spec, "numerics") else 1
-        if threads > cores:
-            kind = type(spec).__name__.removesuffix("Spec").lower()
-            raise ClusterError(f"a {kind} stage asks for {threads} threads but there are {cores} cores: lower threads")
+def _from_the_start(plan: Plan) -> list[str]:
+    """What is needed however the trials go: all of it, or with early stopping each path up to its first judgement."""
+    stopping = plan.study.search.early_stopping
+    wanted = []
+    for trial in plan.trials:
+        for step in trial.steps:
+            wanted += [step.train.key, step.evaluate.key]
+            if stopping is not None and len(step.swapped) >= stopping.grace_layers:
+                break
+    return list(dict.fromkeys(wanted))
 
 
 def _start_controls(plan: Plan, broker: Any) -> dict[str, list[Any]]:
     """Ask for the teacher's evaluation and the controls; what needs no teacher trains meanwhile on a free core."""
     wanted = {"teacher": plan.teacher, **plan.controls}
-    started = {
-        name: [broker.want.remote(step.train.key), broker.want.remote(step.evaluate.key)]
-        for name, step in wanted.items()
-    }
+    started = {name: _want(broker, step.train.key, step.evaluate.key) for name, step in wanted.items()}
     return {"text": [broker.want.remote(plan.tokens.key)], **started}
 
 
-def _run_trials(plan: Plan, broker: Any, outcome: Outcome, cores: int) -> None:
+def _want(broker: Any, train: str, evaluate: str) -> list[Any]:
+    """The futures of a stage and of its evaluation: the store may have lost either without the other."""
+    return [broker.want.remote(train), broker.want.remote(evaluate)]
+
+
+def _run_trials(plan: Plan, broker: Any, outcome: Outcome, nodes: tuple[Node, ...]) -> None:
     from ray import tune
 
     if not plan.trials:
         return
-    ahead = plan.study.search.early_stopping is None  # then the next stage need not wait for this one's evaluation
     paths = {
         trial.name: [(step.train.key, step.evaluate.key, len(step.swapped), step.tokens) for step in trial.steps]
         for trial in plan.trials
@@ -145,12 +111,8 @@ def _run_trials(plan: Plan, broker: Any, outcome: Outcome, cores: int) -> None:
     def coordinate(config: dict[str, Any]) -> None:
         import ray
 
-        path = paths[config["trial"]]
-        for index, (train, evaluate, swapped, tokens) in enumerate(path):
-            stage, quality = broker.want.remote(train), broker.want.remote(evaluate)
-            if ahead and index + 1 < len(path):
-                broker.want.remote(path[index + 1][0])
-            _, result = ray.get([stage, quality])
+        for index, (train, evaluate, swapped, tokens) in enumerate(paths[config["trial"]]):
+            _, result = ray.get(_want(broker, train, evaluate))
             tune.report(
                 {
                     "perplexity_ratio": result["perplexity_ratio"],
@@ -160,21 +122,23 @@ def _run_trials(plan: Plan, broker: Any, outcome: Outcome, cores: int) -> None:
                 }
             )
 
-    storage = tempfile.mkdtemp(prefix="layerswap-tune-")
-    try:
+    slot = {"CPU": 0, nodes[0].tag: TRIAL_SLOT}  # a trial is a process without a core, on the driver's machine
+    with temporary_directory("tune") as storage:
         tuner = tune.Tuner(
-            tune.with_resources(coordinate, tune.PlacementGroupFactory([{"CPU": 0, "trial_slot": 1}])),
+            tune.with_resources(coordinate, tune.PlacementGroupFactory([slot])),
             param_space={"trial": tune.grid_search([trial.name for trial in plan.trials])},
-            tune_config=tune.TuneConfig(scheduler=_scheduler(plan), max_concurrent_trials=2 * cores),
+            tune_config=tune.TuneConfig(scheduler=_scheduler(plan), max_concurrent_trials=2 * _cores(nodes)),
             run_config=tune.RunConfig(
-                storage_path=storage, verbose=0, failure_config=tune.FailureConfig(max_failures=1)
+                storage_path=str(storage), verbose=0, failure_config=tune.FailureConfig(max_failures=1)
             ),
         )
         results = tuner.fit()
-    finally:
-        shutil.rmtree(storage, ignore_errors=True)
     for index in range(len(results)):
         _judge(plan, results[index], outcome)
+
+
+def _cores(nodes: tuple[Node, ...]) -> int:
+    return max(1, int(sum(node.cpus for node in nodes)))
 
 
 def _scheduler(plan: Plan) -> Any:
@@ -205,30 +169,20 @@ def _judge(plan: Plan, result: Any, outcome: Outcome) -> None:
         outcome.stopped[name] = finished
 
 
-def _collect(controls: dict[str, list[Any]], outcome: Outcome) -> None:
+def _measurable(store: Store, speeds: dict[str, ThroughputSpec]) -> dict[str, str]:
+    """Name -> key of the measurements whose student is finished."""
+    keys = {spec.key for trained, spec in speeds.items() if store.finished(trained)}
+    return {f"throughput {key[:8]}": key for key in sorted(keys)}
+
+
+def _collect(references: dict[str, list[Any]], outcome: Outcome) -> None:
     import ray
 
-    for name, reference in controls.items():
+    for name, reference in references.items():
         try:
             ray.get(reference)
         except ray.exceptions.RayError as error:
             outcome.failures[name] = _reason(error)
-
-
-def _measure(plan: Plan, context: RunContext, speeds: dict[str, ThroughputSpec], cores: int, outcome: Outcome) -> None:
-    """Measure speed when all training is over, one architecture at a time, with every core of the machine reserved."""
-    import ray
-
-    store = Store(Path(context.store))
-    finished = [spec for trained, spec in speeds.items() if store.finished(trained)]
-    for spec in {spec.key: spec for spec in finished}.values():
-        if store.finished(spec.key):
-            continue
-        task = ray.remote(compute).options(name=f"throughput-{spec.key[:8]}", num_cpus=cores, max_retries=1)
-        try:
-            ray.get(task.remote(spec.model_dump_json(), context))
-        except ray.exceptions.RayError as error:
-            outcome.failures[f"throughput {spec.key[:8]}"] = _reason(error)
 
 
 def _reason(error: BaseException) -> str:

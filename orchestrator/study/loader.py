@@ -70,8 +70,12 @@ def read_document(path: Path, overrides: tuple[str, ...] = ()) -> Document:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise StudyError(f"{path}: no such study file: name a YAML file, for example studies/layerwise.yaml") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise StudyError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    except IsADirectoryError:
+        raise StudyError(f"{path}: is a directory: name a YAML file, for example studies/layerwise.yaml") from None
+    except OSError as error:
+        raise StudyError(f"{path}: cannot be read ({error.strerror}): give a file that can be") from error
+    except UnicodeDecodeError as error:
+        raise StudyError(f"{path}: cannot be read as UTF-8 text ({error}): save it as UTF-8") from error
     places: dict[Path_, str] = {}
     errors: list[str] = []
     try:
@@ -154,7 +158,7 @@ def _at(file: Path, mark: Any) -> str:
 
 def _said(error: yaml.YAMLError) -> str:
     said = [part for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part]
-    return ", ".join(said) or str(error)
+    return (", ".join(said) or str(error)) + (": indent with spaces" if "'\\t'" in "".join(said) else "")
 
 
 def _construct(

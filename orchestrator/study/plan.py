@@ -15,7 +15,7 @@ from operators.config import HyenaConfig, SkipConfig
 from orchestrator.study.explain import steps_of
 from orchestrator.study.loader import Document, StudyError, with_values
 from orchestrator.study.schedule import swap_order
-from orchestrator.study.schema import Phase, Pretrain, Study
+from orchestrator.study.schema import Numerics, Phase, Pretrain, Study
 from orchestrator.study.search import sample
 from orchestrator.study.sources import Resolved
 from orchestrator.study.spec import (
@@ -136,7 +136,7 @@ def throughput_specs(plan: Plan, hardware: str) -> dict[str, ThroughputSpec]:
             throughput=plan.study.throughput,
             train_batch_size=student.batch_size if student else plan.study.recipe.batch_size,
             sequence_length=plan.study.data.sequence_length,
-            numerics=student.numerics if student else plan.study.numerics,
+            numerics=_alone(student.numerics if student else plan.study.numerics),
             hardware=hardware,
         )
     return found
@@ -147,7 +147,13 @@ def _check_lengths(document: Document, study: Study, resolved: Resolved) -> None
     if study.data.sequence_length > longest:
         raise StudyError(
             f"{document.place(('data', 'sequence_length'))}: data.sequence_length: {study.data.sequence_length} "
-            f"exceeds the teacher's {longest} positions"
+            f"exceeds the teacher's {longest} positions: lower it, or take a teacher of more"
+        )
+    prompt, new = min(study.evaluation.prompt_tokens, study.data.sequence_length), study.evaluation.new_tokens
+    if study.evaluation.prompts and prompt + new > longest:
+        raise StudyError(
+            f"{document.place(('evaluation', 'new_tokens'))}: evaluation.new_tokens: {new} after a prompt of {prompt} "
+            f"tokens exceeds the teacher's {longest} positions: lower new_tokens or prompt_tokens"
         )
     for length in study.throughput.lengths:
         if not study.throughput.decode_tokens < length <= longest:
@@ -159,10 +165,12 @@ def _check_lengths(document: Document, study: Study, resolved: Resolved) -> None
 
 def _check_heads(document: Document, point: Study, resolved: Resolved) -> None:
     heads = getattr(point.operator, "heads", None)
-    if heads is not None and resolved.architecture.hidden % heads:
+    width = resolved.architecture.hidden
+    if heads is not None and width % heads:
+        near = max(number for number in range(1, heads) if width % number == 0)
         raise StudyError(
             f"{document.place(('operator', 'heads'))}: operator.heads: {heads} must divide the teacher's width "
-            f"{resolved.architecture.hidden}"
+            f"{width}: give a divisor, for example {near}"
         )
 
 
@@ -181,6 +189,7 @@ def _roots(study: Study, resolved: Resolved) -> tuple[TokensSpec, TeacherSpec | 
     made = study.teacher
     assert isinstance(made, Pretrain)
     _steps_of(made.tokens, made.batch_size, study, "teacher.tokens")
+    _check_shares(made.batch_size, study, "teacher.batch_size")
     teacher = TeacherSpec(
         tokens=tokens.key,
         architecture=resolved.architecture,
@@ -201,8 +210,19 @@ def _evaluate(study: Study, tokens: TokensSpec, teacher: Spec, subject: str) -> 
         subject=subject,
         sequence_length=study.data.sequence_length,
         evaluation=study.evaluation,
-        numerics=study.numerics,
+        numerics=_alone(study.numerics),
     )
+
+
+def _alone(numerics: Numerics) -> Numerics:
+    """The numerics of what does not train: one process, however many share a batch of training."""
+    return numerics.model_copy(update={"world_size": 1})
+
+
+def _check_shares(batch_size: int, study: Study, key: str) -> None:
+    ranks = study.numerics.world_size
+    if batch_size % ranks:
+        raise StudyError(f"{key}: {batch_size} sequences cannot be shared equally by numerics.world_size {ranks}")
 
 
 @contextlib.contextmanager
@@ -226,6 +246,7 @@ def _path(study: Study, tokens: TokensSpec, teacher: Spec, layers: int) -> Itera
     parent, sequences = teacher.key, 0
     swapped: tuple[int, ...] = ()
     window = study.recipe.batch_size
+    _check_shares(window, study, "recipe.batch_size")
     for trained, phases, joint in stages:
         new = tuple(layer for layer in trained if layer not in swapped)
         swapped = tuple(sorted({*swapped, *trained}))
@@ -252,7 +273,8 @@ def _phase(phase: Phase, layers: int, study: Study, key: str) -> PhaseSpec:
 def _steps_of(tokens: int, batch_size: int, study: Study, key: str) -> int:
     size = batch_size * study.data.sequence_length
     if tokens < size:
-        raise StudyError(f"{key}: {tokens} tokens are less than one step of {size} (batch_size x sequence_length)")
+        told = f"{tokens} tokens are less than one step of {size} (batch_size x sequence_length)"
+        raise StudyError(f"{key}: {told}: raise it, or lower one of those")
     return tokens // size
 
 
@@ -296,7 +318,7 @@ def _controls(
             skip = DistilSpec(
                 tokens=tokens.key, teacher=teacher.key, parent=teacher.key, layers=skipped, new_layers=skipped,
                 operator=SkipConfig(), phases=(), batch_size=1, sequence_length=study.data.sequence_length,
-                first_sequence=0, freeze=(), optimizer=study.recipe.optimizer, numerics=study.numerics, seed=0,
+                first_sequence=0, freeze=(), optimizer=study.recipe.optimizer, numerics=_alone(study.numerics), seed=0,
             )  # fmt: skip
             yield name, Step(skip, _evaluate(study, tokens, teacher, skip.key), skipped, 0)
 

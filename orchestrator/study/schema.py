@@ -218,6 +218,7 @@ class Numerics(Model):
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast; parameters, filters and FFTs stay float32
     threads: Positive = 1
+    world_size: Positive = 1  # processes that share each batch of a training stage; each has `threads`
 
 
 class Evaluation(Model):

@@ -149,7 +149,7 @@ def _teacher_folder(folder: Path, locations: dict[str, Location]) -> tuple[str, 
         raise StudyError(f"teacher.folder: {folder} holds no tokenizer: save it there with tokenizer.save_pretrained")
     fingerprint = _digest((path.relative_to(folder).as_posix(), sha256_file(path)) for path in files)
     locations[fingerprint] = Location(files=(str(folder),))
-    return fingerprint, json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return fingerprint, _config(folder / "config.json")
 
 
 def _teacher_hub(name: str, revision: str, locations: dict[str, Location]) -> tuple[str, dict[str, Any]]:
@@ -162,7 +162,15 @@ def _teacher_hub(name: str, revision: str, locations: dict[str, Location]) -> tu
     commit = config.parent.name  # the hub's cache files a snapshot under its commit
     fingerprint = _digest([(name, commit)])
     locations[fingerprint] = Location(hub=name, revision=commit)
-    return fingerprint, json.loads(config.read_text(encoding="utf-8"))
+    return fingerprint, _config(config)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StudyError(f"teacher: {path} is not JSON ({error}): save the model again with save_pretrained") from error
+    return config if isinstance(config, dict) else {}
 
 
 def _architecture(config: dict[str, Any], fingerprint: str) -> Architecture:
@@ -170,7 +178,10 @@ def _architecture(config: dict[str, Any], fingerprint: str) -> Architecture:
     if family is None:
         known = ", ".join(FAMILIES)
         raise StudyError(f"teacher: model type {config.get('model_type')!r} cannot be swapped yet; supported: {known}")
-    sizes = {name: int(config[theirs]) for name, theirs in family.items()}
+    absent = [theirs for theirs in family.values() if not isinstance(config.get(theirs), int)]
+    if absent:
+        raise StudyError(f"teacher: config.json has no number {absent[0]}: save the model again with save_pretrained")
+    sizes = {name: config[theirs] for name, theirs in family.items()}
     return Architecture(**sizes, pretrained=fingerprint)
 
 

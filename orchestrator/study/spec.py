@@ -36,6 +36,21 @@ class Spec(Model):
         found = {role: getattr(self, role, None) for role in roles}
         return {role: key for role, key in found.items() if key is not None}
 
+    @property
+    def threads(self) -> int:
+        """Cores that one process of the stage keeps busy."""
+        return int(self.numerics.threads) if hasattr(self, "numerics") else 1
+
+    @property
+    def world_size(self) -> int:
+        """Processes that compute the stage together."""
+        return int(self.numerics.world_size) if hasattr(self, "numerics") else 1
+
+    @property
+    def cores(self) -> int:
+        """Cores that the whole stage keeps busy."""
+        return self.threads * self.world_size
+
 
 class SourceIdentity(Model):
     """A text source: its kind, how it is read, and the fingerprint of its content."""
@@ -171,6 +186,11 @@ _ADAPTER: TypeAdapter[Any] = TypeAdapter(StageSpec)
 def spec_from_json(text: str) -> Any:
     """A specification read back from its JSON; `pydantic.ValidationError` where it is none."""
     return _ADAPTER.validate_json(text, strict=True)
+
+
+def place_of(key: str) -> str:
+    """Where a stage lies below the root of a store or its mirror."""
+    return f"{key[:2]}/{key}"
 
 
 def short(key: str) -> str:

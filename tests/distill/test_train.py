@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 
 from operators.config import HyenaConfig
 from orchestrator.distill import stage
+from orchestrator.distill.checkpoint import newest_step
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.journal import NAME, Journal, read_journal
 from orchestrator.distill.models import WEIGHTS
 from orchestrator.distill.optim import schedule
 from orchestrator.distill.stage import run_stage
-from orchestrator.distill.train import NonFiniteLoss, Training, autocast, prepare, train
+from orchestrator.distill.train import NonFiniteLoss, Stopped, Training, autocast, prepare, train
 from orchestrator.study.schema import Losses, Numerics, Optimizer
 from orchestrator.study.spec import DistilSpec, PhaseSpec
 
@@ -233,3 +235,38 @@ def test_a_journal_holds_finite_numbers_only(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         journal.write(1, 1, {"loss": float("nan")})
     journal.close()
+
+
+def test_asked_to_stop_it_writes_a_checkpoint_at_the_next_log_step_and_goes_on_to_the_same_bits(
+    place: Any, tmp_path: Path
+) -> None:
+    stop = tmp_path / "stop"
+    asked, made = training(), place("stopped", checkpoint_seconds=1e9, stop=str(stop))
+    loss = asked.loss
+
+    def stopping(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if step == 4:
+            stop.touch()
+        return loss(step)
+
+    with pytest.raises(Stopped, match="stopped at step 6 of 11"):
+        train(replace(asked, loss=stopping), made)
+    assert folders(made) == ["step-000006"]
+    assert newest_step(made.work) == 6
+    stop.unlink()
+    resumed, again = training(), place("stopped")
+    assert train(resumed, again)["resumed_at"] == 6
+    assert (bits(resumed.model), history(again)) == uninterrupted(place)
+
+
+def test_asked_to_stop_at_its_last_step_it_is_done(place: Any, tmp_path: Path) -> None:
+    stop = tmp_path / "stop"
+    asked, made = training(), place("late", stop=str(stop))
+    loss = asked.loss
+
+    def stopping(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if step == STEPS - 1:
+            stop.touch()
+        return loss(step)
+
+    assert train(replace(asked, loss=stopping), made)["tokens"] == STEPS * 10

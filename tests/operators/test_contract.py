@@ -29,10 +29,14 @@ CASES: dict[str, OperatorConfig] = {
     "heads": HyenaConfig(heads=4, init="random"),
     "heads, linear window": HyenaConfig(heads=2, init="random", filter=LINEAR),
     "frozen frequency": HyenaConfig(init="random", filter=FilterConfig(train_frequency=False, sine_frequency=10.0)),
+    "positive filter": HyenaConfig(init="random", filter=FilterConfig(positive=True)),
+    "heads, positive filter": HyenaConfig(heads=2, filter=FilterConfig(positive=True, width=64, features=9)),
     "transferred": HyenaConfig(),
     "transferred, heads": HyenaConfig(heads=2),
     "skip": SkipConfig(),
 }
+# Two heads by lag, as attention has them: one looks at the token before, one far back.
+PROFILE = torch.tensor([[0.1, 1.0], [1.0, 0.3], *([0.2 / lag, 0.5 / lag**0.5] for lag in range(2, 60))]).log().t()
 PROJECTIONS = ("query", "key", "value", "output")
 every_case = pytest.mark.parametrize("case", CASES)
 
@@ -51,7 +55,7 @@ def attention(width: int = D, with_biases: bool = True) -> AttentionWeights:
     if not with_biases:
         return weights
     biases: dict[str, Any] = {f"{name}_bias": draw(width, seed=i) for i, name in enumerate(PROJECTIONS)}
-    return replace(weights, **biases)
+    return replace(weights, **biases, profile=PROFILE)
 
 
 def make(case: str, max_length: int = MAX) -> Any:
@@ -339,6 +343,30 @@ def test_log_spaced_windows_sum_to_one_and_filters_start_near_them() -> None:
     assert (mass[:3] > 0.95).all()
     assert 0.5 < mass[3] < 0.7
     assert ((operator.filter(100) / window_CL.clamp_min(1e-30) - 1).abs()[:, :10] < 0.3).all()
+
+
+@pytest.mark.parametrize(("heads", "rows"), [(2, [0, 1]), (4, [0, 0, 1, 1]), (1, None)])
+def test_positive_filters_start_at_the_profile_of_the_attention(heads: int, rows: list[int] | None) -> None:
+    config = HyenaConfig(heads=heads, filter=FilterConfig(positive=True, width=64, features=9))
+    operator = Hyena(config, D, MAX)
+    operator.initialise(attention(), generator())
+    wanted_HT = (PROFILE[rows] if rows is not None else PROFILE.mean(0, keepdim=True)).softmax(-1)
+    filter_HT = operator.filter(MAX)
+    seen_HT = filter_HT[:, : wanted_HT.shape[1]] / filter_HT[:, : wanted_HT.shape[1]].sum(-1, keepdim=True)
+    assert (filter_HT > 0).all()
+    close(filter_HT.sum(-1), torch.ones(heads), 0.05)
+    assert ((seen_HT - wanted_HT).abs().sum(-1) < 0.15).all()
+    trained = {name for name, parameter in operator.filter.named_parameters() if parameter.requires_grad}
+    assert trained == {"readout.weight", "log_timescale"}
+
+
+def test_a_positive_filter_needs_a_profile_that_fits_its_heads() -> None:
+    config = HyenaConfig(heads=4, filter=FilterConfig(positive=True))
+    with pytest.raises(ValueError, match="needs the attention's profile by lag but got None"):
+        Hyena(config, D, MAX).initialise(replace(attention(), profile=None), generator())
+    three = replace(attention(), heads=3, profile=PROFILE[[0, 0, 1]])
+    with pytest.raises(ValueError, match="heads must divide the attention's 3 or be a multiple of it but is 4"):
+        Hyena(config, D, MAX).initialise(three, generator())
 
 
 def test_one_channel_per_head_is_the_channelwise_operator() -> None:

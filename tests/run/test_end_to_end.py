@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
+import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -188,16 +192,72 @@ def test_a_failed_trial_does_not_stop_the_others_and_the_exit_code_says_so(finis
     assert {run.data.tags["layerswap.role"] for run in failed} == {"study", "trial", "stage"}
 
 
-def test_interrupt_says_how_to_go_on(finished: Path) -> None:
-    change = ("--set", "seed=7")
+def test_damage_after_the_start_is_said_and_computed_again(finished: Path, tmp_path: Path) -> None:
+    """A parent whose bytes change, and one that is deleted, after the driver has looked and before they are used."""
+    home = tmp_path / "home"
+    shutil.copytree(finished, home)
+    rows = [row for row in records(home)["records"] if row["trial"] == "trial-00"]
+    flipped, deleted = (home / "store" / row["stage_key"][:2] / row["stage_key"] for row in rows[:2])
+    change = ("--set", "recipe.joint.0.tokens=5_120", "--set", "controls={skip: false, scratch: none}")
     driver = subprocess.Popen(
-        command(finished, "run", *change), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        command(home, "run", *change), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
     )
-    time.sleep(14)
-    driver.send_signal(signal.SIGINT)
-    _, told = driver.communicate(timeout=60)
-    assert driver.returncode == 130, told
-    assert "go on with: layerswap run" in told and "--set seed=7" in told
+    assert driver.stdout is not None
+    assert "trials ask for" in driver.stdout.readline()
+    shutil.rmtree(deleted)
+    [victim] = (flipped / "artefacts").glob("*.safetensors")
+    victim.write_bytes(victim.read_bytes()[:-1] + b"!")
+    told = driver.stdout.read()
+    assert driver.wait(timeout=200) == 0, told
+    assert f"{flipped.name[:16]}: {victim.name} is damaged or gone: the stage is computed again" in told
+    known = weights(finished)
+    assert all(known[key] == blob for key, blob in weights(home).items() if key in known)
+
+
+def test_a_dead_tracking_server_delays_nothing_and_a_report_sends_everything(finished: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        dead = f"http://127.0.0.1:{free.getsockname()[1]}"
+    done = layerswap(finished, "run", "--tracking-uri", dead)
+    assert "MLflow is behind, nothing is lost, the study goes on" in done.stderr
+    assert re.search(r"MLflow lacks (\d+) of \1 stages \(.*layerswap report", done.stderr)
+    fresh = tmp_path / "fresh.db"
+    for _ in range(2):
+        layerswap(finished, "report", "--tracking-uri", f"sqlite:///{fresh}")
+        sent = points(fresh)
+        stages = {stage for stage, *_ in sent}
+        assert len(stages) == 14
+        assert sent == [point for point in points(finished / "mlflow.db") if point[0] in stages]
+    assert layerswap(finished, "run", "--tracking-uri", "nowhere", check=2).stderr.startswith("--tracking-uri nowhere:")
+
+
+def points(database: Path) -> list[Any]:
+    """Stage, metric, step, time and value of every point of the finished stages."""
+    query = (
+        "SELECT t.value, m.key, m.step, m.timestamp, m.value FROM metrics m JOIN tags t USING (run_uuid) "
+        "JOIN runs r USING (run_uuid) WHERE t.key = 'layerswap.stage' AND r.status = 'FINISHED'"
+    )
+    with sqlite3.connect(database) as connection:
+        return sorted(connection.execute(query).fetchall())
+
+
+def test_a_full_disk_ends_in_exit_code_1_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    """Nothing can be written: no stage, no record, no report."""
+    small = ("--set", "controls={skip: false, scratch: none}", "--set", "search.space=[{operator: [{kind: hyena}]}]")
+    home = tmp_path / "home"
+    home.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(home)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no small file system can be mounted here")
+    try:
+        done = layerswap(home, "run", *small, check=1)
+        assert re.search(
+            r"failed: trial-00: StoreError: no space left on .*: free \d+ MB, then run the same", done.stderr
+        )
+        assert "Traceback" not in done.stderr and "go on with: layerswap run" in done.stderr
+        subprocess.run(["mount", "-o", "remount,size=200m", str(home)], check=True)
+        layerswap(home, "run", *small)
+    finally:
+        subprocess.run(["umount", "--lazy", str(home)], check=True)
 
 
 def test_early_stopping_ends_a_trial_at_a_stage_boundary_and_stays_decided(finished: Path) -> None:

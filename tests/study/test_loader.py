@@ -243,8 +243,8 @@ def test_a_file_that_is_no_study_is_told_so(text: str, told: str) -> None:
     ("make", "told"),
     [
         (lambda path: None, "study.yaml: no such study file: name a YAML file, for example studies/layerwise.yaml"),
-        (lambda path: path.write_bytes(b"study: \xff"), "study.yaml: cannot be read as UTF-8 text: "),
-        (lambda path: path.mkdir(), "study.yaml: cannot be read as UTF-8 text: "),
+        (lambda path: path.write_bytes(b"study: \xff"), "study.yaml: cannot be read as UTF-8 text ("),
+        (lambda path: path.mkdir(), "study.yaml: is a directory: name a YAML file"),
     ],
     ids=["missing", "binary", "folder"],
 )

@@ -42,6 +42,7 @@ RESOLVED = Resolved(
 )
 ALL = (0, 1, 2, 3, 4, 5)
 LEARNING = "recipe.optimizer.lr"
+RAISE, LOWER = ": raise it, or lower one of those", ": lower it, or take a teacher of more"
 
 
 @pytest.fixture(autouse=True)
@@ -179,23 +180,26 @@ def test_a_budget_that_is_no_whole_number_of_steps_is_rounded_down() -> None:
             ["schedule.keep=[0, 1, 2, 3, 4, 5]"],
             "schedule.keep: every layer is kept as attention: leave at least one to swap",
         ),
-        (["operator.heads=5"], "operator.heads: 5 must divide the teacher's width 128"),
-        (["data.sequence_length=2048"], "data.sequence_length: 2048 exceeds the teacher's 1024 positions"),
+        (["operator.heads=5"], "operator.heads: 5 must divide the teacher's width 128: give a divisor, for example 4"),
+        (
+            ["data.sequence_length=2048"],
+            "data.sequence_length: 2048 exceeds the teacher's 1024 positions" + LOWER,
+        ),
         (
             ["throughput.lengths=[32]"],
             "throughput.lengths: 32 must exceed decode_tokens (32) and be at most the teacher's 1024 positions",
         ),
         (
             ["recipe.phases.1.tokens=63"],
-            "recipe.phases.1.tokens: 63 tokens are less than one step of 64 (batch_size x sequence_length)",
+            "recipe.phases.1.tokens: 63 tokens are less than one step of 64 (batch_size x sequence_length)" + RAISE,
         ),
         (
             ["recipe.joint.0.tokens=63"],
-            "recipe.joint.0.tokens: 63 tokens are less than one step of 64 (batch_size x sequence_length)",
+            "recipe.joint.0.tokens: 63 tokens are less than one step of 64 (batch_size x sequence_length)" + RAISE,
         ),
         (
             ["teacher.tokens=255"],
-            "teacher.tokens: 255 tokens are less than one step of 256 (batch_size x sequence_length)",
+            "teacher.tokens: 255 tokens are less than one step of 256 (batch_size x sequence_length)" + RAISE,
         ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -313,3 +317,25 @@ def test_only_what_decides_a_result_changes_keys(change: str, same: bool) -> Non
 def test_operators_have_short_names() -> None:
     names = [operator_name(config) for config in (HyenaConfig(), HyenaConfig(order=3), HyenaConfig(heads=8))]
     assert names == ["hyena-2", "hyena-3", "hyena-8h"]
+
+
+def test_a_batch_is_shared_in_training_only() -> None:
+    plan = planned("numerics.world_size=2")
+    training = [spec for spec in plan.specs.values() if getattr(spec, "phases", None) or hasattr(spec, "token_budget")]
+    rest = [spec for spec in plan.specs.values() if spec not in training]
+    assert {spec.world_size for spec in training} == {2}
+    assert {spec.world_size for spec in [*rest, *throughput_specs(plan, "h").values()]} == {1}
+    assert plan.teacher.evaluate.numerics == planned().teacher.evaluate.numerics
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["teacher.batch_size=5"], "teacher.batch_size: 5 sequences cannot be shared equally by numerics.world_size 2"),
+        (["recipe.batch_size=3"], "recipe.batch_size: 3 sequences cannot be shared equally by numerics.world_size 2"),
+    ],
+)
+def test_a_batch_that_cannot_be_shared_equally_is_told(overrides: list[str], told: str) -> None:
+    with pytest.raises(StudyError) as caught:
+        planned("numerics.world_size=2", *overrides)
+    assert str(caught.value) == f"--set {overrides[0]}: {told}"

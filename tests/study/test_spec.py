@@ -58,15 +58,16 @@ SPECS: dict[str, Any] = {
         sequence_length=32, numerics=Numerics(), hardware="h",
     ),
 }  # fmt: skip
-# A change of these is a new identity of every stage computed so far: raise STAGE_VERSION and say so in the CHANGELOG.
+# A change of these is a new identity of every stage computed so far: say so in the CHANGELOG, and raise STAGE_VERSION
+# where the same specification would give another result.
 KEYS = {
     "tokens": "d4106e31393fe217fa526a6480af5aa8994ad160815533127e4eb1f881c81e9f",
     "import": "9df2c567f861cfe8d67bafe895eacbbde9fb66c82bf4ed0c208c08800b775175",
-    "teacher": "b5bd06eafd7f7f164507710a5bce51fce2797f4f6e634196cebe039d68e509b6",
-    "distil": "e8add693e766d3ef5962132fe8e45f3218837c104a6bc803acb9eff4f8705bc4",
-    "scratch": "70994f4217dcf52f460b7a16e76191378af2ea380973a3d0313ae4f920f3b69f",
-    "evaluate": "6436c2457c48506bdacaa7bb3bd66bb52a2eba29b90c9ef55eedd6491404b5a7",
-    "throughput": "0cab1f9b8e4fcd287e45bba8043d4f8990978bc5dfeb515e07d134028cb75957",
+    "teacher": "d2187dc0de4b61544b8bce087d8e2521435c399cfd26565b4a9478b7f910c322",
+    "distil": "f7689120805bca2b9395f127b45b62f4c082f4c96f33495451cbce798c49bc25",
+    "scratch": "936658a96a244cf64c6f8f3168ca267c21219cdc13118ca79a8edfe43fe2b62b",
+    "evaluate": "72bf168d502a0bab034785f9b5fde120c628a8bd2285d109fc06b98b909f11ae",
+    "throughput": "5a6d570c4db7b49c7a4a20153a15ef4dd90442de01a1b22d90e7c5fd0f796700",
 }
 WORDS = {  # another value for a field whose words are given
     "source": "jsonl", "method": "adamw", "dtype": "bfloat16", "window": "linear", "init": "random",
@@ -211,3 +212,9 @@ def test_parents_are_named_by_role(kind: str, parents: dict[str, str]) -> None:
 
 def test_a_short_key_is_its_beginning() -> None:
     assert short("0123456789abcdef" + "0" * 48) == "0123456789abcdef"
+
+
+def test_cores_are_threads_of_all_processes_and_one_where_nothing_is_said() -> None:
+    spec = SPECS["teacher"].model_copy(update={"numerics": Numerics(threads=3, world_size=2)})
+    assert (spec.threads, spec.world_size, spec.cores) == (3, 2, 6)
+    assert (SPECS["tokens"].threads, SPECS["tokens"].world_size, SPECS["tokens"].cores) == (1, 1, 1)

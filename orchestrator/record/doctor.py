@@ -1,0 +1,195 @@
+"""What interrupted runs left in a home and on this machine, and what to do about each piece.
+
+Place in the flow: beside everything; looks at the store, the MLflow database, temporary directories and processes.
+Invariant: looking changes nothing; a fix touches nothing that was published and nothing of a process that lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock, Timeout
+
+from orchestrator.record.home import Home
+from orchestrator.run.store import Store
+from orchestrator.run.temporary import abandoned_directories
+from orchestrator.study.spec import short
+
+SETTLED_SECONDS = 60.0  # what is younger may belong to a process that is about to take its lock
+BY_FIX = "`layerswap doctor --fix` removes it"
+PATIENCE_SECONDS = 3.0  # for a process to end by itself after it was asked to
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing: what it is, what to do about it, and how, where that is surely safe."""
+
+    what: str
+    remedy: str
+    fix: Callable[[], None] | None = None
+    healthy: bool = False  # told, but nothing is wrong
+
+
+def examine(home: Home, needed: set[str] | None) -> list[Finding]:
+    """Everything found; `needed` are the stages of the study that the user named, if any."""
+    found = list(_machine())
+    store = Store(home.store, write=False)
+    if not store.root.is_dir():
+        return [Finding(f"{home.root} holds no store yet", "run a study, or give another --home", healthy=True), *found]
+    for key in store.all_keys():
+        found += _stage(store, key, needed)
+    found += _torn_files(store.root, home.root)
+    return found + list(_zombies(home, store))
+
+
+def doctor_text(found: list[Finding], fix: bool) -> tuple[str, int]:
+    """What to print, and the exit code: 0 where nothing needs attention (any more). Fixes first where asked."""
+    lines, left, fixable = [], 0, 0
+    for finding in found:
+        done = fix and finding.fix is not None
+        if done and finding.fix is not None:
+            finding.fix()
+        left += not (finding.healthy or done)
+        fixable += finding.fix is not None and not done
+        lines.append(f"{'fixed ' if done else '  ok  ' if finding.healthy else 'look  '}{finding.what}")
+        lines += [] if done else [f"      -> {finding.remedy}"]
+    lines.append(f"{left} need attention" if left else "healthy")
+    if fixable:
+        lines.append(f"layerswap doctor --fix clears {fixable} of them; nothing that was published is touched")
+    return "\n".join(lines), 1 if left else 0
+
+
+def _stage(store: Store, key: str, needed: set[str] | None) -> Iterator[Finding]:
+    folder, name = store.folder(key), f"stage {short(key)}"
+    attempt = store.attempt(key) or {}
+    who = f"process {attempt.get('pid', '?')} on {attempt.get('host', '?')}"
+    if store.locked(key):
+        yield Finding(f"{name} is being computed by {who}", "nothing to do", healthy=True)
+        return
+    if not (folder / "spec.json").is_file():
+        if _settled(folder):
+            yield Finding(f"{name} has a directory without spec.json: torn", BY_FIX, _locked(store, key, folder))
+        return
+    leftovers = [path for path in (folder / "out", *(_work(store, key))) if path.is_dir()]
+    for path in leftovers:
+        yield Finding(f"{name} left {path.name}/, which nobody reads", BY_FIX, _locked(store, key, path))
+    if store.finished(key):
+        damaged = store.damaged(key)
+        if damaged is not None:
+            yield Finding(f"{name} is finished but its {damaged} is damaged or gone", _again(key, needed))
+    elif attempt and store.failure(key) is None and not _alive(attempt):
+        yield Finding(f"{name} was begun by {who}, which is dead", _again(key, needed))
+
+
+def _work(store: Store, key: str) -> list[Path]:
+    """The checkpoints of a finished stage; those of an unfinished one are what its next attempt goes on from."""
+    return [store.folder(key) / "work"] if store.finished(key) else []
+
+
+def _again(key: str, needed: set[str] | None) -> str:
+    gone = "`layerswap gc STUDY... --delete` frees what no study needs"
+    if needed is None:
+        return f"run its study again, which goes on from what is whole; {gone}"
+    return "`layerswap run` of this study goes on from what is whole" if key in needed else f"not of this study: {gone}"
+
+
+def _torn_files(*roots: Path) -> Iterator[Finding]:
+    """Temporary names of files and directories whose writer died between writing and renaming."""
+    seen: set[Path] = set()
+    for path in sorted(path for root in roots for path in root.rglob(".*.tmp")):
+        if path not in seen and not any(parent in seen for parent in path.parents) and _settled(path):
+            yield Finding(f"{path} was not written to its end", BY_FIX, lambda path=path: _remove(path))  # type: ignore[misc]
+        seen.add(path)
+
+
+def _zombies(home: Home, store: Store) -> Iterator[Finding]:
+    """MLflow runs that say RUNNING while nobody runs in this home."""
+    if not (home.root / "mlflow.db").is_file() or home.used or any(store.locked(key) for key in store.all_keys()):
+        return
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient  # takes seconds, so only where there is a database
+
+    client = MlflowClient(tracking_uri=home.database)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    for run in client.search_runs(experiments, "attributes.status = 'RUNNING'", max_results=1000):
+        yield Finding(
+            f"MLflow run {run.info.run_name} ({run.info.run_id[:8]}) says RUNNING while nobody runs here",
+            "run its study again, which takes it up, or `layerswap doctor --fix`, which marks it KILLED",
+            lambda run_id=run.info.run_id: client.set_terminated(run_id, "KILLED"),  # type: ignore[misc]
+        )
+
+
+def _machine() -> Iterator[Finding]:
+    """Temporary directories of dead drivers, with the Ray processes that still live in them."""
+    for folder in abandoned_directories():
+        living = [process.pid for process in _inside(folder)]
+        told = f", and processes {', '.join(map(str, living))} of it still run" if living else ""
+        yield Finding(f"{folder} was left by a dead run{told}", BY_FIX, lambda folder=folder: _clear(folder))  # type: ignore[misc]
+
+
+def _inside(folder: Path) -> list[psutil.Process]:
+    """This user's processes that were started with the directory among their words."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            mine = process.uids().real == os.getuid() and process.pid != os.getpid()
+            if mine and any(f"{folder}/" in word or word.endswith(str(folder)) for word in words):
+                found.append(process)
+    return found
+
+
+def _clear(folder: Path) -> None:
+    living = _inside(folder)
+    for process in living:
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+    _, stubborn = psutil.wait_procs(living, timeout=PATIENCE_SECONDS)
+    for process in stubborn:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    _remove(folder)
+
+
+def _locked(store: Store, key: str, path: Path) -> Callable[[], None]:
+    """Remove a path of a stage unless somebody computes it by then."""
+
+    def fix() -> None:
+        with contextlib.suppress(Timeout), FileLock(store.folder(key) / "lock", timeout=0):
+            _remove(path)
+
+    return fix
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _settled(path: Path) -> bool:
+    try:
+        return abs(time.time() - path.stat().st_mtime) > SETTLED_SECONDS
+    except OSError:
+        return False
+
+
+def _alive(attempt: dict[str, Any]) -> bool:
+    """Whether the process of an attempt may live: on another host nobody can say, so its lock alone tells."""
+    if attempt.get("host") != platform.node():
+        return False
+    try:
+        process = psutil.Process(int(attempt["pid"]))
+        return bool(process.create_time() <= float(attempt["started"]) + 1.0)
+    except (psutil.Error, KeyError, ValueError):
+        return False

@@ -1,0 +1,141 @@
+"""MLflow beside a run: a thread that keeps it in step with the store and never makes anybody wait for long.
+
+Invariant: what MLflow lacks is in the store, so whatever fails here is tried again, by this run, the next one or a
+report; a study has one recorder at a time, the others leave it to that one.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from orchestrator.record.home import Home
+from orchestrator.record.tracking import Tracker
+from orchestrator.run.store import Store
+from orchestrator.study.plan import Plan, Step
+from orchestrator.study.spec import ThroughputSpec
+
+EVERY = 3.0  # seconds between rounds
+PATIENCE = 6.0  # seconds without an answer after which the end of a run does not wait any more
+REPORT_PATIENCE = 60.0  # and a report, which may have to make a database first
+
+Action = Callable[[Tracker], None]
+
+
+class Recorder:
+    """Sends a study's records from a thread. A `live` one marks runs as running and tells when MLflow is behind."""
+
+    def __init__(self, home: Home, plan: Plan, speeds: dict[str, ThroughputSpec], live: bool = True) -> None:
+        self.home, self.plan, self.speeds, self.live = home, plan, speeds, live
+        self.store = Store(home.store)
+        self.tracker: Tracker | None = None
+        self.trouble: str | None = None  # why MLflow is behind
+        self.complete: set[str] = set()  # identities of runs that need no more
+        self.elsewhere = False  # another recorder of this study is at work
+        self.patience = PATIENCE if live else REPORT_PATIENCE
+        self.hopeless = False  # somebody waited in vain
+        self.asked: queue.Queue[tuple[Action, threading.Event] | None] = queue.Queue()
+        self.lock = FileLock(home.study(plan.study.study) / "recorder.lock", timeout=0, thread_local=False)
+        self.thread = threading.Thread(target=self._work, daemon=True)
+
+    def start(self) -> None:
+        """Begin to keep MLflow in step, every few seconds."""
+        self.thread.start()
+
+    def catch_up(self) -> None:
+        """Send what is new now, as far as MLflow answers."""
+        self._wait_for(Tracker.sync)
+
+    def finish(
+        self, stopped: dict[str, int], failures: dict[str, str], summary: dict[str, float], files: list[Path]
+    ) -> None:
+        """Give every run its true status and its files, as far as MLflow answers; nothing is sent after that."""
+        self._wait_for(lambda tracker: tracker.finish(stopped, failures, summary))
+        self._wait_for(lambda tracker: tracker.add_files(files))
+        self.asked.put(None)
+        if not self.hopeless:
+            self.thread.join()
+
+    def run_id(self, step: Step) -> str | None:
+        """The MLflow run of a step's stage, as far as it is known."""
+        tracker = self.tracker
+        return None if tracker is None else tracker.run_id(step)
+
+    def behind(self, command: str) -> list[str]:
+        """Lines that say what MLflow lacks and that `command` sends it; none where it lacks nothing."""
+        if self.trouble is None and not self.hopeless:
+            return []
+        begun = {step.train.key for step in self.plan.steps if self.store.attempt(step.train.key) is not None}
+        lacking = sum(f"stage:{key}" not in self.complete for key in begun)
+        what = f"{lacking} of {len(begun)} stages" if lacking else "the study's files"
+        return [
+            f"MLflow lacks {what} ({self.trouble or 'it does not answer'}); nothing is lost: the next run sends them, "
+            f"or {command}"
+        ]
+
+    def _wait_for(self, action: Action) -> None:
+        if not self.thread.is_alive():
+            self.thread.start()
+        if self.hopeless or self.elsewhere:
+            return
+        done, began = threading.Event(), time.monotonic()
+        self.asked.put((action, done))
+        while not done.wait(0.1):
+            heard = 0.0 if self.tracker is None else self.tracker.heard
+            if time.monotonic() - max(began, heard) > self.patience:
+                self.hopeless = True
+                return
+
+    def _work(self) -> None:
+        while True:
+            try:
+                asked = self.asked.get(timeout=EVERY)
+            except queue.Empty:
+                asked = (Tracker.sync, threading.Event())
+            if asked is None:
+                self.lock.release()
+                return
+            action, done = asked
+            self._attempt(action)
+            done.set()
+
+    def _attempt(self, action: Action) -> None:
+        try:
+            if not self.lock.is_locked:
+                self.home.study(self.plan.study.study).mkdir(parents=True, exist_ok=True)
+                self.lock.acquire()
+            self.elsewhere = False
+            if self.tracker is None:
+                self.tracker = Tracker(self.home, self.plan, self.speeds, self.live)
+            action(self.tracker)
+        except Timeout:
+            self.elsewhere = True
+            self._look()
+        except Exception as error:
+            self.complete |= set() if self.tracker is None else self.tracker.closed
+            self.tracker = None  # a new one asks MLflow what it has
+            self._say_behind(error)
+        else:
+            self.complete |= self.tracker.closed
+            if self.trouble is not None and self.live:
+                print("MLflow has caught up", file=sys.stderr)
+            self.trouble = None
+
+    def _look(self) -> None:
+        """Learn the runs that the recorder at work has made."""
+        try:
+            self.tracker = Tracker(self.home, self.plan, self.speeds, live=False)
+        except Exception:
+            self.tracker = None  # telling of it is that recorder's
+
+    def _say_behind(self, error: Exception) -> None:
+        told = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else ''}"
+        if self.trouble is None and self.live:
+            print(f"MLflow is behind, nothing is lost, the study goes on: {told}", file=sys.stderr)
+        self.trouble = told

@@ -1,0 +1,82 @@
+"""A stage of several processes, through Ray Train: each is a rank, and the stage function runs in all of them.
+
+Place in the flow: `compute` holds the stage's claim and waits here without a core; the ranks have the cores and GPUs.
+Invariant: only the first rank writes; the others get a place of their own that is thrown away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from orchestrator.distill.context import Workplace
+from orchestrator.distill.ranks import PeerLost
+from orchestrator.distill.stage import Result, run_stage
+
+START_TIMEOUT_S = str(7 * 24 * 3600)  # ranks wait for cores that other stages have, like any stage
+
+
+class RankDied(RuntimeError):
+    """A process of the stage ended without an error of its own: the stage goes on from its checkpoint."""
+
+
+def run_on_ranks(spec: Any, place: Workplace) -> Result:
+    """`run_stage` in `spec.world_size` processes; returns what the first one returned.
+
+    Raises `RankDied`, or the error that a rank raised.
+    """
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_S)
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    context = place.context
+    resources = {"CPU": float(spec.threads)}
+    if context.gpus_per_stage:
+        resources["GPU"] = context.gpus_per_stage
+    storage = place.journal / "train"  # Ray Train wants a directory that all nodes see
+    on_rank: Any = _on_rank
+    trainer: Any = TorchTrainer(
+        on_rank,
+        train_loop_config={"spec": spec, "place": place},
+        torch_config=TorchConfig(backend="nccl" if context.device.startswith("cuda") else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=spec.world_size, use_gpu="GPU" in resources, resources_per_worker=resources
+        ),
+        run_config=RunConfig(storage_path=str(storage), name="ranks"),
+    )
+    try:
+        result: Result = trainer.fit().return_value
+    except TrainingFailedError as error:
+        raise _cause(getattr(error, "worker_failures", {}), str(error)) from None
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
+    return result
+
+
+def _on_rank(given: dict[str, Any]) -> Result | None:
+    from ray.train import get_context
+    from ray.train.torch import get_device
+
+    place: Workplace = given["place"]
+    if place.context.device.startswith("cuda"):
+        place = dataclasses.replace(place, context=dataclasses.replace(place.context, device=str(get_device())))
+    if get_context().get_world_rank() == 0:
+        return run_stage(given["spec"], place)
+    with tempfile.TemporaryDirectory(prefix="layerswap-rank-") as name:
+        silent = dataclasses.replace(place.context, checkpoint_seconds=math.inf)
+        run_stage(given["spec"], dataclasses.replace(place, journal=Path(name), out=Path(name), context=silent))
+    return None
+
+
+def _cause(failures: dict[int, Exception], told: str) -> Exception:
+    """The first rank's own error; `RankDied` where all that is known is that ranks died or missed another."""
+    for _, failure in sorted(failures.items()):
+        if not isinstance(failure, PeerLost) and type(failure).__module__.split(".")[0] != "ray":
+            return failure
+    return RankDied(" ".join(told.split())[:200])

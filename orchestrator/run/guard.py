@@ -1,0 +1,64 @@
+"""A small process beside a Ray instance of ours: when the driver ends, however it ends, nothing of the instance stays.
+
+Ray's own processes follow a killed driver, all but two agents, which take a minute. Invariant: only processes that
+hold a file open in the instance's own temporary directory are ended, so no other instance is touched.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+
+SECONDS = 10.0  # after which it gives up
+
+
+@contextmanager
+def guarded(folder: str) -> Iterator[None]:
+    """When this context or this process ends, end every other process that uses the directory, and remove it."""
+    command = [sys.executable, "-m", "orchestrator.run.guard", folder]
+    guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # signals to our group pass it by
+    try:
+        yield
+    finally:
+        assert guard.stdin is not None
+        guard.stdin.close()
+        guard.wait()
+
+
+def users(folder: str, but: int) -> list[psutil.Process]:
+    """Processes that hold a file open below a directory, `but` one."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            opened = process.pid != but and process.open_files()
+        except psutil.Error:
+            continue
+        if opened and any(file.path.startswith(f"{folder}/") for file in opened):
+            found.append(process)
+    return found
+
+
+def end(folder: str, but: int) -> None:
+    """End every process that uses a directory, `but` one, then remove it."""
+    deadline = time.monotonic() + SECONDS
+    while (left := users(folder, but)) and time.monotonic() < deadline:
+        for process in left:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(left, timeout=1)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    driver = os.getppid()
+    sys.stdin.read()  # until the driver closes it or dies
+    end(sys.argv[1], driver)

@@ -1,0 +1,66 @@
+"""Ctrl-C and SIGTERM: the first asks running stages to stop at their next checkpoint, the second ends all at once.
+
+Place in the flow: the command listens, training looks for the stop file (`RunContext.stop`), the sweep waits for it.
+Invariant: the first signal ends in `KeyboardInterrupt`, for Ray drops any other exception of a handler; the second ends
+the process where it stands, and the guard (`guard.py`) what it started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+from types import TracebackType
+
+TOLD = "stopping at the next checkpoint; once more stops at once"
+AT_ONCE = "stopped at once; nothing finished is lost, go on with the same command"
+
+
+class Interrupt:
+    """A context that listens, and turns a `KeyboardInterrupt` that leaves it into exit code 130 or 143."""
+
+    def __init__(self) -> None:
+        self.stop: Path | None = None  # the file to make, known once there is a store
+        self.number = 0  # the first signal that arrived
+
+    def __enter__(self) -> Interrupt:
+        self.before = {number: signal.signal(number, self._arrived) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self._tidy()
+        if isinstance(error, KeyboardInterrupt):
+            _say(AT_ONCE)
+            raise SystemExit(128 + self.number) from None
+
+    def _arrived(self, number: int, _: object) -> None:
+        if self.number:
+            self._tidy()
+            _say(AT_ONCE)
+            os._exit(128 + self.number)
+        self.number = number
+        self._ask()
+        raise KeyboardInterrupt
+
+    def _ask(self) -> None:
+        if self.stop is None:
+            return
+        try:
+            self.stop.touch()
+        except OSError:  # a store that cannot be written: there will be no checkpoint either
+            return
+        _say(TOLD)
+
+    def _tidy(self) -> None:
+        if self.stop is not None:
+            with contextlib.suppress(OSError):
+                self.stop.unlink(missing_ok=True)
+
+
+def _say(line: str) -> None:
+    os.write(2, f"{line}\n".encode())  # not through a stream, whose lock the interrupted code may hold

@@ -1,0 +1,67 @@
+"""What would stop a run is told before it writes anything: an unknown device, an absent cluster, too few cores.
+
+Place in the flow: between the plan and the sweep. Invariant: nothing is created, and no answer takes long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import socket
+
+from orchestrator.distill.context import RunContext
+from orchestrator.run.cluster import Cluster, ClusterError, check_before_start
+from orchestrator.study.plan import Plan
+
+DEVICES = ("cpu", "cuda")
+ANSWER_SECONDS = 5.0
+HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # of HTTP/2, which Ray's head speaks
+SETTINGS = 4  # type of the frame that answers it
+
+
+def check_run(plan: Plan, context: RunContext, cluster: Cluster) -> None:
+    """Raise `ClusterError` where the plan cannot run so: interval, device, cluster and its cores."""
+    if not (math.isfinite(context.checkpoint_seconds) and context.checkpoint_seconds > 0):
+        raise ClusterError(
+            f"--checkpoint-seconds {context.checkpoint_seconds:g} must be a finite number above 0, for example 15"
+        )
+    if context.device not in DEVICES:
+        raise ClusterError(f"--device {context.device} is not known: give one of {', '.join(DEVICES)}")
+    if cluster.address is None:
+        if context.device == "cuda" and not cluster.gpus:
+            raise ClusterError(
+                "--device cuda needs an accelerator that torch can use, and this machine has none: give --device cpu, "
+                "or the --ray-address of a cluster that has one"
+            )
+    else:
+        _knock(cluster.address)
+    check_before_start(plan.specs.values(), context, cluster)
+
+
+def _knock(address: str) -> None:
+    """Ask the address for a sign of Ray: `ray.init` would try for minutes, and end the process where it gets none."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        raise ClusterError(f"--ray-address {address} is no address: give host:port of the cluster's head node, or auto")
+    try:
+        connection = socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS)
+    except (OSError, OverflowError) as error:
+        raise ClusterError(_absent(address, str(error))) from error
+    answer = b""
+    with contextlib.suppress(OSError), connection:
+        if os.environ.get("RAY_USE_TLS", "0") == "1":
+            return
+        connection.sendall(HELLO)
+        answer = connection.recv(9)
+    if len(answer) < 4 or answer[3] != SETTINGS:
+        raise ClusterError(_absent(address, "what answers there is not Ray"))
+
+
+def _absent(address: str, reason: str) -> str:
+    return (
+        f"--ray-address {address}: no Ray cluster answers ({reason}): start one with `ray start --head`, or leave "
+        "--ray-address out to run on this machine"
+    )

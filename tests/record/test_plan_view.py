@@ -1,0 +1,98 @@
+"""The plan as people see it: every stretch of stages once, trials at the leaves, a screen for the default study."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from orchestrator.cli import app
+from orchestrator.files import write_json
+from orchestrator.run.store import Store
+
+ROOT = Path(__file__).resolve().parents[2]
+TREE = """\
+teacher  3 layers, 61 k tokens
+├─ hyena-2  0-1 → 2 → joint  26 k  trial-00  operator=order:2
+└─ hyena-4h  0-1 → 2         15 k
+   ├─ joint                  10 k  trial-01  losses=kl:1.0
+   └─ joint                  10 k  trial-02  losses=kl:1.0,ce:0.5
+controls: scratch hyena-2, scratch hyena-4h, skip (4)
+
+3 trials ask for 9 stages, 7 distinct: sharing factor 1.29 in stages, 1.25 in tokens
+in the store: 0 of them; with teacher and controls 0 of 14
+to do: 174 k tokens to train; time and disk are not known yet: no stage was measured in this store
+"""
+
+
+def plan(home: Path, *given: str, study: str = "smoke") -> str:
+    words = ["plan", str(ROOT / "studies" / f"{study}.yaml"), "--home", str(home), *given]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def summary(home: Path, *given: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(plan(home, "--json", *given))
+    return found
+
+
+def done(store: Store, key: str, kind: str, **result: Any) -> None:
+    write_json(store.folder(key) / "DONE.json", {"kind": kind, "result": result, "seconds": 12.0, "files": {}})
+
+
+def test_a_shared_beginning_is_told_once_and_trials_stand_at_the_leaves(tmp_path: Path) -> None:
+    assert plan(tmp_path / "home").split("\n\n", 1)[1] == TREE
+
+
+def test_the_default_study_fits_a_screen(tmp_path: Path) -> None:
+    lines = plan(tmp_path / "home", study="layerwise").splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 120
+    assert sum("trial-" in line for line in lines) == 8
+
+
+def test_a_trial_that_ends_where_another_goes_on_stands_at_its_own_stage(tmp_path: Path) -> None:
+    told = plan(tmp_path / "home", "--set", "search.space={recipe.joint: [[], [{tokens: 10_240, losses: {kl: 1.0}}]]}")
+    [ends] = [line for line in told.splitlines() if "trial-00" in line]
+    [goes_on] = [line for line in told.splitlines() if "trial-01" in line]
+    assert ends.startswith("└─ hyena-4h  0-1 → 2") and goes_on.startswith("   └─ joint")
+
+
+def test_sharing_is_of_stages_and_of_tokens(tmp_path: Path) -> None:
+    told = summary(tmp_path / "home")
+    assert (told["stages"], told["distinct"], told["sharing"]) == (9, 7, pytest.approx(9 / 7))
+    assert (told["tokens"], told["distinct_tokens"]) == (76_800, 61_440)
+    assert told["sharing_tokens"] == pytest.approx(1.25)
+    assert told["estimate"] is None
+
+
+def test_an_estimate_is_made_of_measured_rates(tmp_path: Path) -> None:
+    """A teacher at 1,000 tokens/s with 2 s beside it; each kind without a rate of its own is named."""
+    told = summary(tmp_path)
+    store = Store(tmp_path / "store")
+    done(store, told["teacher"]["key"], "teacher", tokens_per_s=1000.0, seconds=10.0, resumed_at=0)
+    after = summary(tmp_path)
+    cost = after["estimate"]
+    assert after["tokens_to_train"] == told["tokens_to_train"] - 61_440 == 112_640
+    assert cost["core_seconds"] == pytest.approx(112.64)
+    assert cost["wall_seconds"] == pytest.approx(max(112.64 / cost["cores"], 25.6))
+    assert cost["unmeasured"] == ["distil", "evaluate", "scratch", "skip", "throughput", "tokens"]
+    first = after["tree"][1]
+    done(store, first["key"], "distil", tokens_per_s=100.0, seconds=10.0, resumed_at=0)
+    cost = summary(tmp_path)["estimate"]
+    distil, scratch = 61_440 - 10_240, 51_200
+    assert cost["core_seconds"] == pytest.approx(distil / 100 + 6 * 2 + scratch / 100)
+    assert summary(tmp_path)["done"] == 1
+    assert "0-1 … → 2" not in plan(tmp_path)
+
+
+def test_stages_that_are_begun_or_done_are_marked(tmp_path: Path) -> None:
+    told = summary(tmp_path)
+    store = Store(tmp_path / "store")
+    key = told["tree"][1]["key"]
+    write_json(store.folder(key) / "attempt.json", {})
+    assert "hyena-4h  0-1 … → 2 " in plan(tmp_path)

@@ -1,0 +1,100 @@
+"""Stages are shared through a mirror: whole or not at all, and computed once for all stores that use it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from orchestrator.distill.context import RunContext
+from orchestrator.run.mirror import Mirror, MirrorError
+from orchestrator.run.store import Store, compute
+from orchestrator.study.spec import TokensSpec
+
+_names = itertools.count()
+Shared = tuple[TokensSpec, RunContext, Store, Store, Mirror]
+
+
+@pytest.fixture(params=["file", "memory"])
+def shared(request: pytest.FixtureRequest, text: tuple[TokensSpec, RunContext], tmp_path: Path) -> Shared:
+    """A stage that one machine finished and uploaded, another machine's empty store, and the mirror."""
+    spec, context = text
+    url = f"file://{tmp_path}/mirror" if request.param == "file" else f"memory://mirror-{next(_names)}"
+    compute(spec.model_dump_json(), dataclasses.replace(context, mirror=url))
+    return spec, context, Store(Path(context.store)), Store(tmp_path / "elsewhere"), Mirror(url)
+
+
+def files(store: Store, key: str) -> dict[str, bytes]:
+    root = store.artefacts(key)
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_finished_stage_is_fetched_as_it_is(shared: Shared) -> None:
+    spec, _, here, there, mirror = shared
+    assert mirror.finished(spec.key)
+    assert mirror.fetch(there, spec.key)
+    assert files(there, spec.key) == files(here, spec.key)
+    assert there.done(spec.key) == here.done(spec.key)
+    assert there.withdraw_damaged([spec.key]) == []
+    assert there.all_keys() == [spec.key]
+    assert mirror.fetch(there, spec.key), "what is here already needs no fetching"
+    assert [path.name for path in there.folder(spec.key).glob("out-*")] == []
+
+
+def test_what_is_not_there_is_not_fetched(shared: Shared) -> None:
+    *_, there, mirror = shared
+    assert not mirror.fetch(there, "0" * 64)
+    assert not there.finished("0" * 64)
+
+
+@pytest.mark.parametrize("harm", ["flip", "delete"])
+def test_a_damaged_copy_is_withdrawn_and_uploaded_again(shared: Shared, harm: str) -> None:
+    spec, context, here, there, mirror = shared
+    at = mirror._at(spec.key, "artefacts/train.bin")
+    if harm == "flip":
+        whole = mirror._files.cat_file(at)
+        mirror._files.pipe_file(at, bytes([whole[0] ^ 1]) + whole[1:])
+    else:
+        mirror._files.rm_file(at)
+    assert not mirror.fetch(there, spec.key)
+    assert not there.finished(spec.key) and not mirror.finished(spec.key)
+    compute(spec.model_dump_json(), dataclasses.replace(context, store=str(there.root), mirror=mirror.url))
+    assert mirror.finished(spec.key)
+    assert files(there, spec.key) == files(here, spec.key)
+
+
+def test_a_torn_upload_does_not_count_and_is_finished_by_the_next(shared: Shared) -> None:
+    spec, _, here, there, mirror = shared
+    mirror._files.rm_file(mirror._at(spec.key, "DONE.json"))
+    assert not mirror.fetch(there, spec.key)
+    mirror._files.pipe_file(mirror._at(spec.key, "DONE.json"), b'{"key": "')
+    assert not mirror.finished(spec.key)
+    assert mirror.upload_all(here, [spec.key, "0" * 64]) == []
+    assert mirror.fetch(there, spec.key)
+
+
+def test_the_first_writer_wins(shared: Shared) -> None:
+    spec, _, here, _, mirror = shared
+    first = mirror._files.cat_file(mirror._at(spec.key, "DONE.json"))
+    done = here.folder(spec.key) / "DONE.json"
+    done.write_text(done.read_text().replace('"finished"', '"finished_again"'))
+    mirror.upload(here, spec.key)
+    assert mirror._files.cat_file(mirror._at(spec.key, "DONE.json")) == first
+
+
+def test_a_mirror_that_fails_costs_no_stage_and_is_told(text: tuple[TokensSpec, RunContext], tmp_path: Path) -> None:
+    spec, context = text
+    (tmp_path / "mirror").write_text("a file where a directory is needed")
+    url = f"file://{tmp_path}/mirror"
+    compute(spec.model_dump_json(), dataclasses.replace(context, mirror=url))
+    [said] = Mirror(url).upload_all(Store(Path(context.store)), [spec.key])
+    assert said.startswith(f"stage {spec.key[:16]} could not be copied to the mirror {url}: ")
+
+
+def test_a_url_that_no_file_system_knows_is_told() -> None:
+    with pytest.raises(MirrorError, match=r"--mirror nowhere://x: Protocol not known: nowhere: give a URL like file"):
+        Mirror("nowhere://x")
+    assert fsspec.available_protocols()
