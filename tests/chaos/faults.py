@@ -185,8 +185,8 @@ def leave_torn_directories(scene: Scene) -> Hit:
     torn.mkdir()
     (torn / "state.safetensors").write_bytes(b"half")
     (stage.folder / ".DONE.json.deadbeef.tmp").write_text("{")
-    (stage.folder / "out").mkdir(exist_ok=True)
-    (stage.folder / "out" / "model.safetensors").write_bytes(b"half")
+    (stage.folder / "out-deadbeef").mkdir(exist_ok=True)
+    (stage.folder / "out-deadbeef" / "model.safetensors").write_bytes(b"half")
     return _kill(scene, stage) + ", torn files beside it"
 
 
@@ -421,7 +421,7 @@ def _catch_publishing(scene: Scene, stage: Stage) -> list[Stage]:
                     return [stage]
                 signal_to(stage.pid, CONTINUE)
             return []
-        if not (stage.folder / "out").exists():
+        if not any(stage.folder.glob("out-*")):
             return []
     return []
 
