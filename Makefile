@@ -1,4 +1,4 @@
-# make setup | study | ui | test | check | format | chaos | bench-tree: every target installs what it needs into .venv first.
+# make setup | study | ui | test | test-all | check | format | chaos | bench-tree: every target installs what it needs into .venv first.
 PYTHON ?= python3
 STUDY ?= studies/layerwise.yaml
 PORT ?= 5000
@@ -7,7 +7,7 @@ SCALE ?= 0.1
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup study plan status report ui test check format chaos bench-tree clean
+.PHONY: setup study plan status report ui test test-all check format chaos bench-tree clean
 
 study: $(INSTALLED)
 	@$(BIN)/layerswap run $(STUDY)
@@ -19,6 +19,9 @@ ui: $(INSTALLED)
 	@$(BIN)/layerswap ui $(STUDY) --port $(PORT)
 
 test: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -q
 
 check: $(INSTALLED)

@@ -12,6 +12,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -273,8 +274,8 @@ ARGUMENTS: list[Row] = [
     ("cluster that is none", no_ray, r"^--ray-address .*: no Ray cluster answers \(what answers there is not Ray\): start one"),
     ("address that is none", words("--ray-address", "nonsense", command="run"), "^--ray-address nonsense is no address: give host:port"),
     ("address of a client", words("--ray-address", "ray://h:1", command="run"), "^--ray-address ray://h:1 is no address: give host:port"),
-    ("more threads than cores", words("--set", "numerics.threads=999", command="run"), "an? [a-z]+ stage asks for 999 threads but there are \\d+ cores: lower threads"),
-    ("teacher's threads", words("--set", "teacher.threads=999", command="run"), "a teacher stage asks for 999 threads but there are \\d+ cores: lower threads"),
+    ("more threads than cores", words("--set", "numerics.threads=999", command="run"), "an? [a-z]+ stage asks for 999 threads and the largest node has \\d+ cores: lower threads"),
+    ("teacher's threads", words("--set", "teacher.threads=999", command="run"), "a teacher stage asks for 999 threads and the largest node has \\d+ cores: lower threads"),
     ("port out of range", words("--port", "70000", command="ui"), "Invalid value for '--port': .*65535"),
 ]  # fmt: skip
 ROWS = [*STUDIES, *DATA, *PLACES, *ARGUMENTS]
@@ -332,6 +333,13 @@ def test_a_hub_that_is_not_there_is_told(place: Path) -> None:
     assert not Path("home").exists()
 
 
+@pytest.fixture
+def own_temporary(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory for temporary files that no dead run of somebody else has left anything in."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
+
+
+@pytest.mark.usefixtures("own_temporary")
 def test_a_store_that_cannot_be_written_is_told_and_can_be_read(place: Path) -> None:
     home = place / "home"
     home.mkdir()
@@ -351,6 +359,7 @@ def test_a_store_that_cannot_be_written_is_told_and_can_be_read(place: Path) -> 
         subprocess.run(["umount", str(home)], check=True)
 
 
+@pytest.mark.usefixtures("own_temporary")
 @pytest.mark.parametrize("given", [["plan"], ["plan", "--json"], ["status"], ["doctor"], ["gc"]], ids=" ".join)
 def test_looking_creates_and_changes_nothing(given: list[str], place: Path) -> None:
     study()(place)

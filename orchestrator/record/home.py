@@ -39,8 +39,9 @@ class Home:
 
     @property
     def artefacts(self) -> str | None:
-        """Where MLflow keeps files; None where the tracking server decides."""
-        return None if self.tracking else (self.root / "mlartifacts").resolve().as_uri()
+        """Where MLflow keeps files; None where a tracking server decides."""
+        served = self.tracking is not None and self.tracking.startswith("http")
+        return None if served else (self.root / "mlartifacts").resolve().as_uri()
 
     def study(self, name: str) -> Path:
         """Reports of one study."""

@@ -19,6 +19,7 @@ from typing import Any
 
 from orchestrator.distill.context import RunContext
 from orchestrator.run.guard import guarded, watched
+from orchestrator.run.store import Store
 from orchestrator.run.temporary import temporary_directory
 from orchestrator.study.spec import Spec
 
@@ -209,8 +210,7 @@ def check_store(context: RunContext, nodes: tuple[Node, ...]) -> None:
     """Raise `ClusterError` for a node that does not see the driver's store, or not this program."""
     import ray
 
-    marker = Path(context.store) / f".seen-{os.getpid()}"
-    marker.parent.mkdir(parents=True, exist_ok=True)
+    marker = Store(Path(context.store)).root / f".seen-{os.getpid()}"
     marker.write_text("")
     try:
         looks = [ray.remote(_sees).options(num_cpus=0, **pinned(node)).remote(str(marker)) for node in nodes]

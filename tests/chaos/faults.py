@@ -15,13 +15,22 @@ import signal
 import sqlite3
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-import psutil
-
+from tests.chaos.aim import (
+    Hit,
+    catch_publishing,
+    end,
+    finished,
+    finished_with_files,
+    flip_file,
+    flipped,
+    freeze,
+    harm_checkpoint,
+    kill,
+    kill_named,
+    read_line,
+)
 from tests.chaos.scene import CONTINUE, KILL, STOP, Scene, Stage, newest_checkpoints, read, signal_to
-
-Hit = str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +55,12 @@ def kill_driver(scene: Scene) -> Hit:
 
 def kill_worker(scene: Scene) -> Hit:
     stage = scene.wait(lambda: scene.running(trained=True))
-    return None if stage is None else _kill(scene, stage)
+    return None if stage is None else kill(scene, stage)
 
 
 def kill_any_stage(scene: Scene) -> Hit:
     stage = scene.wait(scene.running)
-    return None if stage is None else _kill(scene, stage)
+    return None if stage is None else kill(scene, stage)
 
 
 def kill_broker(scene: Scene) -> Hit:
@@ -76,11 +85,11 @@ def kill_trial(scene: Scene) -> Hit:
 
 
 def kill_raylet(scene: Scene) -> Hit:
-    return _kill_named(scene, "raylet")
+    return kill_named(scene, "raylet")
 
 
 def kill_gcs(scene: Scene) -> Hit:
-    return _kill_named(scene, "gcs_server")
+    return kill_named(scene, "gcs_server")
 
 
 def kill_everything(scene: Scene) -> Hit:
@@ -132,7 +141,7 @@ def kill_at_publish(scene: Scene) -> Hit:
     def look() -> bool:
         for stage in scene.stages():
             if not stage.done and stage.pid is not None and scene.ours(stage.pid):
-                caught.extend(_catch_publishing(scene, stage))
+                caught.extend(catch_publishing(scene, stage))
         return bool(caught)
 
     if not scene.wait(look, seconds=40.0, pause=0.005):
@@ -152,17 +161,17 @@ def tear_checkpoint(scene: Scene) -> Hit:
     def tear(blob: bytes) -> bytes:
         return blob[: scene.random.randrange(len(blob))]
 
-    return _harm_checkpoint(scene, tear, "torn")
+    return harm_checkpoint(scene, tear, "torn")
 
 
 def flip_checkpoint(scene: Scene) -> Hit:
-    return _harm_checkpoint(scene, lambda blob: _flipped(scene, blob), "flipped")
+    return harm_checkpoint(scene, lambda blob: flipped(scene, blob), "flipped")
 
 
 def tear_journal(scene: Scene) -> Hit:
     """What a crash can leave: half a line, of a step that no checkpoint covers."""
     stage = scene.wait(lambda: scene.running(checkpoints=1))
-    if stage is None or not _freeze(stage):
+    if stage is None or not freeze(stage):
         return None
     journal = stage.folder / "journal.jsonl"
     saved = max((int(path.name.removeprefix("step-")) for path in newest_checkpoints(stage)), default=0)
@@ -173,13 +182,13 @@ def tear_journal(scene: Scene) -> Hit:
         journal.write_bytes(blob[: len(whole) + scene.random.randrange(1, len(blob) - len(whole) - 1)])
     else:
         journal.write_bytes(blob + b'{"step": ' + str(last + 10).encode() + b', "tok')
-    return _kill(scene, stage) + ", its journal torn"
+    return kill(scene, stage) + ", its journal torn"
 
 
 def leave_torn_directories(scene: Scene) -> Hit:
     """What a crash in the middle of a checkpoint, of a publication and of a JSON file leaves."""
     stage = scene.wait(lambda: scene.running(checkpoints=1))
-    if stage is None or not _freeze(stage):
+    if stage is None or not freeze(stage):
         return None
     torn = stage.folder / "work" / ".step-000990.deadbeef.tmp"
     torn.mkdir()
@@ -187,7 +196,7 @@ def leave_torn_directories(scene: Scene) -> Hit:
     (stage.folder / ".DONE.json.deadbeef.tmp").write_text("{")
     (stage.folder / "out-deadbeef").mkdir(exist_ok=True)
     (stage.folder / "out-deadbeef" / "model.safetensors").write_bytes(b"half")
-    return _kill(scene, stage) + ", torn files beside it"
+    return kill(scene, stage) + ", torn files beside it"
 
 
 def delete_unfinished(scene: Scene) -> Hit:
@@ -203,24 +212,24 @@ def delete_unfinished(scene: Scene) -> Hit:
 
 def flip_artefact(scene: Scene) -> Hit:
     """Between two runs: the next one finds it before anything reads it."""
-    stage = _finished_with_files(scene)
+    stage = finished_with_files(scene)
     if stage is None:
         return None
-    _end(scene)
-    return _flip_file(scene, stage)
+    end(scene)
+    return flip_file(scene, stage)
 
 
 def flip_artefact_running(scene: Scene) -> Hit:
     """While stages that read it may still come."""
-    stage = _finished_with_files(scene)
-    return None if stage is None else _flip_file(scene, stage)
+    stage = finished_with_files(scene)
+    return None if stage is None else flip_file(scene, stage)
 
 
 def tear_done(scene: Scene) -> Hit:
-    stage = _finished(scene)
+    stage = finished(scene)
     if stage is None:
         return None
-    _end(scene)
+    end(scene)
     marker = stage.folder / "DONE.json"
     marker.write_bytes(marker.read_bytes()[: scene.random.randrange(marker.stat().st_size - 1)])
     scene.forgive([stage])
@@ -228,22 +237,22 @@ def tear_done(scene: Scene) -> Hit:
 
 
 def delete_done(scene: Scene) -> Hit:
-    stage = _finished(scene)
+    stage = finished(scene)
     if stage is None:
         return None
     if scene.random.random() < 0.5:
-        _end(scene)
+        end(scene)
     (stage.folder / "DONE.json").unlink()
     scene.forgive([stage])
     return f"{stage}: DONE.json deleted" + ("" if scene.alive() else " while nothing ran")
 
 
 def delete_finished(scene: Scene) -> Hit:
-    stage = _finished(scene)
+    stage = finished(scene)
     if stage is None:
         return None
     if scene.random.random() < 0.5:
-        _end(scene)
+        end(scene)
     shutil.rmtree(stage.folder, ignore_errors=True)
     return f"{stage}, finished" + ("" if scene.alive() else " while nothing ran")
 
@@ -252,7 +261,7 @@ def leave_stale_claim(scene: Scene) -> Hit:
     """A lock file and an attempt of a process that is somebody else's, on another host."""
     if scene.wait(lambda: scene.running(trained=True)) is None:
         return None
-    _end(scene)
+    end(scene)
     open_stages = [stage for stage in scene.stages() if not stage.done]
     for stage in open_stages:
         (stage.folder / "lock").write_text("1\n")
@@ -280,7 +289,7 @@ def fill_disk(scene: Scene) -> Hit:
 
 
 def lock_records(scene: Scene) -> Hit:
-    database = scene.wait(lambda: _database(scene))
+    database = scene.wait(lambda: database(scene))
     if database is None:
         return None
     seconds = scene.random.uniform(2.0, 8.0)
@@ -293,7 +302,7 @@ def lock_records(scene: Scene) -> Hit:
 
 
 def delete_records(scene: Scene) -> Hit:
-    database = scene.wait(lambda: _database(scene))
+    database = scene.wait(lambda: database(scene))
     if database is None:
         return None
     for path in scene.home.glob("mlflow.db*"):
@@ -303,7 +312,7 @@ def delete_records(scene: Scene) -> Hit:
 
 def hide_records(scene: Scene) -> Hit:
     """The database cannot be opened for a while, and comes back."""
-    database = scene.wait(lambda: _database(scene))
+    database = scene.wait(lambda: database(scene))
     if database is None:
         return None
     seconds = scene.random.uniform(2.0, 6.0)
@@ -348,121 +357,3 @@ FAULTS: dict[str, Fault] = {
     "records-deleted": Fault(delete_records),
     "records-hidden": Fault(hide_records),
 }
-
-
-def read_line(line: bytes) -> int:
-    """The step of a journal line; 0 where it is torn already."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return 0
-
-
-def _kill(scene: Scene, stage: Stage) -> str:
-    assert stage.pid is not None
-    if signal_to(stage.pid, KILL):
-        scene.forgive([stage])
-    return f"{stage} of process {stage.pid}"
-
-
-def _kill_named(scene: Scene, name: str) -> Hit:
-    found: list[psutil.Process] = scene.named(name)
-    if not found:
-        return None
-    signal_to(found[0].pid, KILL)
-    began = time.monotonic()
-    scene.finish(scene.run)
-    return f"{name} {found[0].pid}; the driver noticed after {time.monotonic() - began:.0f} s"
-
-
-def _end(scene: Scene) -> None:
-    """Kill the driver and wait until its processes are gone."""
-    scene.run.process.kill()
-    scene.run.process.wait()
-    scene.wait_gone()
-
-
-def _freeze(stage: Stage) -> bool:
-    """Stop the process of a stage; False, and all goes on, where the stage is finished meanwhile."""
-    if stage.pid is None or not signal_to(stage.pid, STOP):
-        return False
-    time.sleep(0.05)  # a stop is not at once: what the process was writing is then written
-    if (stage.folder / "DONE.json").exists() or not (stage.folder / "work").is_dir():
-        signal_to(stage.pid, CONTINUE)
-        return False
-    return True
-
-
-def _harm_checkpoint(scene: Scene, harm: Callable[[bytes], bytes], word: str) -> Hit:
-    """Stop the worker, harm its newest checkpoint, and kill it or the driver."""
-    stage = scene.wait(lambda: scene.running(checkpoints=scene.random.choice([1, 2])))
-    if stage is None or not _freeze(stage):
-        return None
-    [newest, *_] = newest_checkpoints(stage)
-    path = scene.random.choice([newest / "state.safetensors", newest / "manifest.json"])
-    path.write_bytes(harm(path.read_bytes()))
-    told = f"{stage}: {newest.name}/{path.name} {word}, "
-    if scene.random.random() < 0.5:
-        return told + f"then killed {_kill(scene, stage)}"
-    _end(scene)
-    return told + "then killed the driver"
-
-
-def _catch_publishing(scene: Scene, stage: Stage) -> list[Stage]:
-    assert stage.pid is not None
-    artefacts, marker = stage.folder / "artefacts", stage.folder / "DONE.json"
-    deadline = time.monotonic() + 2.0
-    while time.monotonic() < deadline and not marker.exists():
-        if artefacts.exists():
-            if signal_to(stage.pid, STOP):
-                time.sleep(0.02)
-                if not marker.exists():
-                    _kill(scene, stage)
-                    return [stage]
-                signal_to(stage.pid, CONTINUE)
-            return []
-        if not any(stage.folder.glob("out-*")):
-            return []
-    return []
-
-
-def _finished(scene: Scene) -> Stage | None:
-    return scene.wait(lambda: _choice(scene, [stage for stage in scene.stages() if stage.done]))
-
-
-def _finished_with_files(scene: Scene) -> Stage | None:
-    """A finished stage that others read."""
-
-    def look() -> Stage | None:
-        return _choice(scene, [s for s in scene.stages() if s.done and any((s.folder / "artefacts").iterdir())])
-
-    return scene.wait(look)
-
-
-def _choice(scene: Scene, stages: list[Stage]) -> Stage | None:
-    return scene.random.choice(stages) if stages else None
-
-
-def _flip_file(scene: Scene, stage: Stage) -> str:
-    files = sorted(path for path in (stage.folder / "artefacts").rglob("*") if path.is_file() and path.stat().st_size)
-    path = scene.random.choice(files)
-    path.write_bytes(_flipped(scene, path.read_bytes()))
-    scene.forgive([stage])
-    return f"{stage}: a bit of {path.name} flipped"
-
-
-def _flipped(scene: Scene, blob: bytes) -> bytes:
-    place = scene.random.randrange(len(blob))
-    return blob[:place] + bytes([blob[place] ^ (1 << scene.random.randrange(8))]) + blob[place + 1 :]
-
-
-def _database(scene: Scene) -> Path | None:
-    """The MLflow database once it has runs."""
-    path = scene.home / "mlflow.db"
-    if not path.is_file():
-        return None
-    try:
-        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=0.1)) as connection:
-            return path if connection.execute("SELECT count(*) FROM runs").fetchone()[0] else None
-    except sqlite3.Error:
-        return None

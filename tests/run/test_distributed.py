@@ -66,6 +66,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> RunContext:
     tokens.mkdir(parents=True)
     np.random.default_rng(0).integers(1, 9, 4000).astype(np.uint16).tofile(tokens / "train.bin")
     write_json(tokens / "tokens.json", {"dtype": "uint16"})
+    write_json(tokens.parent / "DONE.json", {"kind": "tokens", "result": {}, "files": {}})
     return context
 
 

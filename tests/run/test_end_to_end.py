@@ -207,8 +207,8 @@ def test_damage_after_the_start_is_said_and_computed_again(finished: Path, tmp_p
     shutil.rmtree(deleted)
     [victim] = (flipped / "artefacts").glob("*.safetensors")
     victim.write_bytes(victim.read_bytes()[:-1] + b"!")
-    told = driver.stdout.read()
-    assert driver.wait(timeout=200) == 0, told
+    told, _ = driver.communicate(timeout=200)
+    assert driver.returncode == 0, told
     assert f"{flipped.name[:16]}: {victim.name} is damaged or gone: the stage is computed again" in told
     known = weights(finished)
     assert all(known[key] == blob for key, blob in weights(home).items() if key in known)

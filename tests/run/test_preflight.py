@@ -33,6 +33,6 @@ def test_a_plan_that_does_not_fit_a_running_cluster_is_told_and_nothing_is_writt
             timeout=200,
         )
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "asks for 2 threads but there are 1 cores: lower threads" in done.stderr
+    assert "asks for 2 threads and the largest node has 1 cores: lower threads" in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["s.yaml"]

@@ -64,10 +64,10 @@ KEYS = {
     "tokens": "d4106e31393fe217fa526a6480af5aa8994ad160815533127e4eb1f881c81e9f",
     "import": "9df2c567f861cfe8d67bafe895eacbbde9fb66c82bf4ed0c208c08800b775175",
     "teacher": "d2187dc0de4b61544b8bce087d8e2521435c399cfd26565b4a9478b7f910c322",
-    "distil": "f7689120805bca2b9395f127b45b62f4c082f4c96f33495451cbce798c49bc25",
-    "scratch": "936658a96a244cf64c6f8f3168ca267c21219cdc13118ca79a8edfe43fe2b62b",
+    "distil": "10bf5551641a38d8d7daa78bdcaa57ea879aad8074463f29a023246358f8bc64",
+    "scratch": "dbf47c0cadfe4d06f92d8ccda4408abd3857e1ec0ddd3a90e3bab4e59b0be7ac",
     "evaluate": "72bf168d502a0bab034785f9b5fde120c628a8bd2285d109fc06b98b909f11ae",
-    "throughput": "5a6d570c4db7b49c7a4a20153a15ef4dd90442de01a1b22d90e7c5fd0f796700",
+    "throughput": "fcc44cdcefb6d3d7b8858f514b2adfb69d29184d3baf85b51e03b64665565790",
 }
 WORDS = {  # another value for a field whose words are given
     "source": "jsonl", "method": "adamw", "dtype": "bfloat16", "window": "linear", "init": "random",
