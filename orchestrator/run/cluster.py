@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.distill.context import RunContext
-from orchestrator.run.guard import guarded
+from orchestrator.run.guard import guarded, watched
 from orchestrator.run.store import Store
 from orchestrator.run.temporary import temporary_directory
 from orchestrator.study.spec import Spec
@@ -95,6 +95,7 @@ def connected(cluster: Cluster) -> Iterator[tuple[Node, ...]]:
         stack.callback(ray.shutdown)
         with _own_sigterm():
             _connect(cluster.address, local)
+        stack.enter_context(watched("raylet", "gcs_server"))  # of an instance started here; others are not our children
         yield _nodes()
 
 

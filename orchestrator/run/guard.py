@@ -1,7 +1,9 @@
-"""A small process beside a Ray instance of ours: when the driver ends, however it ends, nothing of the instance stays.
+"""A driver and the Ray instance it started end together, whichever of them is killed.
 
-Ray's own processes follow a killed driver, all but two agents, which take a minute. Invariant: only processes that
-hold a file open in the instance's own temporary directory are ended, so no other instance is touched.
+A small process beside them ends what a driver leaves: Ray's own processes follow a killed driver, all but two agents,
+which take a minute. A thread ends the driver when the instance dies: its client would wait for a minute, or for ever.
+Invariant: only processes that hold a file open in the instance's own temporary directory are ended, so no other
+instance is touched.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +20,7 @@ from contextlib import contextmanager
 import psutil
 
 SECONDS = 10.0  # after which it gives up
+DIED = "Ray's {} has died; nothing finished is lost, go on with the same command\n"
 
 
 @contextmanager
@@ -30,6 +34,35 @@ def guarded(folder: str) -> Iterator[None]:
         assert guard.stdin is not None
         guard.stdin.close()
         guard.wait()
+
+
+@contextmanager
+def watched(*names: str) -> Iterator[None]:
+    """Inside this context, exit with code 1 when a child process of one of these names ends."""
+    children = [(child, name) for child in psutil.Process().children() if (name := child.name()) in names]
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(1.0):
+            dead = [name for child, name in children if not _alive(child)]
+            if dead and not over.is_set():
+                os.write(2, DIED.format(dead[0]).encode())
+                os._exit(1)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def users(folder: str, but: int) -> list[psutil.Process]:

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -113,27 +114,33 @@ def compare(name: str, studies: list[Path], given: Path, out: Path) -> dict[str,
     plain, tree = Side(), Side()
     tree_store = out / "home" / "store"
     counted: set[str] = set()
-    overhead: list[tuple[float, float]] = []
+    busy_all, busy_parts = 0.0, Counter[str]()
     for index, study in enumerate(studies):
         plan, _ = load(study)
         alone = out / f"plain-{index}"
         command = [sys.executable, "-m", "tests.benchmarks.plain", str(study), str(given), str(alone)]
-        wall, busy = measured(command, out / f"plain-{index}.log")
+        wall, busy, _ = measured(command, out / f"plain-{index}.log")
         folders = [(alone / trial.name, spec) for trial in plan.trials for spec in _specs(trial.steps)]
         plain += _side(folders, wall, busy)
         if index == 0:
             give(plan, given, tree_store)
         command = [sys.executable, "-m", "orchestrator.cli", "run", str(study), "--home", str(out / "home")]
-        wall, busy = measured(command, out / f"tree-{index}.log")
+        wall, busy, parts = measured(command, out / f"tree-{index}.log")
         mine = {spec.key: spec for trial in plan.trials for spec in _specs(trial.steps) if spec.key not in counted}
         counted |= mine.keys()
         tree += _side([(tree_store, spec) for spec in mine.values()], wall, busy)
-        overhead.append((_stage_seconds(tree_store), busy))
+        busy_all += busy
+        busy_parts.update(parts)
         _same_bits(plan, alone, tree_store)
-    inside, busy = overhead[-1][0], sum(busy for _, busy in overhead)
     sides = {"plain": dataclasses.asdict(plain), "tree": dataclasses.asdict(tree)}
     ratios = {key: sides["plain"][key] / sides["tree"][key] for key in sides["plain"]}
-    return {**sides, "ratio": ratios, "same_bits": True, "overhead": 1 - inside / busy}
+    return {
+        **sides,
+        "ratio": ratios,
+        "same_bits": True,
+        "overhead": 1 - _stage_seconds(tree_store) / busy_all,
+        "busy": dict(busy_parts),
+    }
 
 
 def _specs(steps: Iterable[Any]) -> list[Any]:
@@ -167,11 +174,12 @@ def _same_bits(plan: Plan, alone: Path, tree_store: Path) -> None:
                 )
 
 
-def measured(command: list[str], log: Path) -> tuple[float, float]:
-    """Run a command; wall seconds, and processor seconds of it and every process below it."""
+def measured(command: list[str], log: Path) -> tuple[float, float, Counter[str]]:
+    """Run a command; wall seconds, and processor seconds of it and all below it, in all and by part."""
     log.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     used: dict[int, float] = {}
+    names: dict[int, str] = {}
     with log.open("wb") as stream:
         process = psutil.Popen(command, stdout=stream, stderr=subprocess.STDOUT, cwd=ROOT)
         known: dict[int, psutil.Process] = {process.pid: process}
@@ -182,12 +190,25 @@ def measured(command: list[str], log: Path) -> tuple[float, float]:
                 try:
                     times = one.cpu_times()
                     used[pid] = max(used.get(pid, 0.0), times.user + times.system)
+                    names[pid] = _part(one, names.get(pid))
                 except psutil.Error:
                     continue
             time.sleep(0.2)
     if process.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{log.read_text()[-3000:]}")
-    return time.monotonic() - began, sum(used.values())
+    parts: Counter[str] = Counter()
+    for pid, seconds in used.items():
+        parts["driver" if pid == process.pid else names[pid]] += seconds
+    return time.monotonic() - began, sum(used.values()), parts
+
+
+def _part(process: psutil.Process, before: str | None) -> str:
+    """What a process below a driver is: broker, trial, worker (it computes stages) or Ray's own."""
+    title = (process.cmdline() or [""])[0]
+    for start, name in {"ray::Broker": "broker", "ray::ImplicitFunc": "trials"}.items():
+        if title.startswith(start):
+            return name
+    return before or "ray" if not title.startswith("ray::") or title == "ray::IDLE" or "Agent" in title else "workers"
 
 
 def _below(process: psutil.Process) -> list[psutil.Process]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests.chaos.checks import Expected, problems, remember
 from tests.chaos.faults import FAULTS
-from tests.chaos.scene import Run, Scene, can_mount
+from tests.chaos.scene import HUNG, Run, Scene, can_mount
 
 STUDY = Path(__file__).with_name("study.yaml")
 MOST_RUNS = 6  # of the command, until it ends by itself
@@ -150,7 +150,7 @@ def _wrong_ends(scene: Scene, events: list[Event]) -> list[str]:
     allowed = {0, *(code for fault in faults for code in fault.codes)}
     told = []
     for index, run in enumerate(scene.runs):
-        if run.code == -1000:
+        if run.code == HUNG:
             told.append(f"run {index} hung, its last words: {run.text[-200:]!r}")
         elif run.code not in allowed and not any(fault.any_code for fault in faults):
             told.append(f"run {index} ended with {run.code}: {run.text[-200:]!r}")

@@ -87,7 +87,7 @@ def catch_publishing(scene: Scene, stage: Stage) -> list[Stage]:
                     return [stage]
                 signal_to(stage.pid, CONTINUE)
             return []
-        if not (stage.folder / "out").exists():
+        if not any(stage.folder.glob("out-*")):
             return []
     return []
 

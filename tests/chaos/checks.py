@@ -100,9 +100,9 @@ def _leftovers(scene: Scene) -> list[str]:
     """Torn directories of finished stages, and temporary files anywhere in the home."""
     told = [f"{path.relative_to(scene.home)} was left" for path in scene.home.rglob(".*.tmp")]
     for stage in scene.stages():
-        for name in ("out", "work", "failure.json"):
-            if stage.done and (stage.folder / name).exists():
-                told.append(f"{stage}: {name} was left")
+        for path in [p for name in ("out-*", "work", "failure.json") for p in stage.folder.glob(name)]:
+            if stage.done:
+                told.append(f"{stage}: {path.name} was left")
     return told
 
 

@@ -194,8 +194,8 @@ def leave_torn_directories(scene: Scene) -> Hit:
     torn.mkdir()
     (torn / "state.safetensors").write_bytes(b"half")
     (stage.folder / ".DONE.json.deadbeef.tmp").write_text("{")
-    (stage.folder / "out").mkdir(exist_ok=True)
-    (stage.folder / "out" / "model.safetensors").write_bytes(b"half")
+    (stage.folder / "out-deadbeef").mkdir(exist_ok=True)
+    (stage.folder / "out-deadbeef" / "model.safetensors").write_bytes(b"half")
     return kill(scene, stage) + ", torn files beside it"
 
 

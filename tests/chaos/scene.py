@@ -25,6 +25,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_SECONDS = 300.0  # a run that takes longer hangs
+HUNG = -1000  # its exit code
 ORPHAN_SECONDS = 30.0  # a run's processes are gone so soon after its driver
 TMPFS_BYTES = 256 * 2**20
 T = TypeVar("T")
@@ -115,11 +116,11 @@ class Scene:
         return self.run.process.poll() is None
 
     def finish(self, run: Run) -> int:
-        """Wait until a run ends and return its exit code; one that hangs is killed and has -1000."""
+        """Wait until a run ends and return its exit code; one that hangs is killed and has `HUNG`."""
         try:
             run.code = run.process.wait(max(0.0, run.began + RUN_SECONDS - time.monotonic()))
         except subprocess.TimeoutExpired:
-            run.code = -1000
+            run.code = HUNG
             self.kill_rest()
         return run.code
 
@@ -151,12 +152,13 @@ class Scene:
         return found
 
     def named(self, part: str) -> list[psutil.Process]:
-        """Living processes whose command line begins with, or whose program ends with, `part`."""
+        """The newest run's processes whose command line begins with, or whose program ends with, `part`."""
         found = []
         for process in self.processes():
-            with contextlib.suppress(psutil.Error, IndexError):
+            with contextlib.suppress(OSError, psutil.Error, IndexError):
                 first = process.cmdline()[0]
-                if first.startswith(part) or first.endswith(f"/{part}"):
+                own = os.getsid(process.pid) == self.run.process.pid
+                if own and (first.startswith(part) or first.endswith(f"/{part}")):
                     found.append(process)
         return found
 

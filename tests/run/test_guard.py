@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.run.guard import guarded
+from orchestrator.run.guard import DIED, guarded
 
 HOLD = "import sys, time; stream = open(sys.argv[1], 'w'); print('open', flush=True); time.sleep(600)"
 
@@ -50,3 +51,16 @@ def test_it_does_so_when_its_driver_is_killed(
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "ours")]).returncode == -9
     assert two[0].wait(timeout=30) == -9
     assert two[1].poll() is None
+
+
+def test_a_driver_ends_when_its_instance_dies(tmp_path: Path) -> None:
+    """A copy of `sleep` stands for the raylet, whose death a client of Ray may wait through for ever."""
+    raylet = Path(shutil.copy(str(shutil.which("sleep")), tmp_path / "raylet"))
+    code = (
+        "import psutil, sys, time; from orchestrator.run.guard import watched\n"
+        "child = psutil.Popen([sys.argv[1], '600'])\n"
+        "while child.name() != 'raylet': time.sleep(0.01)\n"
+        "with watched('raylet'): child.kill(); time.sleep(600)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(raylet)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, DIED.format("raylet"))
