@@ -153,11 +153,13 @@ def test_kill_in_the_middle_of_a_stage_ends_in_the_same_bits(finished: Path, tmp
 
 
 def _wait_for_checkpoint(home: Path) -> Path:
-    """The directory of the first stage that has written a checkpoint."""
+    """The directory of the teacher, once it has written a checkpoint; a control that trains beside it may be first."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         for manifest in home.glob("store/*/*/work/step-*/manifest.json"):
-            return manifest.parents[2]
+            stage = manifest.parents[2]
+            if json.loads((stage / "spec.json").read_text())["kind"] == "teacher":
+                return stage
         time.sleep(0.02)
     raise AssertionError("no checkpoint was written")
 
