@@ -124,11 +124,10 @@ def throughput_specs(plan: Plan, hardware: str) -> dict[str, ThroughputSpec]:
     found: dict[str, ThroughputSpec] = {}
     for step in plan.steps:
         operator = getattr(step.train, "operator", SkipConfig())
-        if isinstance(operator, SkipConfig) and step.swapped:
-            continue  # the skip control is no student anybody would run
         if isinstance(operator, HyenaConfig):
             operator = dataclasses.replace(operator, init="random")  # speed does not depend on the weights
-        student = step.train if isinstance(step.train, DistilSpec | ScratchSpec) else None
+        # What trains nothing, such as a skipped layer, is measured as the study trains.
+        student = step.train if isinstance(step.train, DistilSpec | ScratchSpec) and step.own_tokens else None
         found[step.train.key] = ThroughputSpec(
             teacher=plan.teacher.train.key,
             operator=operator,

@@ -77,6 +77,7 @@ def test_report_has_every_row_and_number(finished: Path) -> None:
         assert {"trial", "stage_index", "stage_count", "swapped_layers", "total_layers", "values", "stage_key"} <= {
             *row
         }
+    for row in rows:
         assert row["run_id"], row["name"]
         assert not row["reused"]
         wanted = {

@@ -272,9 +272,12 @@ def test_controls_can_be_left_out() -> None:
 def test_equal_architectures_share_one_speed_measurement() -> None:
     plan = planned("search.space={recipe.joint.0.losses: [{kl: 1}, {ce: 1}], operator.init: [transfer, random]}")
     speeds = throughput_specs(plan, "h")
-    assert len({spec.key for spec in speeds.values()}) == 1 + 3  # the teacher, and 2, 4, 6 layers of one operator
+    students = [speeds[step.train.key] for trial in plan.trials for step in trial.steps]
+    assert len({spec.key for spec in students}) == 3  # 2, 4, 6 layers of one operator
     assert plan.teacher.train.key in speeds
-    assert not {plan.controls[name].train.key for name in plan.controls if "skip" in name} & set(speeds)
+    skips = [speeds[plan.controls[name].train.key] for name in plan.controls if "skip" in name]
+    assert len({spec.key for spec in skips}) == len(ALL) + 1
+    assert {spec.train_batch_size for spec in skips} == {plan.study.recipe.batch_size}
     assert {spec.hardware for spec in speeds.values()} == {"h"}
 
 
