@@ -79,7 +79,7 @@ def _stage(store: Store, key: str, needed: set[str] | None) -> Iterator[Finding]
         if _settled(folder):
             yield Finding(f"{name} has a directory without spec.json: torn", BY_FIX, _locked(store, key, folder))
         return
-    leftovers = [path for path in (folder / "out", *(_work(store, key))) if path.is_dir()]
+    leftovers = [path for path in (*sorted(folder.glob("out*")), *_work(store, key)) if path.is_dir()]
     for path in leftovers:
         yield Finding(f"{name} left {path.name}/, which nobody reads", BY_FIX, _locked(store, key, path))
     if store.finished(key):

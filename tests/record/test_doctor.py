@@ -242,7 +242,7 @@ def test_a_torn_stage_directory(home: Home) -> None:
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("name", ["out", "work"])
+@pytest.mark.parametrize("name", ["out", "out-1a2b3c4d", "work"])
 def test_what_a_finished_stage_left_beside_its_artefacts(home: Home, name: str) -> None:
     folder = stage(home)
     publish(folder)
