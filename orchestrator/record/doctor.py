@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from filelock import FileLock, Timeout
 
 from orchestrator.record.home import Home
+from orchestrator.run.claims import exclusively
 from orchestrator.run.store import Store
 from orchestrator.run.temporary import abandoned_directories
 from orchestrator.study.spec import short
@@ -115,16 +115,13 @@ def _zombies(home: Home, store: Store) -> Iterator[Finding]:
     """MLflow runs that say RUNNING while nobody runs in this home."""
     if not (home.root / "mlflow.db").is_file() or home.used or any(store.locked(key) for key in store.all_keys()):
         return
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    from mlflow import MlflowClient  # takes seconds, so only where there is a database
+    from orchestrator.record.tracking import still_running  # takes seconds, so only where there is a database
 
-    client = MlflowClient(tracking_uri=home.database)
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    for run in client.search_runs(experiments, "attributes.status = 'RUNNING'", max_results=1000):
+    for name, run_id, end in still_running(home.database):
         yield Finding(
-            f"MLflow run {run.info.run_name} ({run.info.run_id[:8]}) says RUNNING while nobody runs here",
+            f"MLflow run {name} ({run_id[:8]}) says RUNNING while nobody runs here",
             "run its study again, which takes it up, or `layerswap doctor --fix`, which marks it KILLED",
-            lambda run_id=run.info.run_id: client.set_terminated(run_id, "KILLED"),  # type: ignore[misc]
+            end,
         )
 
 
@@ -164,8 +161,9 @@ def _locked(store: Store, key: str, path: Path) -> Callable[[], None]:
     """Remove a path of a stage unless somebody computes it by then."""
 
     def fix() -> None:
-        with contextlib.suppress(Timeout), FileLock(store.folder(key) / "lock", timeout=0):
-            _remove(path)
+        with exclusively(store.folder(key)) as ours:
+            if ours:
+                _remove(path)
 
     return fix
 

@@ -7,9 +7,11 @@ carries a mark on its run.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +319,15 @@ class Tracker:
         self.client.set_tag(run, MODEL, model.model_id)
         self.tags[run][MODEL] = model.model_id
         self.heard = time.monotonic()
+
+
+def still_running(database: str) -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """Name and id of every run that says RUNNING, of any study, and what marks it KILLED."""
+    client = MlflowClient(tracking_uri=database)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    for run in client.search_runs(experiments, "attributes.status = 'RUNNING'", max_results=1000):
+        run_id = run.info.run_id
+        yield run.info.run_name, run_id, functools.partial(client.set_terminated, run_id, "KILLED")
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, str]:

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,6 +89,18 @@ class Flock:
     def release(self) -> None:
         """Free the lock."""
         self.lock.release()
+
+
+@contextlib.contextmanager
+def exclusively(folder: Path) -> Iterator[bool]:
+    """Keep a stage's directory from every other process of this machine; yields False where one computes it."""
+    lock = Flock(folder / LOCK)
+    ours = lock.acquire()
+    try:
+        yield ours
+    finally:
+        if ours:
+            lock.release()
 
 
 def end_process() -> None:

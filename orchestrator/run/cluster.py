@@ -132,11 +132,15 @@ def _connect(address: str | None, local: dict[str, Any]) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         if address is None:
             raise
-        reason = str(error).strip().split("\n")[0]
-        raise ClusterError(
-            f"--ray-address {address}: no Ray cluster there ({reason}): start one with ray start --head, or "
-            "leave the option out to use this machine"
-        ) from error
+        raise absent(address, str(error).strip().split("\n")[0]) from error
+
+
+def absent(address: str, reason: str) -> ClusterError:
+    """The error of an address where no cluster answers."""
+    return ClusterError(
+        f"--ray-address {address}: no Ray cluster answers ({reason}): start one with `ray start --head`, or leave "
+        "--ray-address out to run on this machine"
+    )
 
 
 def _nodes() -> tuple[Node, ...]:

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec
-from filelock import FileLock, Timeout
 
 from orchestrator.files import fsync_tree, sha256_file, write_text
-from orchestrator.run.claims import LOCK
+from orchestrator.run.claims import exclusively
 from orchestrator.study.spec import place_of, short
 
 if TYPE_CHECKING:
@@ -81,9 +80,8 @@ class Mirror:
             return False
         folder = store.folder(key)
         folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(Timeout), FileLock(folder / LOCK, timeout=0):
-            return store.finished(key) or self._bring(folder, key, text)
-        return False
+        with exclusively(folder) as ours:
+            return ours and (store.finished(key) or self._bring(folder, key, text))
 
     def _bring(self, folder: Path, key: str, text: str) -> bool:
         fresh = folder / f"out-{uuid.uuid4().hex[:8]}"

@@ -1,6 +1,7 @@
 """What would stop a run is told before it writes anything: an unknown device, an absent cluster, too few cores.
 
-Place in the flow: between the plan and the sweep. Invariant: nothing is created, and no answer takes long.
+Place in the flow: between the plan and the sweep. Invariant: no answer takes long, and nothing is created but the
+store where the nodes of a cluster have to show that they see it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import socket
 
 from orchestrator.distill.context import RunContext
-from orchestrator.run.cluster import Cluster, ClusterError, check_before_start
+from orchestrator.run.cluster import Cluster, ClusterError, absent, check_before_start
 from orchestrator.study.plan import Plan
 
 DEVICES = ("cpu", "cuda")
@@ -49,7 +50,7 @@ def _knock(address: str) -> None:
     try:
         connection = socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS)
     except (OSError, OverflowError) as error:
-        raise ClusterError(_absent(address, str(error))) from error
+        raise absent(address, str(error)) from error
     answer = b""
     with contextlib.suppress(OSError), connection:
         if os.environ.get("RAY_USE_TLS", "0") == "1":
@@ -57,11 +58,4 @@ def _knock(address: str) -> None:
         connection.sendall(HELLO)
         answer = connection.recv(9)
     if len(answer) < 4 or answer[3] != SETTINGS:
-        raise ClusterError(_absent(address, "what answers there is not Ray"))
-
-
-def _absent(address: str, reason: str) -> str:
-    return (
-        f"--ray-address {address}: no Ray cluster answers ({reason}): start one with `ray start --head`, or leave "
-        "--ray-address out to run on this machine"
-    )
+        raise absent(address, "what answers there is not Ray")

@@ -2,7 +2,7 @@
 
     store/ab/<key>/spec.json          the specification, written first
                    lock               held by whoever computes the stage; lease.json where leases are used
-                   attempt.json       who computes it since when, for the how-manieth time
+                   attempt.json       who computes it since when, and which attempt this is
                    failure.json       why the last attempt failed
                    work/step-000120/  checkpoints of an unfinished stage
                    journal.jsonl      its history
@@ -29,16 +29,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from orchestrator.distill.context import RunContext, Stopped, Workplace
 from orchestrator.files import canonical_json, fsync_tree, read_json, sha256_file, write_json, write_text
-from orchestrator.run.claims import LEASE, LOCK, Claim, Flock, claim_of
-from orchestrator.run.mirror import Mirror
+from orchestrator.run.claims import LEASE, LOCK, Claim, Flock, claim_of, exclusively
+from orchestrator.run.mirror import DONE, Mirror
 from orchestrator.study.spec import place_of, short, spec_from_json
 
 VERSION = "1"  # of the store's layout
-DONE = "DONE.json"
 ATTEMPT = "attempt.json"
 FAILURE = "failure.json"
 SAID = "said.log"
@@ -159,11 +156,11 @@ class Store:
         """Delete a stage, finished or not, with all that its attempts left; False for one that is being computed."""
         if (self.folder(key) / LEASE).exists():
             return False
-        with contextlib.suppress(Timeout), FileLock(self.folder(key) / LOCK, timeout=0):
-            (self.folder(key) / DONE).unlink(missing_ok=True)  # first: a half-deleted stage is not a finished one
-            shutil.rmtree(self.folder(key))
-            return True
-        return False
+        with exclusively(self.folder(key)) as ours:
+            if ours:
+                (self.folder(key) / DONE).unlink(missing_ok=True)  # first: a half-deleted stage is not a finished one
+                shutil.rmtree(self.folder(key))
+            return ours
 
     def damaged(self, key: str) -> str | None:
         """The first file of a finished stage that is not what was published; none where all are."""
