@@ -127,7 +127,9 @@ def _run_trials(plan: Plan, broker: Any, outcome: Outcome, nodes: tuple[Node, ..
         tuner = tune.Tuner(
             tune.with_resources(coordinate, tune.PlacementGroupFactory([slot])),
             param_space={"trial": tune.grid_search([trial.name for trial in plan.trials])},
-            tune_config=tune.TuneConfig(scheduler=_scheduler(plan), max_concurrent_trials=2 * _cores(nodes)),
+            tune_config=tune.TuneConfig(
+                scheduler=_scheduler(plan), max_concurrent_trials=_at_once(plan, nodes), reuse_actors=True
+            ),
             run_config=tune.RunConfig(
                 storage_path=str(storage), verbose=0, failure_config=tune.FailureConfig(max_failures=1)
             ),
@@ -137,8 +139,12 @@ def _run_trials(plan: Plan, broker: Any, outcome: Outcome, nodes: tuple[Node, ..
         _judge(plan, results[index], outcome)
 
 
-def _cores(nodes: tuple[Node, ...]) -> int:
-    return max(1, int(sum(node.cpus for node in nodes)))
+def _at_once(plan: Plan, nodes: tuple[Node, ...]) -> int:
+    """Trials that have a coordinator at a time: a process each, which costs some seconds of a core to start.
+
+    Without early stopping the broker has been asked for everything already and coordinators only look on.
+    """
+    return 2 if plan.study.search.early_stopping is None else max(2, int(2 * sum(node.cpus for node in nodes)))
 
 
 def _scheduler(plan: Plan) -> Any:

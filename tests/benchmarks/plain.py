@@ -39,7 +39,9 @@ def give(plan: Plan, given: Path, store: Path) -> None:
     """Put the text and the teacher of the store `given` into `store`, by link."""
     for key in (plan.tokens.key, plan.teacher.train.key):
         (store / key[:2]).mkdir(parents=True, exist_ok=True)
-        (store / key[:2] / key).symlink_to(given / key[:2] / key)
+        place = store / key[:2] / key
+        if not place.exists():
+            place.symlink_to(given / key[:2] / key)
 
 
 def main(study: Path, given: Path, out: Path) -> None:

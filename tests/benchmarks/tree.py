@@ -56,6 +56,35 @@ class Side:
         return Side(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
 
+@dataclasses.dataclass
+class Comparison:
+    """Both sides of one study or several in a row, and where the tree side's time went."""
+
+    plain: Side
+    tree: Side
+    stage_seconds: float  # core-seconds inside stages of any kind, of the tree side
+    parts: Counter[str]  # busy seconds by process, of the tree side
+
+    def __add__(self, other: Comparison) -> Comparison:
+        return Comparison(
+            self.plain + other.plain,
+            self.tree + other.tree,
+            self.stage_seconds + other.stage_seconds,
+            self.parts + other.parts,
+        )
+
+    def told(self) -> dict[str, Any]:
+        """Everything in JSON values, with ratios and the overhead."""
+        plain, tree = dataclasses.asdict(self.plain), dataclasses.asdict(self.tree)
+        return {
+            "plain": plain,
+            "tree": tree,
+            "ratio": {key: plain[key] / tree[key] for key in plain},
+            "overhead": 1 - self.stage_seconds / self.tree.busy_seconds,
+            "parts": dict(self.parts),
+        }
+
+
 def main() -> None:
     """Run the comparisons and the measurements of cost, print them and write them."""
     options = _options()
@@ -66,12 +95,15 @@ def main() -> None:
     late = scaled(ROOT / "studies/late-stage.yaml", out, options.scale)
     finer = scaled(ROOT / "studies/late-stage.yaml", out, options.scale, "finer", {"recipe.joint.0.losses": FINER})
     given = prepare([default, late, finer], out / "given")
-    result: dict[str, Any] = {"scale": options.scale, "comparisons": {}}
-    for name, studies in {"default": [default], "late stage": [late], "two studies": [late, finer]}.items():
-        result["comparisons"][name] = compare(name, studies, given, out / name.replace(" ", "-"))
-        print(json.dumps({name: result["comparisons"][name]}), flush=True)
-    result["start"] = start_up(default, given, out / "default" / "home", out / "start")
-    result["parallel"] = parallel(late, given, out / "parallel", options.repeats)
+    alone = one_study(default, given, out / "default")
+    first = one_study(late, given, out / "late")
+    both = first + one_study(finer, given, out / "late")
+    result: dict[str, Any] = {
+        "scale": options.scale,
+        "comparisons": {"default": alone.told(), "late stage": first.told(), "two studies": both.told()},
+        "start": start_up(default, given, out / "default" / "home", out / "start"),
+        "parallel": parallel(late, given, out / "parallel", options.repeats),
+    }
     write_json(out / "tree.json", result)
     (out / "tree.md").write_text(table(result) + "\n")
     print(table(result))
@@ -109,38 +141,23 @@ def prepare(studies: list[Path], given: Path) -> Path:
     return given
 
 
-def compare(name: str, studies: list[Path], given: Path, out: Path) -> dict[str, Any]:
-    """Both sides of one comparison; `RuntimeError` where they do not end in the same bits."""
-    plain, tree = Side(), Side()
-    tree_store = out / "home" / "store"
-    counted: set[str] = set()
-    busy_all, busy_parts = 0.0, Counter[str]()
-    for index, study in enumerate(studies):
-        plan, _ = load(study)
-        alone = out / f"plain-{index}"
-        command = [sys.executable, "-m", "tests.benchmarks.plain", str(study), str(given), str(alone)]
-        wall, busy, _ = measured(command, out / f"plain-{index}.log")
-        folders = [(alone / trial.name, spec) for trial in plan.trials for spec in _specs(trial.steps)]
-        plain += _side(folders, wall, busy)
-        if index == 0:
-            give(plan, given, tree_store)
-        command = [sys.executable, "-m", "orchestrator.cli", "run", str(study), "--home", str(out / "home")]
-        wall, busy, parts = measured(command, out / f"tree-{index}.log")
-        mine = {spec.key: spec for trial in plan.trials for spec in _specs(trial.steps) if spec.key not in counted}
-        counted |= mine.keys()
-        tree += _side([(tree_store, spec) for spec in mine.values()], wall, busy)
-        busy_all += busy
-        busy_parts.update(parts)
-        _same_bits(plan, alone, tree_store)
-    sides = {"plain": dataclasses.asdict(plain), "tree": dataclasses.asdict(tree)}
-    ratios = {key: sides["plain"][key] / sides["tree"][key] for key in sides["plain"]}
-    return {
-        **sides,
-        "ratio": ratios,
-        "same_bits": True,
-        "overhead": 1 - _stage_seconds(tree_store) / busy_all,
-        "busy": dict(busy_parts),
-    }
+def one_study(study: Path, given: Path, out: Path) -> Comparison:
+    """Both sides of one study, the tree in the store that `out` has; `RuntimeError` where they end in other bits."""
+    plan, _ = load(study)
+    store, alone = out / "home" / "store", out / f"plain-{study.stem}"
+    command = [sys.executable, "-m", "tests.benchmarks.plain", str(study), str(given), str(alone)]
+    wall, busy, _ = measured(command, out / f"plain-{study.stem}.log")
+    plain = _side([(alone / trial.name, spec) for trial in plan.trials for spec in _specs(trial.steps)], wall, busy)
+    give(plan, given, store)
+    before = {path.parent.name for path in store.glob("??/*/DONE.json")}
+    command = [sys.executable, "-m", "orchestrator.cli", "run", str(study), "--home", str(out / "home")]
+    wall, busy, parts = measured(command, out / f"tree-{study.stem}.log")
+    mine = {spec.key: spec for trial in plan.trials for spec in _specs(trial.steps) if spec.key not in before}
+    tree = _side([(store, spec) for spec in mine.values()], wall, busy)
+    _same_bits(plan, alone, store)
+    comparison = Comparison(plain, tree, _stage_seconds(store, before), parts)
+    print(json.dumps({study.stem: comparison.told()}), flush=True)
+    return comparison
 
 
 def _specs(steps: Iterable[Any]) -> list[Any]:
@@ -157,9 +174,9 @@ def _side(folders: list[tuple[Path, Any]], wall: float, busy: float) -> Side:
     return side
 
 
-def _stage_seconds(store: Path) -> float:
-    """Core-seconds inside all stages that a store's runs computed themselves."""
-    manifests = [read_json(path) for path in store.glob("??/*/DONE.json") if not path.parent.is_symlink()]
+def _stage_seconds(store: Path, before: set[str]) -> float:
+    """Core-seconds inside all stages, of any kind, that a run added to those `before` it."""
+    manifests = [read_json(path) for path in store.glob("??/*/DONE.json") if path.parent.name not in before]
     return float(sum(manifest["core_seconds"] for manifest in manifests))
 
 

@@ -11,7 +11,6 @@ from tests.chaos.faults import FAULTS
 
 
 @pytest.mark.ray
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_seed_ends_in_the_bits_of_the_undisturbed_run(capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["--seeds", "5", "--kinds", "checkpoint-torn,done-torn,worker-kill"])

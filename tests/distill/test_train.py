@@ -177,18 +177,21 @@ def test_numerics_set_threads_random_state_and_precision() -> None:
             assert (x @ y).dtype == wanted
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 def test_a_distil_stage_killed_and_resumed_saves_the_same_bytes(
-    place: Any, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Any, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
+    """Batches so large that two threads do share the work."""
     text = tmp_path / "tokens"
     text.mkdir()
-    np.random.default_rng(0).integers(1, 300, 2000).astype(np.uint16).tofile(text / "train.bin")
+    np.random.default_rng(0).integers(1, 300, 9000).astype(np.uint16).tofile(text / "train.bin")
     (text / "tokens.json").write_text(json.dumps({"dtype": "uint16"}))
     inputs = {"tokens": text, "teacher": tiny_teacher, "parent": tiny_teacher}
     phases = tuple(PhaseSpec(losses=losses, steps=4) for losses in (Losses(mixer_mse=1.0), Losses(kl=1.0, ce=0.1)))
     spec = DistilSpec(
         tokens="t", teacher="r", parent="p", layers=(0, 2), new_layers=(0, 2), operator=HyenaConfig(), phases=phases,
-        batch_size=2, sequence_length=16, first_sequence=4, freeze=(), optimizer=CONFIG, numerics=Numerics(), seed=0,
+        batch_size=8, sequence_length=64, first_sequence=4, freeze=(), optimizer=CONFIG,
+        numerics=Numerics(threads=threads), seed=0,
     )  # fmt: skip
     whole = place("whole", inputs)
     run_stage(spec, whole)

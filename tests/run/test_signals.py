@@ -52,11 +52,11 @@ class Long:
         (root / "long.yaml").write_text(STUDY)
         (root / "text.txt").write_text("".join(f"def f{i}(x): return x + {i} * {i % 7}\n" * 3 for i in range(2000)))
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self, *words: str) -> subprocess.Popen[str]:
         """Run it until its teacher trains."""
         before = self.lines()
         command = [sys.executable, "-m", "orchestrator.cli", "run", str(self.root / "long.yaml")]
-        command += ["--home", str(self.home), "--checkpoint-seconds", "1000"]
+        command += ["--home", str(self.home), "--checkpoint-seconds", "1000", *words]
         driver = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -141,6 +141,21 @@ def test_ctrl_c_stops_at_a_checkpoint_and_says_how_to_go_on(long: Long, stranger
     assert stranger.stdin is not None and stranger.stdout is not None
     print("still there?", file=stranger.stdin, flush=True)
     assert stranger.stdout.readline() == "still here\n"
+
+
+def test_ctrl_c_stops_all_ranks_of_a_stage_at_one_checkpoint(tmp_path: Path) -> None:
+    ranked = Long(tmp_path)
+    driver = ranked.start("--set", "numerics.world_size=2")
+    children = family(driver)
+    os.killpg(driver.pid, signal.SIGINT)
+    _, told = driver.communicate(timeout=100)
+    assert driver.returncode == 130, told
+    no_orphan(children)
+    step = newest_step(ranked.teacher / "work")
+    assert step == read_journal(ranked.teacher)[-1]["step"] > 0
+    assert f"  teacher goes on after step {step}, {step * 512:,} of 81,920,000 tokens" in told
+    assert not (ranked.teacher / "failure.json").exists()
+    assert "Traceback" not in told
 
 
 def test_sigterm_twice_stops_at_once(long: Long) -> None:
