@@ -74,8 +74,16 @@ class HyenaConfig:
         kind: tells the members of `OperatorConfig` apart.
         order: N of the channel-wise recurrence: N + 1 projections and N - 1 long convolutions.
         heads: None for the channel-wise operator; a number for the multi-head one, which has order 2 only.
+        feature_map: how query and key of a head weigh a value: "identity" by q . k; "power" by
+            (1 + q . k / degree)^degree, which nears the attention's exp(q . k); "hedgehog" by f(q) . f(k) with f(x) =
+            softmax of [M x, -M x] and a trained M (Zhang et al. 2024). The last two are never negative.
+        degree: of "power": 2, 4 or 8.
+        key_dim: width of query and key of a head; None for the width of its values.
+        normalise: divide by the sum of the weights, as softmax does. Wants a positive filter and a feature map that is
+            never negative.
+        key_gate: weigh every position by exp(w . x + c) too, per head: what all queries look at.
         short_taps: length of the depthwise causal convolution after the projections.
-        init: "transfer" copies the projections of the attention that is replaced, "random" does not.
+        init: "transfer" starts from the attention that is replaced, "random" does not.
         filter: the long filters, one per channel and convolution, or one per head.
     """
 
@@ -84,6 +92,11 @@ class HyenaConfig:
     kind: Literal["hyena"] = "hyena"
     order: int = 2
     heads: int | None = None
+    feature_map: Literal["identity", "power", "hedgehog"] = "identity"
+    degree: int = 4
+    key_dim: int | None = None
+    normalise: bool = False
+    key_gate: bool = False
     short_taps: int = 3
     init: Literal["transfer", "random"] = "transfer"
     filter: FilterConfig = field(default_factory=FilterConfig)
@@ -94,14 +107,37 @@ class HyenaConfig:
         _require(self.short_taps >= 1, "short_taps", self.short_taps, "at least 1", "3 is usual")
         known = self.init in ("transfer", "random")
         _require(known, "init", self.init, "'transfer' or 'random'", "use one of the two")
+        maps = ("identity", "power", "hedgehog")
+        _require(self.feature_map in maps, "feature_map", self.feature_map, f"one of {', '.join(maps)}", "use one")
+        _require(self.degree in (2, 4, 8), "degree", self.degree, "2, 4 or 8", "4 is a good start")
+        if self.key_dim is not None:
+            _require(self.key_dim >= 1, "key_dim", self.key_dim, "None or at least 1", "8 is a good start")
         if self.heads is not None:
             _require(self.heads >= 1, "heads", self.heads, "None or at least 1", "None means channel-wise")
             _require(self.order == 2, "order", self.order, "2 where heads is set", "or leave heads out")
+        else:
+            for name in ("feature_map", "key_dim", "normalise", "key_gate"):
+                default, value = HyenaConfig.__dataclass_fields__[name].default, getattr(self, name)
+                _require(value == default, name, value, f"{default!r} without heads", "set heads")
+        if self.normalise:
+            signed = self.feature_map == "identity" or not self.filter.positive
+            _require(
+                not signed,
+                "normalise",
+                True,
+                "false where weights may be negative",
+                "use feature_map: power or hedgehog and filter: {positive: true}",
+            )
 
     @property
-    def needs_profile(self) -> bool:
-        """Whether `initialise` asks for the attention's mean weight by lag."""
-        return self.heads is not None and self.init == "transfer" and self.filter.positive
+    def needs_statistics(self) -> bool:
+        """Whether `initialise` asks for what the attention does on real text, see `AttentionWeights`."""
+        return self.heads is not None and self.init == "transfer" and (self.filter.positive or self.fits_products)
+
+    @property
+    def fits_products(self) -> bool:
+        """Whether queries and keys are fitted to the attention's products instead of copied."""
+        return self.feature_map == "power" or self.key_dim is not None or self.key_gate
 
 
 @dataclass(frozen=True)

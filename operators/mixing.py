@@ -1,12 +1,14 @@
 """Multi-head mixing: every position gathers the values before it, weighed by lag and by q . k.
 
-    y_t = sum_{s <= t} h_{t-s} (q_t . k_s) v_s                     per head
+    y_t = sum_{s <= t} h_{t-s} f(q_t . k_s) v_s                     per head
 
-This is the convolution of h with the outer products of keys and values, contracted with the query (Massaroli
-et al. 2023, section 4), computed as a masked matrix product ((q k^T) * Toeplitz(h)) v over blocks of query
-rows: O(L^2) multiplications but no softmax, and nothing quadratic is kept for backward. Widths of keys and
-values are independent, so feature maps on q and k, or a column of ones in v for a normaliser, need no change
-here. Queries may be fewer than keys: they are the last positions, which is decoding and chunked prefill.
+f is the identity, or the power (1 + q . k / degree)^degree: the product of features of q and of k too, all their
+monomials, which are never written out. This is the convolution of h with the outer products of keys and values,
+contracted with the query (Massaroli et al. 2023, section 4), computed as a masked matrix product
+(f(q k^T) * Toeplitz(h)) v over blocks of query rows: O(L^2) multiplications but no softmax, and nothing quadratic is
+kept for backward. Widths of keys and values are independent, so other feature maps on q and k, or a row of ones in v
+for a normaliser, need no change here. Queries may be fewer than keys: they are the last positions, which is decoding
+and chunked prefill.
 
 Shapes: B batch, H heads, K key width, V value width, Q queries, T keys (T >= Q), R rows of a block,
 S keys that a block sees. Positions are last throughout.
@@ -45,58 +47,94 @@ def _lag_sums(dweights_HRS: Tensor) -> Tensor:
     return skewed.sum(1)[:, :keys].flip(-1)
 
 
+def _weigh(products: Tensor, degree: int | None) -> Tensor:
+    """f of products, in their place."""
+    if degree is None:
+        return products
+    products.mul_(1 / degree).add_(1.0)
+    for _ in range(degree.bit_length() - 1):
+        products.square_()
+    return products
+
+
+def _weigh_and_slope(products: Tensor, degree: int | None) -> tuple[Tensor, Tensor | None]:
+    """f of products and its derivative, None where that is 1."""
+    if degree is None:
+        return products, None
+    base = products.mul_(1 / degree).add_(1.0)
+    slope, square = base.clone(), base
+    for _ in range(degree.bit_length() - 2):
+        square = square.square()
+        slope *= square
+    return slope * base, slope
+
+
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor) -> Tensor:
+    def forward(ctx: Any, q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor, degree: int | None) -> Tensor:
         ctx.save_for_backward(q_BHKQ, k_BHKT, v_BHVT, h_HT)
+        ctx.degree = degree
         outputs = []
         for rows, keys in _blocks(q_BHKQ.shape[-1], k_BHKT.shape[-1]):
             q_BHKR = q_BHKQ[..., rows].flip(-1)
-            scores_BHRS = q_BHKR.transpose(-1, -2) @ k_BHKT[..., keys]
+            scores_BHRS = _weigh(q_BHKR.transpose(-1, -2) @ k_BHKT[..., keys], degree)
             scores_BHRS *= _lag_weights(h_HT[:, keys], q_BHKR.shape[-1])
             outputs.append((v_BHVT[..., keys] @ scores_BHRS.transpose(-1, -2)).flip(-1))
         return torch.cat(outputs, dim=-1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BHVQ: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad_BHVQ: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         q_BHKQ, k_BHKT, v_BHVT, h_HT = ctx.saved_tensors
         dq, dk, dv, dh = [], torch.zeros_like(k_BHKT), torch.zeros_like(v_BHVT), torch.zeros_like(h_HT)
         with torch.autocast(grad_BHVQ.device.type, enabled=False):
             for rows, keys in _blocks(q_BHKQ.shape[-1], k_BHKT.shape[-1]):
                 q_BHKR, grad_BHVR = q_BHKQ[..., rows].flip(-1), grad_BHVQ[..., rows].flip(-1)
                 weights_HRS = _lag_weights(h_HT[:, keys], q_BHKR.shape[-1])
-                scores_BHRS = q_BHKR.transpose(-1, -2) @ k_BHKT[..., keys]
+                products_BHRS = q_BHKR.transpose(-1, -2) @ k_BHKT[..., keys]
+                scores_BHRS, slope_BHRS = _weigh_and_slope(products_BHRS, ctx.degree)
                 dmixed_BHRS = grad_BHVR.transpose(-1, -2) @ v_BHVT[..., keys]
                 dh[:, keys] += _lag_sums((dmixed_BHRS * scores_BHRS).sum(0))
                 dv[..., keys] += grad_BHVR @ scores_BHRS.mul_(weights_HRS)
                 dscores_BHRS = dmixed_BHRS.mul_(weights_HRS)
+                if slope_BHRS is not None:
+                    dscores_BHRS *= slope_BHRS
                 dk[..., keys] += q_BHKR @ dscores_BHRS
                 dq.append((k_BHKT[..., keys] @ dscores_BHRS.transpose(-1, -2)).flip(-1))
-        return torch.cat(dq, dim=-1), dk, dv, dh
+        return torch.cat(dq, dim=-1), dk, dv, dh, None
 
 
-def mix(q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor) -> Tensor:
+def mix(q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor, degree: int | None = None) -> Tensor:
     """Mix values over the past by lag filter and query-key product; see the module's head for the sum.
 
     Args:
         q_BHKQ: queries of the last Q positions.
         k_BHKT, v_BHVT: keys and values of all T positions.
-        h_HT: lag filter of every head, T lags; a scale of q . k belongs in here.
+        h_HT: lag filter of every head, T lags.
+        degree: of the power, a power of two; None for the identity.
 
     Returns:
         (B, H, V, Q), in the inputs' dtype, which should be float32 or float64; run it outside autocast.
     """
-    return cast(Tensor, _Mix.apply(q_BHKQ, k_BHKT, v_BHVT, h_HT))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _Mix.apply(q_BHKQ, k_BHKT, v_BHVT, h_HT, degree))  # type: ignore[no-untyped-call]
 
 
-def mix_reference(q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor) -> Tensor:
+def mix_step(q_BHK1: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, reversed_HT: Tensor, degree: int | None) -> Tensor:
+    """`mix` of the last position alone, with the filters reversed in time; (B, H, V, 1)."""
+    scores_BH1T = _weigh(q_BHK1.transpose(-1, -2) @ k_BHKT, degree)
+    scores_BH1T *= reversed_HT[:, None]
+    return v_BHVT @ scores_BH1T.transpose(-1, -2)
+
+
+def mix_reference(q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor, degree: int | None = None) -> Tensor:
     """`mix` one query at a time from its definition, differentiable by autograd."""
     offset = k_BHKT.shape[-1] - q_BHKQ.shape[-1]
     outputs = []
     for i in range(q_BHKQ.shape[-1]):
         seen = offset + i + 1
         product_BHS = (q_BHKQ[..., i, None] * k_BHKT[..., :seen]).sum(2)
+        if degree is not None:
+            product_BHS = (1 + product_BHS / degree) ** degree
         weight_BHS = product_BHS * h_HT[:, :seen].flip(-1)
         outputs.append((weight_BHS[:, :, None] * v_BHVT[..., :seen]).sum(-1))
     return torch.stack(outputs, dim=-1)

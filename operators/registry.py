@@ -6,13 +6,15 @@ contract suite then asks for test cases of it.
 Shapes: B batch, L positions, D model width.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from operators.config import OperatorConfig
-from operators.hyena import Hyena
+from operators.channels import ChannelHyena
+from operators.config import HyenaConfig, OperatorConfig
+from operators.heads import HeadHyena
 from operators.skip import Skip
 from operators.state import State
 from operators.transfer import AttentionWeights
@@ -40,7 +42,12 @@ class Operator(Protocol):
         """Set every parameter, as the configuration's `init` says. ValueError if that is impossible."""
 
 
-OPERATORS: dict[str, type[nn.Module]] = {"hyena": Hyena, "skip": Skip}
+def _hyena(config: HyenaConfig, d_model: int, max_length: int) -> nn.Module:
+    kind = ChannelHyena if config.heads is None else HeadHyena
+    return kind(config, d_model, max_length)
+
+
+OPERATORS: dict[str, Callable[..., nn.Module]] = {"hyena": _hyena, "skip": Skip}
 
 
 def build(config: OperatorConfig, d_model: int, max_length: int) -> nn.Module:

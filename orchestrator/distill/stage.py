@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from operators.transfer import AttentionStatistics
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.data import batch, load_tokens, prepare_tokens
 from orchestrator.distill.evaluate import evaluate
@@ -27,7 +28,7 @@ from orchestrator.distill.models import (
 )
 from orchestrator.distill.optim import make_optimizers, trainable_counts
 from orchestrator.distill.ranks import share
-from orchestrator.distill.statistics import SEQUENCES, attention_profiles
+from orchestrator.distill.statistics import SEQUENCES, attention_statistics
 from orchestrator.distill.swap import swap
 from orchestrator.distill.throughput import measure_throughput
 from orchestrator.distill.train import Parts, Training, autocast, prepare, train
@@ -75,7 +76,7 @@ def distil(spec: DistilSpec, place: Workplace) -> Result:
     base = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     student = load_student(place.inputs["parent"], load_teacher(place.inputs["teacher"]))
     generator = torch.Generator().manual_seed(spec.seed)
-    swap(student, spec.new_layers, spec.operator, generator, profiles=_profiles(spec, student, place))
+    swap(student, spec.new_layers, spec.operator, generator, statistics=_statistics(spec, student, place))
     student.to(device).train()
     result: Result = {"seconds": 0.0, "tokens": 0, "tokens_per_s": None, "said": []}
     if spec.phases:
@@ -85,13 +86,13 @@ def distil(spec: DistilSpec, place: Workplace) -> Result:
     return {**result, "parameters": parameter_count(student), **trainable_counts(student)}
 
 
-def _profiles(spec: DistilSpec, student: Any, place: Workplace) -> dict[int, Tensor]:
+def _statistics(spec: DistilSpec, student: Any, place: Workplace) -> dict[int, AttentionStatistics]:
     """By layer, what the attention that is about to be replaced does on the first text of the path, if it matters."""
-    if not getattr(spec.operator, "needs_profile", False):
+    if not getattr(spec.operator, "needs_statistics", False):
         return {}
     tokens = load_tokens(place.inputs["tokens"], "train")
     ids_BL = batch(tokens, spec.sequence_length, spec.seed + STUDENT_ORDER, 0, SEQUENCES)
-    return attention_profiles(student, spec.new_layers, ids_BL)
+    return attention_statistics(student, spec.new_layers, ids_BL)
 
 
 def _language_modelling(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from operators.transfer import AttentionStatistics
 from orchestrator.distill.swap import attention_of
 
 SEQUENCES = 16
@@ -20,23 +21,27 @@ SMALLEST = 1e-9  # of a weight, so that one that underflowed to 0 has a logarith
 
 
 @torch.no_grad()
-def attention_profiles(model: Any, layers: tuple[int, ...], ids_BL: Tensor) -> dict[int, Tensor]:
-    """Mean logarithm of the attention weights of `layers` by lag, each (H, T = L) float64.
+def attention_statistics(model: Any, layers: tuple[int, ...], ids_BL: Tensor) -> dict[int, AttentionStatistics]:
+    """By layer: the mean logarithm of the attention's weights by lag, (H, T = L), and mean and covariance of its
+    inputs, (D,) and (D, D), all float64.
 
     Lags that the second half of the positions can all look back to are averaged over that half only: at the start of a
     text few positions share all the weight.
     """
-    sums: dict[int, Tensor] = {}
+    sums: dict[int, list[Tensor]] = {layer: [] for layer in layers}
 
     def look(layer: int) -> Any:
-        def keep(_: nn.Module, args: Any, output: Any) -> None:
+        def keep(_: nn.Module, args: Any, given: dict[str, Any], output: Any) -> None:
             logs_BHLL = output[1].double().clamp_min(SMALLEST).log()
             seen_HT = torch.stack([_mean_at_lag(logs_BHLL, lag) for lag in range(logs_BHLL.shape[-1])], dim=-1)
-            sums[layer] = sums.get(layer, 0) + seen_HT
+            x_ND = (args[0] if args else given["hidden_states"]).double().flatten(0, 1)
+            found = [seen_HT, x_ND.mean(0), x_ND.t() @ x_ND / len(x_ND)]
+            before = sums[layer] or [torch.zeros_like(one) for one in found]
+            sums[layer] = [a + b for a, b in zip(before, found, strict=True)]
 
         return keep
 
-    handles = [attention_of(model, layer).register_forward_hook(look(layer)) for layer in layers]
+    handles = [attention_of(model, layer).register_forward_hook(look(layer), with_kwargs=True) for layer in layers]
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")  # the one that makes the weights
     try:
@@ -46,7 +51,11 @@ def attention_profiles(model: Any, layers: tuple[int, ...], ids_BL: Tensor) -> d
         model.set_attn_implementation(implementation)
         for handle in handles:
             handle.remove()
-    return {layer: total / len(ids_BL) for layer, total in sums.items()}
+    return {layer: _statistics(*(one / len(ids_BL) for one in total)) for layer, total in sums.items()}
+
+
+def _statistics(profile_HT: Tensor, mean_D: Tensor, moment_DD: Tensor) -> AttentionStatistics:
+    return AttentionStatistics(profile_HT, mean_D, moment_DD - torch.outer(mean_D, mean_D))
 
 
 def _mean_at_lag(logs_BHLL: Tensor, lag: int) -> Tensor:

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from operators.config import OperatorConfig
 from operators.registry import build
 from operators.state import State
+from operators.transfer import AttentionStatistics
 from orchestrator.distill.families import family_of
 
 
@@ -101,13 +102,13 @@ def swap(
     config: OperatorConfig,
     generator: torch.Generator,
     *,
-    profiles: Mapping[int, Tensor] | None = None,
+    statistics: Mapping[int, AttentionStatistics] | None = None,
     initialise: bool = True,
 ) -> list[SwappedAttention]:
     """Replace the attention of `layers` in place and return what took its place.
 
     With `initialise` the operators are set as the configuration's `init` says, from the attention they replace and
-    from `profiles`, by layer what it does by lag (`AttentionWeights.profile`); without, they await a state dict.
+    from `statistics`, by layer what it does on real text; without, they await a state dict.
     Raises `ValueError` for an unsupported family or an impossible transfer.
     """
     family = family_of(model)
@@ -122,8 +123,8 @@ def swap(
         if initialise:
             transfer = getattr(config, "init", "random") == "transfer"
             read = family.read(attention) if transfer else None
-            if read is not None and profiles and layer in profiles:
-                read = dataclasses.replace(read, profile=profiles[layer])
+            if read is not None and statistics and layer in statistics:
+                read = dataclasses.replace(read, statistics=statistics[layer])
             operator.initialise(read, generator)
         operator.to(device=model.device)
         replacement = SwappedAttention(operator, layer, family.cache_argument)

@@ -18,7 +18,11 @@ AT_ONCE = "stopped at once; nothing finished is lost, go on with the same comman
 
 
 class Interrupt:
-    """A context that listens, and turns a `KeyboardInterrupt` that leaves it into exit code 130 or 143."""
+    """A context that listens, and turns whatever error leaves it after a signal into exit code 130 or 143.
+
+    Not `KeyboardInterrupt` alone: one that lands in the import of a module leaves it half made and comes out as any
+    error.
+    """
 
     def __init__(self) -> None:
         self.stop: Path | None = None  # the file to make, known once there is a store
@@ -34,7 +38,7 @@ class Interrupt:
         for number, handler in self.before.items():
             signal.signal(number, handler)
         self._tidy()
-        if isinstance(error, KeyboardInterrupt):
+        if self.number and error is not None and not isinstance(error, SystemExit):
             _say(AT_ONCE)
             raise SystemExit(128 + self.number) from None
 

@@ -323,7 +323,9 @@ def _controls(
 
 
 def operator_name(operator: Any) -> str:
-    """A short name for people: `hyena-2` by order, `hyena-4h` by heads, `skip`."""
-    if isinstance(operator, HyenaConfig):
-        return f"hyena-{operator.heads}h" if operator.heads is not None else f"hyena-{operator.order}"
-    return str(operator.kind)
+    """A short name for people: `hyena-2` by order, `hyena-4h` by heads, `hyena-4h-power` with a feature map, `skip`."""
+    if not isinstance(operator, HyenaConfig):
+        return str(operator.kind)
+    if operator.heads is None:
+        return f"hyena-{operator.order}"
+    return f"hyena-{operator.heads}h" + ("" if operator.feature_map == "identity" else f"-{operator.feature_map}")

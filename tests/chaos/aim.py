@@ -122,7 +122,7 @@ def flipped(scene: Scene, blob: bytes) -> bytes:
     return blob[:place] + bytes([blob[place] ^ (1 << scene.random.randrange(8))]) + blob[place + 1 :]
 
 
-def database(scene: Scene) -> Path | None:
+def find_database(scene: Scene) -> Path | None:
     """The MLflow database once it has runs."""
     path = scene.home / "mlflow.db"
     if not path.is_file():

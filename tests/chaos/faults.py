@@ -20,6 +20,7 @@ from tests.chaos.aim import (
     Hit,
     catch_publishing,
     end,
+    find_database,
     finished,
     finished_with_files,
     flip_file,
@@ -42,6 +43,11 @@ class Fault:
     says: str = ""
     small_disk: bool = False
     any_code: bool = False  # Ray itself is hit: its client decides how the driver ends
+
+    @property
+    def interrupts(self) -> bool:
+        """Whether it may end a driver, and with it what that one computes."""
+        return self.any_code or not {0, 1}.issuperset(self.codes)
 
 
 # Processes
@@ -289,7 +295,7 @@ def fill_disk(scene: Scene) -> Hit:
 
 
 def lock_records(scene: Scene) -> Hit:
-    database = scene.wait(lambda: database(scene))
+    database = scene.wait(lambda: find_database(scene))
     if database is None:
         return None
     seconds = scene.random.uniform(2.0, 8.0)
@@ -302,7 +308,7 @@ def lock_records(scene: Scene) -> Hit:
 
 
 def delete_records(scene: Scene) -> Hit:
-    database = scene.wait(lambda: database(scene))
+    database = scene.wait(lambda: find_database(scene))
     if database is None:
         return None
     for path in scene.home.glob("mlflow.db*"):
@@ -312,7 +318,7 @@ def delete_records(scene: Scene) -> Hit:
 
 def hide_records(scene: Scene) -> Hit:
     """The database cannot be opened for a while, and comes back."""
-    database = scene.wait(lambda: database(scene))
+    database = scene.wait(lambda: find_database(scene))
     if database is None:
         return None
     seconds = scene.random.uniform(2.0, 6.0)

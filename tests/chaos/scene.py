@@ -115,6 +115,10 @@ class Scene:
         """Whether the newest run goes on."""
         return self.run.process.poll() is None
 
+    def beside(self) -> bool:
+        """Whether a second driver goes on."""
+        return any(run.beside and run.process.poll() is None for run in self.runs)
+
     def finish(self, run: Run) -> int:
         """Wait until a run ends and return its exit code; one that hangs is killed and has `HUNG`."""
         try:

@@ -8,30 +8,43 @@ import torch
 from torch import Tensor
 
 from operators.config import FilterConfig, HyenaConfig
-from orchestrator.distill.statistics import attention_profiles
+from orchestrator.distill.statistics import attention_statistics
 from orchestrator.distill.swap import attention_of, swap
 
 
 def test_profiles_are_the_mean_logarithm_by_lag(teacher: Any, ids: Tensor) -> None:
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     logits = teacher(ids).logits
-    found = attention_profiles(teacher, (0, 2), ids)
+    found = attention_statistics(teacher, (0, 2), ids)
     assert torch.equal(teacher(ids).logits, logits)
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
-    assert set(found) == {0, 2} and found[0].shape == (4, 20)
+    assert set(found) == {0, 2} and found[0].profile.shape == (4, 20)
     teacher.set_attn_implementation("eager")
     weights_BHLL = teacher(ids, output_attentions=True).attentions[2].double()
     for lag in (0, 3, 15):
         wanted_H = sum(weights_BHLL[:, :, t, t - lag].log().mean(0) for t in range(max(10, lag), 20))
-        torch.testing.assert_close(found[2][:, lag], wanted_H / (20 - max(10, lag)))
+        torch.testing.assert_close(found[2].profile[:, lag], wanted_H / (20 - max(10, lag)))
+
+
+def test_inputs_have_the_mean_and_covariance_of_all_positions(teacher: Any, ids: Tensor) -> None:
+    inputs: list[Tensor] = []
+    keep = attention_of(teacher, 1).register_forward_pre_hook(
+        lambda _, args, given: inputs.append(args[0] if args else given["hidden_states"]), with_kwargs=True
+    )
+    teacher(ids)
+    keep.remove()
+    seen = attention_statistics(teacher, (1,), ids)[1]
+    x_ND = inputs[0].flatten(0, 1).double()
+    torch.testing.assert_close(seen.input_mean, x_ND.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(seen.input_covariance, x_ND.t().cov(correction=0), rtol=1e-4, atol=1e-6)
 
 
 def test_a_student_that_is_swapped_in_part_can_be_looked_at(teacher: Any, ids: Tensor) -> None:
     config = HyenaConfig(heads=4, filter=FilterConfig(positive=True, width=64, features=9))
-    swap(teacher, [0], config, torch.Generator(), profiles=attention_profiles(teacher, (0,), ids))
-    profiles = attention_profiles(teacher, (1,), ids)
-    [placed] = swap(teacher, [1], config, torch.Generator(), profiles=profiles)
+    swap(teacher, [0], config, torch.Generator(), statistics=attention_statistics(teacher, (0,), ids))
+    statistics = attention_statistics(teacher, (1,), ids)
+    [placed] = swap(teacher, [1], config, torch.Generator(), statistics=statistics)
     filter_HT = placed.operator.filter(20).double()
-    wanted_HT = profiles[1].softmax(-1)
+    wanted_HT = statistics[1].profile.softmax(-1)
     assert ((filter_HT / filter_HT.sum(-1, keepdim=True) - wanted_HT).abs().sum(-1) < 0.2).all()
     assert attention_of(teacher, 1) is placed

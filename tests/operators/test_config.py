@@ -35,6 +35,9 @@ def test_configurations_are_frozen_and_forbid_unknown_keys(config: Any) -> None:
         (HyenaConfig, "kind", "skip"),
         (HyenaConfig, "order", 1),
         (HyenaConfig, "heads", 0),
+        (HyenaConfig, "feature_map", "cube"),
+        (HyenaConfig, "degree", 3),
+        (HyenaConfig, "key_dim", 0),
         (HyenaConfig, "short_taps", 0),
         (HyenaConfig, "init", "copy"),
         (SkipConfig, "kind", "hyena"),
@@ -49,6 +52,40 @@ def test_violations_name_field_value_and_remedy(kind: type, field: str, value: o
 def test_heads_need_order_two() -> None:
     with pytest.raises(ValueError, match=r"^order must be 2 where heads is set but is 3: .*heads"):
         HyenaConfig(order=3, heads=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("feature_map", "power"), ("key_dim", 8), ("normalise", True), ("key_gate", True)]
+)
+def test_what_heads_have_needs_heads(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} must be .* without heads but is .*: set heads\.$"):
+        HyenaConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "signed",
+    [{"filter": FilterConfig(positive=True)}, {"feature_map": "power"}, {"feature_map": "hedgehog"}],
+)
+def test_a_sum_of_weights_that_may_cancel_is_not_divided_by(signed: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^normalise must be false where weights may be negative but is True: use fe"):
+        HyenaConfig(heads=2, normalise=True, **signed)
+
+
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [
+        ({}, False),
+        ({"heads": 2}, False),
+        ({"heads": 2, "feature_map": "hedgehog"}, False),
+        ({"heads": 2, "feature_map": "power"}, True),
+        ({"heads": 2, "key_dim": 4}, True),
+        ({"heads": 2, "key_gate": True}, True),
+        ({"heads": 2, "filter": FilterConfig(positive=True)}, True),
+        ({"heads": 2, "key_gate": True, "init": "random"}, False),
+    ],
+)
+def test_statistics_are_asked_for_where_they_matter(options: dict[str, Any], needed: bool) -> None:
+    assert HyenaConfig(**options).needs_statistics is needed
 
 
 @pytest.mark.parametrize("module", ["operators", "operators.config"])

@@ -4,69 +4,20 @@ Shapes: B batch, L positions, D model width.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from operators.config import FilterConfig, HyenaConfig, OperatorConfig, SkipConfig
-from operators.hyena import Hyena
+from operators.channels import ChannelHyena
+from operators.heads import HeadHyena
 from operators.registry import OPERATORS, Operator, build
 from operators.skip import Skip
 from operators.state import State
-from operators.transfer import AttentionWeights
+from tests.operators.cases import CASES, MAX, B, D, attention, close, draw, generator, make
 
-B, D, MAX = 3, 8, 80
-LINEAR = FilterConfig(window="linear", offset=0.0, sine_frequency=1.0, depth=1, train_features=True)
-CASES: dict[str, OperatorConfig] = {
-    "order 2": HyenaConfig(init="random"),
-    "order 3": HyenaConfig(order=3, init="random"),
-    "order 4": HyenaConfig(order=4, short_taps=1, init="random"),
-    "linear window": HyenaConfig(init="random", short_taps=4, filter=LINEAR),
-    "one head": HyenaConfig(heads=1, init="random"),
-    "heads": HyenaConfig(heads=4, init="random"),
-    "heads, linear window": HyenaConfig(heads=2, init="random", filter=LINEAR),
-    "frozen frequency": HyenaConfig(init="random", filter=FilterConfig(train_frequency=False, sine_frequency=10.0)),
-    "positive filter": HyenaConfig(init="random", filter=FilterConfig(positive=True)),
-    "heads, positive filter": HyenaConfig(heads=2, filter=FilterConfig(positive=True, width=64, features=9)),
-    "transferred": HyenaConfig(),
-    "transferred, heads": HyenaConfig(heads=2),
-    "skip": SkipConfig(),
-}
-# Two heads by lag, as attention has them: one looks at the token before, one far back.
-PROFILE = torch.tensor([[0.1, 1.0], [1.0, 0.3], *([0.2 / lag, 0.5 / lag**0.5] for lag in range(2, 60))]).log().t()
-PROJECTIONS = ("query", "key", "value", "output")
 every_case = pytest.mark.parametrize("case", CASES)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def draw(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed))
-
-
-def attention(width: int = D, with_biases: bool = True) -> AttentionWeights:
-    query, key, value, output = (draw(width, width, seed=seed) / width**0.5 for seed in range(4))
-    weights = AttentionWeights(query, key, value, output, heads=2)
-    if not with_biases:
-        return weights
-    biases: dict[str, Any] = {f"{name}_bias": draw(width, seed=i) for i, name in enumerate(PROJECTIONS)}
-    return replace(weights, **biases, profile=PROFILE)
-
-
-def make(case: str, max_length: int = MAX) -> Any:
-    operator: Any = build(CASES[case], D, max_length)
-    operator.initialise(attention(), generator())
-    return operator
-
-
-def close(left: Tensor, right: Tensor, tolerance: float = 1e-5) -> None:
-    """Agreement to `tolerance` of the largest magnitude: the error of an FFT scales with it."""
-    torch.testing.assert_close(left, right, rtol=0.0, atol=tolerance * max(1.0, right.abs().max().item()))
 
 
 def extended(operator: Any, x_BLD: Tensor, splits: list[int], mask_BL: Tensor | None = None) -> Tensor:
@@ -82,8 +33,8 @@ def extended(operator: Any, x_BLD: Tensor, splits: list[int], mask_BL: Tensor | 
 
 
 def test_every_registered_kind_has_a_case_and_the_interface() -> None:
-    interface: list[type[Operator]] = [Hyena, Skip]  # for the type checker
-    assert {kind.__name__ for kind in interface} == {kind.__name__ for kind in OPERATORS.values()}
+    interface: list[type[Operator]] = [ChannelHyena, HeadHyena, Skip]  # for the type checker
+    assert {kind.__name__ for kind in interface} == {type(make(case)).__name__ for case in CASES}
     assert {config.kind for config in CASES.values()} == set(OPERATORS)
 
 
@@ -296,93 +247,3 @@ def test_initialise_sets_everything_from_its_generator(case: str) -> None:
     assert torch.equal(before, torch.get_rng_state())
     first, second = (operator.state_dict() for operator in operators)
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.parametrize("biases", [True, False])
-@pytest.mark.parametrize("order", [2, 3])
-def test_channelwise_transfer_starts_as_filtered_values(order: int, biases: bool) -> None:
-    operator = Hyena(HyenaConfig(order=order), D, MAX)
-    weights = attention(with_biases=biases)
-    operator.initialise(weights, generator())
-    value_bias = torch.zeros(D) if weights.value_bias is None else weights.value_bias
-    output_bias = torch.zeros(D) if weights.output_bias is None else weights.output_bias
-    assert torch.equal(operator.in_proj.weight[-D:], weights.value)
-    assert torch.equal(operator.in_proj.bias[-D:], value_bias)
-    assert torch.equal(operator.in_proj.bias[:-D], torch.ones(order * D))
-    assert torch.equal(operator.out_proj.weight, weights.output)
-    assert torch.equal(operator.out_proj.bias, output_bias)
-    assert operator.in_proj.weight[:-D].abs().max() < 0.05
-    assert not operator.direct.any()
-
-
-def test_multihead_transfer_copies_query_and_key_too() -> None:
-    operator, weights = Hyena(HyenaConfig(heads=2), D, MAX), attention()
-    operator.initialise(weights, generator())
-    assert torch.equal(operator.in_proj.weight, torch.cat([weights.query, weights.key, weights.value]))
-    biases = torch.cat([getattr(weights, f"{name}_bias") for name in PROJECTIONS[:3]])
-    assert torch.equal(operator.in_proj.bias, biases)
-    assert torch.equal(operator.out_proj.weight, weights.output)
-    x_BLD = draw(B, 9, D)
-    close(operator.in_proj(x_BLD).transpose(1, 2), operator._project_locally(x_BLD.transpose(1, 2), None))
-
-
-@pytest.mark.parametrize("config", [HyenaConfig(), HyenaConfig(heads=2)])
-def test_impossible_transfers_are_errors(config: HyenaConfig) -> None:
-    operator = Hyena(config, D, MAX)
-    with pytest.raises(ValueError, match="init: random"):
-        operator.initialise(None, generator())
-    with pytest.raises(ValueError, match=r"must have shape \(8, 8\).* has \(4, 4\)"):
-        operator.initialise(attention(width=4), generator())
-
-
-def test_log_spaced_windows_sum_to_one_and_filters_start_near_them() -> None:
-    operator = Hyena(HyenaConfig(heads=4), D, 100)
-    operator.initialise(attention(), generator())
-    window_CL = operator.filter.window(100)
-    mass = window_CL.sum(-1)
-    assert (mass[:3] > 0.95).all()
-    assert 0.5 < mass[3] < 0.7
-    assert ((operator.filter(100) / window_CL.clamp_min(1e-30) - 1).abs()[:, :10] < 0.3).all()
-
-
-@pytest.mark.parametrize(("heads", "rows"), [(2, [0, 1]), (4, [0, 0, 1, 1]), (1, None)])
-def test_positive_filters_start_at_the_profile_of_the_attention(heads: int, rows: list[int] | None) -> None:
-    config = HyenaConfig(heads=heads, filter=FilterConfig(positive=True, width=64, features=9))
-    operator = Hyena(config, D, MAX)
-    operator.initialise(attention(), generator())
-    wanted_HT = (PROFILE[rows] if rows is not None else PROFILE.mean(0, keepdim=True)).softmax(-1)
-    filter_HT = operator.filter(MAX)
-    seen_HT = filter_HT[:, : wanted_HT.shape[1]] / filter_HT[:, : wanted_HT.shape[1]].sum(-1, keepdim=True)
-    assert (filter_HT > 0).all()
-    close(filter_HT.sum(-1), torch.ones(heads), 0.05)
-    assert ((seen_HT - wanted_HT).abs().sum(-1) < 0.15).all()
-    trained = {name for name, parameter in operator.filter.named_parameters() if parameter.requires_grad}
-    assert trained == {"readout.weight", "log_timescale"}
-
-
-def test_a_positive_filter_needs_a_profile_that_fits_its_heads() -> None:
-    config = HyenaConfig(heads=4, filter=FilterConfig(positive=True))
-    with pytest.raises(ValueError, match="needs the attention's profile by lag but got None"):
-        Hyena(config, D, MAX).initialise(replace(attention(), profile=None), generator())
-    three = replace(attention(), heads=3, profile=PROFILE[[0, 0, 1]])
-    with pytest.raises(ValueError, match="heads must divide the attention's 3 or be a multiple of it but is 4"):
-        Hyena(config, D, MAX).initialise(three, generator())
-
-
-def test_one_channel_per_head_is_the_channelwise_operator() -> None:
-    heads, channels = Hyena(HyenaConfig(heads=D, init="random"), D, MAX), Hyena(HyenaConfig(), D, MAX)
-    heads.initialise(None, generator())
-    nn.init.zeros_(heads.direct)
-    channels.load_state_dict(heads.state_dict())
-    x_BLD = draw(B, MAX, D)
-    close(heads(x_BLD), channels(x_BLD))
-
-
-def test_heads_must_divide_the_width() -> None:
-    with pytest.raises(ValueError, match="heads must divide the model width 8 but is 3"):
-        build(HyenaConfig(heads=3), D, MAX)
-
-
-def test_a_nonpositive_longest_sequence_is_an_error() -> None:
-    with pytest.raises(ValueError, match="max_length must be at least 1"):
-        build(HyenaConfig(), D, 0)

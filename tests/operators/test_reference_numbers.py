@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from operators.channels import ChannelHyena
 from operators.config import FilterConfig, HyenaConfig
-from operators.hyena import Hyena
 
 FIXTURES = Path(__file__).parents[3] / "shared" / "data" / "fixtures"
 NAMES = [
@@ -38,7 +38,7 @@ RENAMED = {
 pytestmark = pytest.mark.skipif(not FIXTURES.is_dir(), reason=f"reference numbers are absent: {FIXTURES}")
 
 
-def load(name: str) -> tuple[Hyena, dict[str, Tensor]]:
+def load(name: str) -> tuple[ChannelHyena, dict[str, Tensor]]:
     """Our operator with the fixture's parameters, and the fixture."""
     safetensors = pytest.importorskip("safetensors")
     with safetensors.safe_open(FIXTURES / f"{name}.safetensors", "pt") as file:
@@ -53,7 +53,7 @@ def load(name: str) -> tuple[Hyena, dict[str, Tensor]]:
         train_features=True,
     )
     config = HyenaConfig(order=built["order"], filter=filters)
-    operator = Hyena(config, built["d_model"], built["l_max"]).double()
+    operator = ChannelHyena(config, built["d_model"], built["l_max"]).double()
     shapes = {name: parameter.shape for name, parameter in operator.named_parameters()}
     operator.load_state_dict({ours: numbers[f"param.{RENAMED[ours]}"].view(shapes[ours]) for ours in shapes})
     return operator, numbers

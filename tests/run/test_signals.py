@@ -17,6 +17,7 @@ import pytest
 
 from orchestrator.distill.checkpoint import newest_step
 from orchestrator.distill.journal import read_journal
+from orchestrator.run.interrupt import Interrupt
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.ray
@@ -197,6 +198,22 @@ def test_sigterm_stops_before_anything_began(long: Long) -> None:
     _, told = driver.communicate(timeout=60)
     assert driver.returncode == 143, told
     assert "Traceback" not in told and "go on with" in told
+
+
+def test_an_error_that_a_signal_brought_about_is_an_interruption(capfd: pytest.CaptureFixture[str]) -> None:
+    """As from a module whose import was cut short."""
+
+    def interrupted(number: int) -> None:
+        with Interrupt() as interrupt:
+            interrupt.number = number
+            raise RecursionError("half a module")
+
+    with pytest.raises(SystemExit) as left:
+        interrupted(signal.SIGINT)
+    assert left.value.code == 130
+    assert "nothing finished is lost" in capfd.readouterr().err
+    with pytest.raises(RecursionError):  # a fault of our own
+        interrupted(0)
 
 
 def handles(process: subprocess.Popen[str], number: int) -> bool:

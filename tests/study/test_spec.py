@@ -64,18 +64,19 @@ KEYS = {
     "tokens": "d4106e31393fe217fa526a6480af5aa8994ad160815533127e4eb1f881c81e9f",
     "import": "9df2c567f861cfe8d67bafe895eacbbde9fb66c82bf4ed0c208c08800b775175",
     "teacher": "d2187dc0de4b61544b8bce087d8e2521435c399cfd26565b4a9478b7f910c322",
-    "distil": "10bf5551641a38d8d7daa78bdcaa57ea879aad8074463f29a023246358f8bc64",
-    "scratch": "dbf47c0cadfe4d06f92d8ccda4408abd3857e1ec0ddd3a90e3bab4e59b0be7ac",
+    "distil": "bbc1ddf49032a4cb1fc702a40592d7d5cd60729d60ed18b57fe5e5042df9c283",
+    "scratch": "470ceb7077da439e8eee525f1d77b29ad91883582ce6643c716045ad63537d1c",
     "evaluate": "72bf168d502a0bab034785f9b5fde120c628a8bd2285d109fc06b98b909f11ae",
-    "throughput": "fcc44cdcefb6d3d7b8858f514b2adfb69d29184d3baf85b51e03b64665565790",
+    "throughput": "5d3dd917ee532cf5e12ebb5c96055470e95d2a4930107ade872dc12894d89cc1",
 }
 WORDS = {  # another value for a field whose words are given
     "source": "jsonl", "method": "adamw", "dtype": "bfloat16", "window": "linear", "init": "random",
-    "direction": "reverse",
+    "direction": "reverse", "feature_map": "hedgehog",
 }  # fmt: skip
+HEADED = ("feature_map", "degree", "key_dim", "normalise", "key_gate")  # of an operator with heads only
 FILLED = {  # a value for a field that is none
     "validation": SOURCE.model_dump(mode="json"), "field": "body", "max_tokens": 9, "teacher": "r", "pretrained": "f",
-    "heads": 4, "validation_share": 0.1, "vocabulary": 300,
+    "heads": 4, "key_dim": 8, "validation_share": 0.1, "vocabulary": 300,
 }  # fmt: skip
 every_kind = pytest.mark.parametrize("kind", SPECS)
 
@@ -112,8 +113,17 @@ def changed(value: Any, path: tuple[Any, ...]) -> Any:
     elif isinstance(old, float):
         holder[path[-1]] = old / 2 if old else 0.5
     else:
-        holder[path[-1]] = old + 2  # the positional features of a filter are odd
+        holder[path[-1]] = old * 2 if name == "degree" else old + 2  # the positional features of a filter are odd
     return result
+
+
+def headed(value: Any) -> Any:
+    """The same JSON with heads that a feature map is possible for, where it has an operator."""
+    if "operator" not in value:
+        return value
+    operator = value["operator"]
+    heads = {"heads": 2, "feature_map": "power", "filter": {**operator["filter"], "positive": True}}
+    return {**value, "operator": {**operator, **heads}}
 
 
 def fields(model: Any) -> set[str]:
@@ -136,10 +146,10 @@ def test_every_field_counts(kind: str) -> None:
     spec = SPECS[kind]
     value = spec.model_dump(mode="json")
     fixed_length = {("optimizer", "betas", 2)}
-    keys = {spec.key}
+    keys = {spec.key, spec_from_json(json.dumps(headed(value))).key}
     every = [path for path in paths(value) if path not in fixed_length]
     for path in every:
-        other = spec_from_json(json.dumps(changed(value, path)))
+        other = spec_from_json(json.dumps(changed(headed(value) if path[-1] in HEADED else value, path)))
         assert other.key not in keys, f"{kind}: {path} does not change the key"
         keys.add(other.key)
     walked = {step for path in every for step in path if isinstance(step, str)}

@@ -1,0 +1,65 @@
+"""Channel-wise Hyena of any order: gates and long convolutions, channel by channel (Poli et al. 2023, definition 3.1).
+
+The rows of `in_proj` are N + 1 blocks of width D: x_0, x_1, .., x_{N-1}, v. The long convolutions use the gates from
+the last, x_{N-1}, down to x_1, as safari's code does.
+
+Shapes: as in `hyena`.
+"""
+
+import torch
+from torch import Tensor
+
+from operators.config import HyenaConfig
+from operators.convolution import long_conv, long_conv_reference
+from operators.filters import draw_uniform
+from operators.hyena import Hyena, remembered_filter
+from operators.state import State
+from operators.transfer import AttentionWeights
+
+GATE_WEIGHT = 0.02
+
+
+class ChannelHyena(Hyena):
+    """E = (N + 1) D; `filter` has (N - 1) D filters, one block of D per convolution in order of application, and
+    `direct` as many entries. Otherwise as `Hyena`."""
+
+    def __init__(self, config: HyenaConfig, d_model: int, max_length: int) -> None:
+        super().__init__(config, d_model, max_length)
+        self.convolutions = config.order - 1
+        filters = self.convolutions * d_model
+        self.build((config.order + 1) * d_model, filters, self.convolutions, filters)
+
+    def combine(self, u_BEL: Tensor, mask_BL: Tensor | None, h_CT: Tensor | None, state: State | None) -> Tensor:
+        """See `Hyena.combine`."""
+        first_BDL, *gates, y_BDL = u_BEL.chunk(self.config.order + 1, dim=1)
+        for index, gate_BDL in enumerate(reversed(gates)):
+            y_BDL = self._convolve(gate_BDL * y_BDL, index, h_CT, state)
+        return first_BDL * y_BDL
+
+    def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
+        """See `Hyena.combine_reference`."""
+        first_BDL, *gates, y_BDL = u_BEL.chunk(self.config.order + 1, dim=1)
+        filters, directs = h_CL.chunk(self.convolutions), self.direct.chunk(self.convolutions)
+        for gate_BDL, h_DL, direct_D in zip(reversed(gates), filters, directs, strict=True):
+            y_BDL = long_conv_reference(gate_BDL * y_BDL, h_DL, direct_D)
+        return first_BDL * y_BDL
+
+    def transfer(self, attention: AttentionWeights, generator: torch.Generator) -> None:
+        """Values are copied; the gates get bias 1 and small random weights, so that they start open."""
+        draw_uniform(self.in_proj.weight, GATE_WEIGHT, generator)
+        self.in_proj.bias.fill_(1.0)
+        self.in_proj.weight[-self.d_model :] = attention.value
+        self.in_proj.bias[-self.d_model :] = attention.bias_of("value")
+
+    def _convolve(self, z_BDL: Tensor, index: int, h_CT: Tensor | None, state: State | None) -> Tensor:
+        """Long convolution number `index` at the new positions; one alone is a dot product with the past."""
+        new, channels = z_BDL.shape[-1], slice(index * self.d_model, (index + 1) * self.d_model)
+        direct_D = self.direct[channels].to(z_BDL.dtype)
+        past_BDT = z_BDL if state is None else state.append(f"gated_{index}", z_BDL)
+        if h_CT is not None:
+            return long_conv(past_BDT, h_CT[channels], direct_D)
+        reversed_DT = remembered_filter(state, past_BDT.shape[-1])[channels]
+        if new == 1:
+            y_BD: Tensor = torch.linalg.vecdot(past_BDT, reversed_DT)
+            return y_BD[..., None] + direct_D[:, None] * z_BDL
+        return long_conv(past_BDT, reversed_DT.flip(-1), direct_D)[..., -new:]

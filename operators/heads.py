@@ -1,0 +1,130 @@
+"""Multi-head Hyena: every position gathers the values before it by lag and by query and key, per head.
+
+    y_t = sum_s h_{t-s} f(q_t, k_s) g_s v_s / n_t + direct v_t      (Massaroli et al. 2023, section 4, where f is q . k)
+
+f is the feature map (`mixing`), g = exp(gate) the key gate or 1, n the sum of the same weights where they are
+normalised, else 1. The rows of `in_proj` are query, key, value and, with a key gate, a gate for every head.
+
+With one channel per head and no direct term this is the channel-wise operator of order 2. Without a feature map the
+weights are divided by sqrt(width), as in attention: with copied queries and keys the products keep the size of the
+attention's logits, and the filters sum to about 1, so outputs start at the size of values.
+
+Shapes: as in `hyena`, and H heads, K here the width of a head's query and key, V of its value.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from operators.config import HyenaConfig
+from operators.hyena import Hyena, remembered_filter
+from operators.low_rank import centred_products
+from operators.mixing import mix, mix_reference, mix_step
+from operators.state import State
+from operators.transfer import AttentionWeights
+
+LARGEST_GATE = 10.0  # of the exponent
+SMALLEST_SUM = 1e-6
+
+
+class HeadHyena(Hyena):
+    """E = 2 H K + D (+ H); `filter` has H filters, `direct` is (D,), `hedgehog` (H, K, K) is there for that map.
+
+    Otherwise as `Hyena`.
+    """
+
+    def __init__(self, config: HyenaConfig, d_model: int, max_length: int) -> None:
+        super().__init__(config, d_model, max_length)
+        assert config.heads is not None
+        if d_model % config.heads:
+            raise ValueError(
+                f"heads must divide the model width {d_model} but is {config.heads}: choose a divisor of it."
+            )
+        self.heads = config.heads
+        self.key_dim = config.key_dim or d_model // config.heads
+        keys = self.heads * self.key_dim
+        self.widths = [keys, keys, d_model, self.heads if config.key_gate else 0]
+        self.build(sum(self.widths), self.heads, 1, d_model)
+        self.degree = config.degree if config.feature_map == "power" else None
+        self.scale = 1 / math.sqrt(self.key_dim) if config.feature_map == "identity" else 1.0
+        self.hedgehog: nn.Parameter | None = None
+        if config.feature_map == "hedgehog":
+            self.hedgehog = nn.Parameter(torch.zeros(self.heads, self.key_dim, self.key_dim))
+
+    def combine(self, u_BEL: Tensor, mask_BL: Tensor | None, h_CT: Tensor | None, state: State | None) -> Tensor:
+        """See `Hyena.combine`."""
+        q_BHKL, k_BHKL, v_BHVL = self._parts(u_BEL, mask_BL)
+        k_BHKT = k_BHKL if state is None else state.append("key", k_BHKL)
+        v_BHVT = v_BHVL if state is None else state.append("value", v_BHVL)
+        if h_CT is None and q_BHKL.shape[-1] == 1:
+            y_BHVL = mix_step(q_BHKL, k_BHKT, v_BHVT, remembered_filter(state, k_BHKT.shape[-1]), self.degree)
+        else:
+            if h_CT is None:
+                h_CT = remembered_filter(state, k_BHKT.shape[-1]).flip(-1)
+            y_BHVL = mix(q_BHKL, k_BHKT, v_BHVT, h_CT, self.degree)
+        return self._finish(y_BHVL, u_BEL)
+
+    def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
+        """See `Hyena.combine_reference`."""
+        q_BHKL, k_BHKL, v_BHVL = self._parts(u_BEL, None)
+        return self._finish(mix_reference(q_BHKL, k_BHKL, v_BHVL, h_CL, self.degree), u_BEL)
+
+    @torch.no_grad()
+    def initialise(self, attention: AttentionWeights | None, generator: torch.Generator) -> None:
+        """As `Hyena.initialise`; the map of `hedgehog` starts as the identity."""
+        super().initialise(attention, generator)
+        if self.hedgehog is not None:
+            self.hedgehog.copy_(torch.eye(self.key_dim).expand_as(self.hedgehog))
+
+    def transfer(self, attention: AttentionWeights, generator: torch.Generator) -> None:
+        """Values are copied, and queries and keys where they keep their form; heads may differ in number from the
+        attention's, which then are cut or merged along the same rows. Else query and key are the best of rank K for
+        the attention's products around the mean input, whose own part goes to the gate (`low_rank`). Positive filters
+        follow the profile."""
+        if self.config.filter.positive:
+            self.filter.follow(attention.profile_of(self.heads))
+        rows, biases = self._products(attention) if self.config.fits_products else attention.query_and_key()
+        self.in_proj.weight.copy_(torch.cat([rows[0], rows[1], attention.value, *rows[2:]]))
+        self.in_proj.bias.copy_(torch.cat([biases[0], biases[1], attention.bias_of("value"), *biases[2:]]))
+
+    def _products(self, attention: AttentionWeights) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and biases of query, key and gate for all heads."""
+        weights, biases = [], []
+        for head in range(self.heads):
+            maps = centred_products(attention, head, self.heads, self.key_dim, gated=self.config.key_gate)
+            kept = maps if self.config.key_gate else maps[:2]
+            weights.append([weight for weight, _ in kept])
+            biases.append([bias for _, bias in kept])
+        return [torch.cat(rows) for rows in zip(*weights, strict=True)], [
+            torch.cat(rows) for rows in zip(*biases, strict=True)
+        ]
+
+    def _parts(self, u_BEL: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys after the feature map, and values weighed by the gate, with a row that counts them where
+        weights are normalised; what a padded position has counts nothing."""
+        q, k, v, gate_BHL = u_BEL.split(self.widths, dim=1)
+        q_BHKL, k_BHKL, v_BHVL = (part.unflatten(1, (self.heads, -1)) for part in (q, k, v))
+        if self.hedgehog is not None:
+            q_BHKL, k_BHKL = (_hedgehog(part, self.hedgehog) for part in (q_BHKL, k_BHKL))
+        elif self.scale != 1.0:
+            q_BHKL = q_BHKL * self.scale
+        if not (self.config.normalise or self.config.key_gate):
+            return q_BHKL, k_BHKL, v_BHVL
+        counted = gate_BHL.clamp(max=LARGEST_GATE).exp() if self.config.key_gate else torch.ones_like(q_BHKL[:, :, 0])
+        if mask_BL is not None:
+            counted = counted * mask_BL[:, None].to(counted.dtype)
+        weighed = v_BHVL * counted[:, :, None] if self.config.key_gate else v_BHVL
+        rows = [weighed, counted[:, :, None]] if self.config.normalise else [weighed]
+        return q_BHKL, k_BHKL, torch.cat(rows, dim=2)
+
+    def _finish(self, y_BHVL: Tensor, u_BEL: Tensor) -> Tensor:
+        if self.config.normalise:
+            y_BHVL = y_BHVL[:, :, :-1] / (y_BHVL[:, :, -1:] + SMALLEST_SUM)
+        v_BDL = u_BEL.split(self.widths, dim=1)[2]
+        return torch.addcmul(y_BHVL.flatten(1, 2), v_BDL, self.direct[:, None].to(v_BDL.dtype))
+
+
+def _hedgehog(x_BHKL: Tensor, map_HKK: Tensor) -> Tensor:
+    mapped = map_HKK.to(x_BHKL.dtype) @ x_BHKL
+    return torch.cat([mapped, -mapped], dim=2).softmax(2)

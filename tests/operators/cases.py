@@ -1,0 +1,84 @@
+"""Named configurations that every operator test runs over, and what they are built from.
+
+Shapes: B batch, L positions, D model width.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from operators.config import FilterConfig, HyenaConfig, OperatorConfig, SkipConfig
+from operators.registry import build
+from operators.transfer import AttentionStatistics, AttentionWeights
+
+B, D, MAX = 3, 8, 80
+LINEAR = FilterConfig(window="linear", offset=0.0, sine_frequency=1.0, depth=1, train_features=True)
+POSITIVE = FilterConfig(positive=True, width=64, features=9)
+CASES: dict[str, OperatorConfig] = {
+    "order 2": HyenaConfig(init="random"),
+    "order 3": HyenaConfig(order=3, init="random"),
+    "order 4": HyenaConfig(order=4, short_taps=1, init="random"),
+    "linear window": HyenaConfig(init="random", short_taps=4, filter=LINEAR),
+    "one head": HyenaConfig(heads=1, init="random"),
+    "heads": HyenaConfig(heads=4, init="random"),
+    "heads, linear window": HyenaConfig(heads=2, init="random", filter=LINEAR),
+    "frozen frequency": HyenaConfig(init="random", filter=FilterConfig(train_frequency=False, sine_frequency=10.0)),
+    "positive filter": HyenaConfig(init="random", filter=FilterConfig(positive=True)),
+    "heads, positive filter": HyenaConfig(heads=2, filter=FilterConfig(positive=True, width=64, features=9)),
+    "transferred": HyenaConfig(),
+    "transferred, heads": HyenaConfig(heads=2),
+    "power": HyenaConfig(heads=2, init="random", feature_map="power", degree=2),
+    "power, full": HyenaConfig(
+        heads=2, feature_map="power", degree=4, key_dim=3, normalise=True, key_gate=True, filter=POSITIVE
+    ),
+    "power of eight, full": HyenaConfig(
+        heads=4, init="random", feature_map="power", degree=8, key_dim=1, normalise=True, key_gate=True, filter=POSITIVE
+    ),
+    "low rank": HyenaConfig(heads=2, key_dim=2),
+    "gated": HyenaConfig(heads=2, key_gate=True),
+    "hedgehog": HyenaConfig(heads=2, feature_map="hedgehog", normalise=True, filter=POSITIVE),
+    "hedgehog, signed": HyenaConfig(heads=1, init="random", feature_map="hedgehog", key_dim=5),
+    "skip": SkipConfig(),
+}
+# Two heads by lag, as attention has them: one looks at the token before, one far back.
+PROFILE = torch.tensor([[0.1, 1.0], [1.0, 0.3], *([0.2 / lag, 0.5 / lag**0.5] for lag in range(2, 60))]).log().t()
+PROJECTIONS = ("query", "key", "value", "output")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def draw(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed))
+
+
+def attention(width: int = D, with_biases: bool = True) -> AttentionWeights:
+    query, key, value, output = (draw(width, width, seed=seed) / width**0.5 for seed in range(4))
+    weights = AttentionWeights(query, key, value, output, heads=2)
+    if not with_biases:
+        return weights
+    biases: dict[str, Any] = {f"{name}_bias": draw(width, seed=i) for i, name in enumerate(PROJECTIONS)}
+    return replace(weights, **biases, statistics=statistics(width))
+
+
+def statistics(width: int = D) -> AttentionStatistics:
+    root_DD = draw(width, width, seed=7)
+    return AttentionStatistics(PROFILE, draw(width, seed=8), root_DD @ root_DD.t() / width)
+
+
+def make(case: str, max_length: int = MAX) -> Any:
+    operator: Any = build(CASES[case], D, max_length)
+    operator.initialise(attention(), generator())
+    return operator
+
+
+def hyena(config: HyenaConfig, d_model: int, max_length: int) -> Any:
+    return build(config, d_model, max_length)
+
+
+def close(left: Tensor, right: Tensor, tolerance: float = 1e-5) -> None:
+    """Agreement to `tolerance` of the largest magnitude: the error of an FFT scales with it."""
+    torch.testing.assert_close(left, right, rtol=0.0, atol=tolerance * max(1.0, right.abs().max().item()))
