@@ -12,7 +12,7 @@ from torch import Tensor
 from operators.config import HyenaConfig
 from operators.convolution import long_conv, long_conv_reference
 from operators.filters import draw_uniform
-from operators.hyena import Hyena, remembered_filter
+from operators.hyena import Hyena
 from operators.state import State
 from operators.transfer import AttentionWeights
 
@@ -32,8 +32,14 @@ class ChannelHyena(Hyena):
     def combine(self, u_BEL: Tensor, mask_BL: Tensor | None, h_CT: Tensor | None, state: State | None) -> Tensor:
         """See `Hyena.combine`."""
         first_BDL, *gates, y_BDL = u_BEL.chunk(self.config.order + 1, dim=1)
+        step = h_CT is None and u_BEL.shape[-1] == 1
+        opened = state is not None and step and state.open_window()
         for index, gate_BDL in enumerate(reversed(gates)):
-            y_BDL = self._convolve(gate_BDL * y_BDL, index, h_CT, state)
+            if step:
+                assert state is not None
+                y_BDL = self._convolve_step(gate_BDL * y_BDL, index, state, opened)
+            else:
+                y_BDL = self._convolve(gate_BDL * y_BDL, index, h_CT, state)
         return first_BDL * y_BDL
 
     def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
@@ -52,14 +58,28 @@ class ChannelHyena(Hyena):
         self.in_proj.bias[-self.d_model :] = attention.bias_of("value")
 
     def _convolve(self, z_BDL: Tensor, index: int, h_CT: Tensor | None, state: State | None) -> Tensor:
-        """Long convolution number `index` at the new positions; one alone is a dot product with the past."""
-        new, channels = z_BDL.shape[-1], slice(index * self.d_model, (index + 1) * self.d_model)
+        """Long convolution number `index` at the new positions."""
+        channels = slice(index * self.d_model, (index + 1) * self.d_model)
         direct_D = self.direct[channels].to(z_BDL.dtype)
         past_BDT = z_BDL if state is None else state.append(f"gated_{index}", z_BDL)
-        if h_CT is not None:
-            return long_conv(past_BDT, h_CT[channels], direct_D)
-        reversed_DT = remembered_filter(state, past_BDT.shape[-1])[channels]
-        if new == 1:
-            y_BD: Tensor = torch.linalg.vecdot(past_BDT, reversed_DT)
-            return y_BD[..., None] + direct_D[:, None] * z_BDL
-        return long_conv(past_BDT, reversed_DT.flip(-1), direct_D)[..., -new:]
+        if h_CT is None:
+            assert state is not None
+            assert state.filters is not None
+            h_CT = state.filters.h_CL[:, : past_BDT.shape[-1]]
+        return long_conv(past_BDT, h_CT[channels], direct_D)[..., -z_BDL.shape[-1] :]
+
+    def _convolve_step(self, z_BD1: Tensor, index: int, state: State, opened: bool) -> Tensor:
+        """The same at one position, from what was added up ahead (`decode`)."""
+        name, channels = f"gated_{index}", slice(index * self.d_model, (index + 1) * self.d_model)
+        assert state.filters is not None
+        past_BDT = state.append(name, z_BD1)
+        start, stop = state.window
+        if opened:
+            state.ahead[name] = state.filters.fold(channels, past_BDT[..., :-1], stop - start)
+        place = state.length - start
+        ahead_BDW = state.ahead[name]
+        now_D1 = state.filters.h_CL[channels, :1] + self.direct[channels, None].to(z_BD1.dtype)
+        y_BD1 = torch.addcmul(ahead_BDW[..., place : place + 1], z_BD1, now_D1)
+        if place + 1 < stop - start:
+            state.filters.add_tile(channels, past_BDT, ahead_BDW, place + 1)
+        return y_BD1

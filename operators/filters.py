@@ -2,19 +2,21 @@
 
 The grid of time is fixed by `max_length`, never by the sequence at hand: position t has the same filter value
 in a short sequence as in a long one. Filters are float32, float64 where the parameters are; nothing but
-parameters is kept, so the module survives meta devices and casts.
+parameters is saved, so the module survives meta devices and casts.
 
 Shapes: C filters, L positions, F positional features, W width of the network.
 """
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from operators.config import FilterConfig
 from operators.convolution import compute_dtype
+from operators.decode import Filters
 
 SMALL_OUTPUT = 0.05
 RIDGE = 1e-3
@@ -72,6 +74,7 @@ class ImplicitFilter(nn.Module):
             self.requires_grad_(False)
             self.log_timescale = nn.Parameter(torch.zeros(filters))
         self.readout = nn.Linear(config.width, filters, bias=False)
+        self._frozen: tuple[Any, Filters] | None = None
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
@@ -112,6 +115,20 @@ class ImplicitFilter(nn.Module):
         ridge = RIDGE * gram_WW.diagonal().mean() * torch.eye(len(gram_WW), dtype=gram_WW.dtype, device=gram_WW.device)
         fit_WC = torch.linalg.solve(gram_WW + ridge, hidden_LW.t() @ (residual_CL.t() * weight_L1))
         self.readout.weight.copy_(fit_WC.t())
+
+    def now(self, length: int) -> Tensor:
+        """`forward`, from `frozen` where nobody asks for gradients."""
+        if torch.is_grad_enabled() or length > self.max_length:
+            return self(length)  # type: ignore[no-any-return]
+        return self.frozen().h_CL[:, :length]
+
+    @torch.no_grad()
+    def frozen(self) -> Filters:
+        """The filters as they are, computed once until a parameter changes in place, moves or is replaced."""
+        stamp = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in self.parameters())
+        if self._frozen is None or self._frozen[0] != stamp:
+            self._frozen = (stamp, Filters(self(self.max_length)))
+        return self._frozen[1]
 
     def forward(self, length: int) -> Tensor:
         """Filters (C, length), float32 or float64. ValueError if `length` exceeds `max_length`."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from operators.config import HyenaConfig
-from operators.hyena import Hyena, remembered_filter
+from operators.hyena import Hyena
 from operators.low_rank import centred_products
 from operators.mixing import mix, mix_reference, mix_step
 from operators.state import State
@@ -57,12 +57,15 @@ class HeadHyena(Hyena):
         q_BHKL, k_BHKL, v_BHVL = self._parts(u_BEL, mask_BL)
         k_BHKT = k_BHKL if state is None else state.append("key", k_BHKL)
         v_BHVT = v_BHVL if state is None else state.append("value", v_BHVL)
-        if h_CT is None and q_BHKL.shape[-1] == 1:
-            y_BHVL = mix_step(q_BHKL, k_BHKT, v_BHVT, remembered_filter(state, k_BHKT.shape[-1]), self.degree)
+        if h_CT is not None:
+            return self._finish(mix(q_BHKL, k_BHKT, v_BHVT, h_CT, self.degree), u_BEL)
+        assert state is not None
+        assert state.filters is not None
+        seen = k_BHKT.shape[-1]
+        if q_BHKL.shape[-1] == 1:
+            y_BHVL = mix_step(q_BHKL, k_BHKT, v_BHVT, state.filters.reversed(seen), self.degree)
         else:
-            if h_CT is None:
-                h_CT = remembered_filter(state, k_BHKT.shape[-1]).flip(-1)
-            y_BHVL = mix(q_BHKL, k_BHKT, v_BHVT, h_CT, self.degree)
+            y_BHVL = mix(q_BHKL, k_BHKT, v_BHVT, state.filters.h_CL[:, :seen], self.degree)
         return self._finish(y_BHVL, u_BEL)
 
     def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:

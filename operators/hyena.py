@@ -13,7 +13,9 @@ float64. Positions are the last axis between the projections: no transposition i
 Shapes: B batch, L positions, D model width, E rows of the projection, K taps, C filters, T positions seen.
 """
 
+import contextlib
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +87,7 @@ class Hyena(nn.Module, ABC):
         Raises:
             ValueError: the sequence is longer than `max_length`.
         """
-        h_CL = self.filter(x_BLD.shape[1])
+        h_CL = self.filter.now(x_BLD.shape[1])
         p_BEL = _masked(_project(self.in_proj, x_BLD.transpose(1, 2)), mask_BL)
         u_BEL = _masked(short_conv(p_BEL, self.short_weight, self.short_bias), mask_BL)
         return self._project_out(u_BEL, mask_BL, h_CL, None)
@@ -123,11 +125,12 @@ class Hyena(nn.Module, ABC):
         batch, new, _ = x_BLD.shape
         state.check(batch, new)
         start, stop = state.length, state.length + new
+        if start > 0 and state.filters is None:
+            state.filters = self.filter.frozen()
+        if new == 1 and start >= self.config.short_taps and mask_BL is None and state.recent_projections is not None:
+            return self._step(x_BLD, state), state
         u_BEn, mask_Bn, recent_BEK = self._project_onwards(x_BLD, state, mask_BL)
-        if start > 0 and state.reversed_filter is None:
-            with torch.no_grad():
-                state.reversed_filter = self.filter(self.max_length).flip(-1)
-        h_CT = self.filter(stop) if start == 0 else None
+        h_CT = self.filter.now(stop) if start == 0 else None
         y_BnD = self._project_out(u_BEn, mask_Bn, h_CT, state)
         state.length, state.recent_projections = stop, recent_BEK
         return y_BnD, state
@@ -184,8 +187,21 @@ class Hyena(nn.Module, ABC):
         mask_Bn = None if mask_BT is None else mask_BT[:, start:]
         return u_BEL[..., before:], mask_Bn, p_BEL[..., first_kept:].detach().clone()
 
+    def _step(self, x_B1D: Tensor, state: State) -> Tensor:
+        """`extend` by one position that is not padded, after as many as the short convolution sees: few operations."""
+        state.append("input", x_B1D.transpose(1, 2))
+        _append_mask(state, None, x_B1D)
+        assert state.recent_projections is not None
+        p_B1E = nn.functional.linear(x_B1D, self.in_proj.weight, self.in_proj.bias)
+        seen_BEK = torch.cat([state.recent_projections, p_B1E.transpose(1, 2)], dim=-1)
+        state.recent_projections = seen_BEK[..., 1:].detach()
+        u_BE = (seen_BEK.to(compute_dtype(seen_BEK.dtype)) * self.short_weight).sum(-1) + self.short_bias
+        y_B1D = self._project_out(u_BE[..., None], None, None, state)
+        state.length += 1
+        return y_B1D
+
     def _project_out(self, u_BEL: Tensor, mask_BL: Tensor | None, h_CT: Tensor | None, state: State | None) -> Tensor:
-        with torch.autocast(u_BEL.device.type, enabled=False):
+        with _outside_autocast(u_BEL.device.type):
             y_BDL = self.combine(u_BEL, mask_BL, h_CT, state)
         return _project(self.out_proj, y_BDL.to(self.out_proj.weight.dtype)).transpose(1, 2)
 
@@ -211,8 +227,6 @@ def _append_mask(state: State, mask_BL: Tensor | None, x_BLD: Tensor) -> Tensor 
     return state.append("mask", ones_BL if mask_BL is None else mask_BL.bool())
 
 
-def remembered_filter(state: State | None, length: int) -> Tensor:
-    """Filters (C, length) with time reversed, the last entry at lag 0."""
-    assert state is not None
-    assert state.reversed_filter is not None
-    return state.reversed_filter[:, state.max_length - length :]
+def _outside_autocast(device: str) -> Any:
+    """No automatic casts; entering that costs as much as a small operation, so only where there are any."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from operators.decode import FIRST_WINDOW, Filters
+
 MIN_CAPACITY = 64
 
 
@@ -28,7 +30,9 @@ class State:
         max_length: positions the operator was built for.
         length: positions seen.
         histories: buffers, batch first and positions last; only the first `length` positions are meaningful.
-        reversed_filter: (C, max_length) long filters with time reversed, once a step has needed them.
+        filters: the long filters, once a step has needed them.
+        ahead: by convolution, what the history adds to the outputs of a window, batch first and positions last.
+        window: the first position of that window and the first behind it.
         recent_projections: what the short convolution still sees, (B, E, taps - 1); None after a crop.
     """
 
@@ -36,7 +40,9 @@ class State:
     max_length: int
     length: int = 0
     histories: dict[str, Tensor] = field(default_factory=dict)
-    reversed_filter: Tensor | None = None
+    filters: Filters | None = None
+    ahead: dict[str, Tensor] = field(default_factory=dict)
+    window: tuple[int, int] = (0, 0)
     recent_projections: Tensor | None = None
 
     def append(self, name: str, new: Tensor) -> Tensor:
@@ -56,12 +62,21 @@ class State:
         buffer[..., start:stop] = new.detach()
         return new if start == 0 else buffer[..., :stop]
 
+    def open_window(self) -> bool:
+        """Whether the next position begins a new window, which is then twice as wide as the one before it."""
+        start, stop = self.window
+        if start <= self.length < stop:
+            return False
+        width = 2 * (stop - start) if self.length == stop > start else FIRST_WINDOW
+        self.window = (self.length, min(self.length + width, self.max_length))
+        return True
+
     def crop(self, length: int) -> None:
         """Forget all positions from `length` on. ValueError unless 0 <= length <= positions seen."""
         if not 0 <= length <= self.length:
             raise ValueError(f"length must lie between 0 and the {self.length} positions seen but is {length}.")
         if length < self.length:
-            self.recent_projections = None
+            self.recent_projections, self.window = None, (0, 0)
         self.length = length
 
     def reorder(self, indices: Tensor) -> None:
@@ -76,6 +91,7 @@ class State:
     def select(self, indices: Tensor) -> None:
         """Keep the sequences `indices`, (b,) int64, in that order; the batch becomes b."""
         self.histories = {k: v.index_select(0, indices.to(v.device)) for k, v in self.histories.items()}
+        self.ahead = {k: v.index_select(0, indices.to(v.device)) for k, v in self.ahead.items()}
         if self.recent_projections is not None:
             kept = self.recent_projections
             self.recent_projections = kept.index_select(0, indices.to(kept.device))

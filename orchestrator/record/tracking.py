@@ -33,8 +33,8 @@ from orchestrator.study.loader import dump
 from orchestrator.study.plan import Plan, Step, Trial, operator_name
 from orchestrator.study.spec import ThroughputSpec, short
 
-for noisy in ("mlflow", "alembic", "urllib3"):
-    logging.getLogger(noisy).setLevel(logging.ERROR)
+for noisy in ("mlflow", "alembic", "urllib3"):  # what fails is raised too, and told in one line by the recorder
+    logging.getLogger(noisy).setLevel(logging.CRITICAL)
 IDENTITY = "layerswap.id"
 TOLD = "layerswap.told"  # tag: how many results of the run's stages were sent
 MODEL = "layerswap.model"

@@ -74,7 +74,8 @@ class Store:
             version = marker.read_text(errors="replace") if marker.exists() else VERSION
         except OSError as error:
             told = f"the store {root} cannot be {'made' if write else 'read'} ({error.strerror})"
-            raise StoreError(f"{told}: give another --home") from error
+            room = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise StoreError(f"{told}: {'free space, or ' if room else ''}give another --home") from error
         if write and not os.access(root, os.W_OK):
             raise StoreError(f"the store {root} cannot be written: give another --home")
         if version != VERSION:

@@ -90,6 +90,8 @@ def disturbed(seed: int, study: Path, expected: Expected, kinds: list[str], logs
             event.seconds = time.monotonic() - scene.began
             event.hit = (_act(scene, FAULTS[event.kind]) if scene.alive() else None) or event.hit
         orphans += _to_the_end(scene)
+        if any(FAULTS[event.kind].later for event in events):
+            orphans += _again(scene)
         failures = [f"left running: {name}" for name in orphans]
         failures += [*_wrong_ends(scene, events), *problems(scene, expected)]
     except Exception as error:  # the harness itself failed: told like any failure, the other seeds go on
@@ -150,9 +152,13 @@ def _to_the_end(scene: Scene) -> list[str]:
     """Run the command again until it ends by itself with all done; names of processes that outlived a run."""
     orphans = _over(scene, scene.run)
     while (scene.run.code != 0 or "MLflow is behind" in scene.run.text) and len(scene.runs) < MOST_RUNS:
-        scene.start()
-        orphans += _over(scene, scene.run)
+        orphans += _again(scene)
     return orphans
+
+
+def _again(scene: Scene) -> list[str]:
+    scene.start()
+    return _over(scene, scene.run)
 
 
 def _wrong_ends(scene: Scene, events: list[Event]) -> list[str]:

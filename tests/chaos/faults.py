@@ -42,12 +42,13 @@ class Fault:
     codes: tuple[int, ...] = (0,)
     says: str = ""
     small_disk: bool = False
+    later: bool = False  # what it harms may have no reader before the next run, which then finds it
     any_code: bool = False  # Ray itself is hit: its client decides how the driver ends
 
     @property
     def interrupts(self) -> bool:
         """Whether it may end a driver, and with it what that one computes."""
-        return self.any_code or not {0, 1}.issuperset(self.codes)
+        return self.any_code or not {0, 1, 2}.issuperset(self.codes)
 
 
 # Processes
@@ -353,12 +354,12 @@ FAULTS: dict[str, Fault] = {
     "torn-directories": Fault(leave_torn_directories),
     "stage-deleted": Fault(delete_unfinished, (0, 1)),
     "artefact-flipped": Fault(flip_artefact, (-9,), says="is damaged or gone"),
-    "artefact-flipped-live": Fault(flip_artefact_running, (0, 1)),
+    "artefact-flipped-live": Fault(flip_artefact_running, (0, 1), later=True),
     "done-torn": Fault(tear_done, (-9,), says="is damaged or gone"),
     "done-deleted": Fault(delete_done, (0, 1, -9)),
     "finished-deleted": Fault(delete_finished, (0, 1, -9)),
     "stale-claim": Fault(leave_stale_claim, (-9,)),
-    "disk-full": Fault(fill_disk, (0, 1), small_disk=True),
+    "disk-full": Fault(fill_disk, (0, 1, 2), small_disk=True),  # 2 where there is no room for a store
     "records-locked": Fault(lock_records),
     "records-deleted": Fault(delete_records),
     "records-hidden": Fault(hide_records),

@@ -1,0 +1,92 @@
+"""Decoding step by step over windows and tiles of every size, and filters that are remembered no longer than they hold.
+
+Shapes: B batch, L positions, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from operators.config import HyenaConfig
+from operators.decode import FIRST_WINDOW, LARGEST_MATRIX
+from operators.registry import build
+from operators.state import State
+from tests.operators.cases import B, D, attention, close, draw, generator
+
+LONG = 620  # windows of 64, 128, 256 and a cut one; tiles up to 128, of which those from 64 are FFTs
+
+
+def operator_of(order: int = 2) -> Any:
+    operator: Any = build(HyenaConfig(order=order, init="random"), D, LONG)
+    operator.initialise(attention(), generator())
+    return operator
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("prompt", [1, 3, 100, 611])
+@torch.no_grad()
+def test_every_window_and_tile_is_exact(order: int, prompt: int) -> None:
+    operator, x_BLD = operator_of(order).double(), draw(B, LONG, D).double()
+    _, state = operator.extend(x_BLD[:, :prompt], operator.init_state(B))
+    steps = [operator.extend(x_BLD[:, t : t + 1], state)[0] for t in range(prompt, LONG)]
+    close(torch.cat(steps, dim=1), operator(x_BLD)[:, prompt:], 1e-12)
+    assert FIRST_WINDOW > LARGEST_MATRIX > 1
+
+
+@torch.no_grad()
+def test_chunks_crops_and_reorders_between_steps_are_exact() -> None:
+    operator, x_BLD = operator_of(), draw(B, LONG, D)
+    _, state = operator.extend(x_BLD[:, :50], operator.init_state(B))
+    order = torch.tensor([2, 0, 1])
+    for t in range(50, 90):
+        operator.extend(x_BLD[:, t : t + 1], state)
+    state.crop(80)
+    operator.extend(x_BLD[:, 80:95], state)
+    operator.extend(x_BLD[:, 95:96], state)
+    state.reorder(order)
+    steps = [operator.extend(x_BLD[order, t : t + 1], state)[0] for t in range(96, 240)]
+    close(torch.cat(steps, dim=1), operator(x_BLD[order, :240])[:, 96:])
+
+
+def test_windows_double_as_long_as_steps_follow_each_other() -> None:
+    state = State(B, max_length=1000)
+    widths = []
+    for state.length in range(10, 900):
+        if state.open_window():
+            widths.append(state.window[1] - state.window[0])
+    assert widths == [64, 128, 256, 512]
+    state.crop(100)
+    assert state.open_window() and state.window == (100, 164)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "optimizer": lambda filters: torch.optim.SGD(filters.parameters(), lr=0.1).step(),
+    "load": lambda filters: filters.load_state_dict({k: 1.1 * v for k, v in filters.state_dict().items()}),
+    "assign": lambda filters: filters.load_state_dict(
+        {name: 1.1 * value for name, value in filters.state_dict().items()}, assign=True
+    ),
+    "cast": lambda filters: filters.double(),
+    "initialise": lambda filters: filters.initialise(generator(5)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_filters_are_remembered_until_a_parameter_changes(change: str) -> None:
+    filters: nn.Module = operator_of().filter
+    filters(40).sum().backward()
+
+    def now() -> Tensor:
+        with torch.no_grad():
+            return filters.now(40)  # type: ignore[operator,no-any-return]
+
+    before = now()
+    assert filters.frozen() is filters.frozen()  # type: ignore[operator]
+    CHANGES[change](filters)
+    assert now().dtype != before.dtype or not torch.equal(now(), before)
+    torch.testing.assert_close(now(), filters(40).detach())
+    assert filters.now(40).requires_grad  # type: ignore[operator]
