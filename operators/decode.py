@@ -37,7 +37,8 @@ class Filters:
         seen = past_BDT.shape[-1]
         size = fft_size(seen + window)
         spectrum = torch.fft.rfft(past_BDT, size) * torch.fft.rfft(self.h_CL[channels, : seen + window], size)
-        return torch.fft.irfft(spectrum, size).narrow(-1, seen, window).contiguous()
+        ahead_BDW: Tensor = torch.fft.irfft(spectrum, size)[..., seen : seen + window].contiguous()
+        return ahead_BDW
 
     def add_tile(self, channels: slice, past_BDT: Tensor, ahead_BDW: Tensor, place: int) -> None:
         """After the window's position `place` - 1: add what the newest inputs do to the outputs from `place` on."""

@@ -110,11 +110,13 @@ def disturbed(seed: int, study: Path, expected: Expected, kinds: list[str], logs
 
 
 def _act(scene: Scene, fault: Fault) -> str | None:
-    """Let a fault hit. What it ends under a driver that goes on beside is computed by that one, once more."""
-    if not (fault.interrupts and scene.beside()):
+    """Let a fault hit. What reads what it harms begins again, once; so does what it ends under a driver that goes on
+    beside."""
+    if not (fault.readers or (fault.interrupts and scene.beside())):
         return fault.act(scene)
     before = {stage.key: stage for stage in scene.stages() if not stage.done}
     hit = fault.act(scene)
+    time.sleep(0.5)  # a reader that had just looked at its inputs shows itself
     after = {stage.key: stage for stage in scene.stages() if not stage.done}
     scene.forgive((before | after).values())
     return hit

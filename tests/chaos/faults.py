@@ -43,6 +43,7 @@ class Fault:
     says: str = ""
     small_disk: bool = False
     later: bool = False  # what it harms may have no reader before the next run, which then finds it
+    readers: bool = False  # stages that read what it harms notice, and begin again
     any_code: bool = False  # Ray itself is hit: its client decides how the driver ends
 
     @property
@@ -354,10 +355,10 @@ FAULTS: dict[str, Fault] = {
     "torn-directories": Fault(leave_torn_directories),
     "stage-deleted": Fault(delete_unfinished, (0, 1)),
     "artefact-flipped": Fault(flip_artefact, (-9,), says="is damaged or gone"),
-    "artefact-flipped-live": Fault(flip_artefact_running, (0, 1), later=True),
+    "artefact-flipped-live": Fault(flip_artefact_running, (0, 1), later=True, readers=True),
     "done-torn": Fault(tear_done, (-9,), says="is damaged or gone"),
-    "done-deleted": Fault(delete_done, (0, 1, -9)),
-    "finished-deleted": Fault(delete_finished, (0, 1, -9)),
+    "done-deleted": Fault(delete_done, (0, 1, -9), readers=True),
+    "finished-deleted": Fault(delete_finished, (0, 1, -9), readers=True),
     "stale-claim": Fault(leave_stale_claim, (-9,)),
     "disk-full": Fault(fill_disk, (0, 1, 2), small_disk=True),  # 2 where there is no room for a store
     "records-locked": Fault(lock_records),
