@@ -1,13 +1,14 @@
-# make setup | study | ui | test | test-all | check | format | chaos | bench-tree: every target installs what it needs into .venv first.
+# make setup | study | ui | test | test-all | check | format | chaos | bench | bench-tree: every target installs what it needs into .venv first.
 PYTHON ?= python3
 STUDY ?= studies/layerwise.yaml
 PORT ?= 5000
 SEEDS ?= 0-49
 SCALE ?= 0.1
+LATE_SCALE ?= $(SCALE)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup study plan status report ui test test-all check format chaos bench-tree clean
+.PHONY: setup study plan status report ui test test-all check format chaos bench bench-tree clean
 
 study: $(INSTALLED)
 	@$(BIN)/layerswap run $(STUDY)
@@ -32,8 +33,11 @@ check: $(INSTALLED)
 chaos: $(INSTALLED)
 	$(BIN)/python -m tests.chaos --seeds $(SEEDS)
 
+bench: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks.operators
+
 bench-tree: $(INSTALLED)
-	$(BIN)/python -m tests.benchmarks.tree --scale $(SCALE)
+	$(BIN)/python -m tests.benchmarks.tree --scale $(SCALE) --late-scale $(LATE_SCALE)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

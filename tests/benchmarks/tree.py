@@ -2,7 +2,7 @@
 
 Both sides run the same trials with the same stage functions on the same machine in one session: plain Ray Tune, each
 trial alone (plain.py), and `layerswap run`. Text and teacher are given to both and controls are left out on both, so
-that trials are compared with trials. Every token budget is multiplied by `--scale`; the shape of the tree, which
+that trials are compared with trials. Token budgets are multiplied by `--scale` and `--late-scale`; the shape of the tree, which
 decides the ratios, stays.
 
 A stage's core-seconds are the processor time of its process while it was computed. Busy seconds are those of every
@@ -92,14 +92,14 @@ def main() -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     default = scaled(ROOT / "studies/layerwise.yaml", out, options.scale)
-    late = scaled(ROOT / "studies/late-stage.yaml", out, options.scale)
-    finer = scaled(ROOT / "studies/late-stage.yaml", out, options.scale, "finer", {"recipe.joint.0.losses": FINER})
+    late = scaled(ROOT / "studies/late-stage.yaml", out, options.late_scale)
+    finer = scaled(ROOT / "studies/late-stage.yaml", out, options.late_scale, "finer", {"recipe.joint.0.losses": FINER})
     given = prepare([default, late, finer], out / "given")
     alone = one_study(default, given, out / "default")
     first = one_study(late, given, out / "late")
     both = first + one_study(finer, given, out / "late")
     result: dict[str, Any] = {
-        "scale": options.scale,
+        "scale": {"default": options.scale, "late stage": options.late_scale},
         "comparisons": {"default": alone.told(), "late stage": first.told(), "two studies": both.told()},
         "start": start_up(default, given, out / "default" / "home", out / "start"),
         "parallel": parallel(late, given, out / "parallel", options.repeats),
@@ -287,7 +287,8 @@ def parallel(study: Path, given: Path, out: Path, repeats: int) -> dict[str, Any
 def table(result: dict[str, Any]) -> str:
     """The result in Markdown."""
     lines = [
-        f"Token budgets of the studies x {result['scale']}; text and teacher given to both sides, no controls.",
+        f"Token budgets x {result['scale']['default']} of the default study, x {result['scale']['late stage']} of the "
+        "others; text and teacher given to both sides, no controls.",
         "",
         "| trials | side | stages | tokens | core-seconds in stages | busy seconds | wall seconds |",
         "|---|---|--:|--:|--:|--:|--:|",
@@ -317,7 +318,8 @@ def table(result: dict[str, Any]) -> str:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.tree", description=__doc__)
-    parser.add_argument("--scale", type=float, default=0.1, help="factor on every token budget")
+    parser.add_argument("--scale", type=float, default=0.1, help="factor on every token budget of the default study")
+    parser.add_argument("--late-scale", type=float, default=0.1, help="factor on those of the other two")
     parser.add_argument("--repeats", type=int, default=3, help="pairs of the parallel measurement")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench-tree", help="folder to write, emptied first")
     return parser.parse_args()
