@@ -2,8 +2,8 @@
 
 Both sides run the same trials with the same stage functions on the same machine in one session: plain Ray Tune, each
 trial alone (plain.py), and `layerswap run`. Text and teacher are given to both and controls are left out on both, so
-that trials are compared with trials. Token budgets are multiplied by `--scale` and `--late-scale`; the shape of the tree, which
-decides the ratios, stays.
+trials are compared with trials. Token budgets are multiplied by `--scale` and `--late-scale`; the shape of the tree,
+which decides the ratios, stays.
 
 A stage's core-seconds are the processor time of its process while it was computed. Busy seconds are those of every
 process of a side, whatever it did. Not a test: figures depend on the machine.
