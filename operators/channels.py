@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from operators.config import HyenaConfig
-from operators.convolution import long_conv, long_conv_reference
+from operators.convolution import blocks_of, fft_size, long_conv, long_conv_reference
+from operators.decode import Filters
 from operators.filters import draw_uniform
 from operators.hyena import Hyena
 from operators.state import State
@@ -31,6 +32,8 @@ class ChannelHyena(Hyena):
 
     def combine(self, u_BEL: Tensor, mask_BL: Tensor | None, h_CT: Tensor | None, state: State | None) -> Tensor:
         """See `Hyena.combine`."""
+        if h_CT is None and (state is None or state.length == 0):
+            return self._combine_blocks(u_BEL, state)
         first_BDL, *gates, y_BDL = u_BEL.chunk(self.config.order + 1, dim=1)
         step = h_CT is None and u_BEL.shape[-1] == 1
         opened = state is not None and step and state.open_window()
@@ -41,6 +44,10 @@ class ChannelHyena(Hyena):
             else:
                 y_BDL = self._convolve(gate_BDL * y_BDL, index, h_CT, state)
         return first_BDL * y_BDL
+
+    def frozen(self) -> Filters:
+        """The filters with `direct` at lag 0, where it belongs."""
+        return self.filter.frozen(self.direct)
 
     def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
         """See `Hyena.combine_reference`."""
@@ -57,16 +64,34 @@ class ChannelHyena(Hyena):
         self.in_proj.weight[-self.d_model :] = attention.value
         self.in_proj.bias[-self.d_model :] = attention.bias_of("value")
 
+    def _combine_blocks(self, u_BEL: Tensor, state: State | None) -> Tensor:
+        """Whole sequences without gradients: all that happens to a block of channels while it is in the cache."""
+        batch, _, length = u_BEL.shape
+        parts_BPDL = u_BEL.unflatten(1, (self.config.order + 1, self.d_model))
+        spectrum_CF, size = self.frozen().spectrum(length), fft_size(2 * length - 1)
+        y_BDL = torch.empty_like(parts_BPDL[:, 0])
+        histories = [] if state is None else [state.room(f"gated_{i}", y_BDL) for i in range(self.convolutions)]
+        for block in blocks_of(self.d_model, batch * length):
+            y = parts_BPDL[:, -1, block]
+            for index in range(self.convolutions):
+                z = parts_BPDL[:, -2 - index, block] * y
+                if histories:
+                    histories[index][:, block] = z
+                filters = slice(index * self.d_model + block.start, index * self.d_model + block.stop)
+                y = torch.fft.irfft(torch.fft.rfft(z, size) * spectrum_CF[filters], size)[..., :length]
+            torch.mul(parts_BPDL[:, 0, block], y, out=y_BDL[:, block])
+        return y_BDL
+
     def _convolve(self, z_BDL: Tensor, index: int, h_CT: Tensor | None, state: State | None) -> Tensor:
         """Long convolution number `index` at the new positions."""
         channels = slice(index * self.d_model, (index + 1) * self.d_model)
-        direct_D = self.direct[channels].to(z_BDL.dtype)
         past_BDT = z_BDL if state is None else state.append(f"gated_{index}", z_BDL)
-        if h_CT is None:
-            assert state is not None
-            assert state.filters is not None
-            h_CT = state.filters.h_CL[:, : past_BDT.shape[-1]]
-        return long_conv(past_BDT, h_CT[channels], direct_D)[..., -z_BDL.shape[-1] :]
+        if h_CT is not None:
+            return long_conv(past_BDT, h_CT[channels], self.direct[channels])
+        assert state is not None
+        assert state.filters is not None
+        h_DT = state.filters.h_CL[channels, : past_BDT.shape[-1]]
+        return long_conv(past_BDT, h_DT, torch.zeros_like(h_DT[:, 0]))[..., -z_BDL.shape[-1] :]
 
     def _convolve_step(self, z_BD1: Tensor, index: int, state: State, opened: bool) -> Tensor:
         """The same at one position, from what was added up ahead (`decode`)."""
@@ -76,10 +101,8 @@ class ChannelHyena(Hyena):
         start, stop = state.window
         if opened:
             state.ahead[name] = state.filters.fold(channels, past_BDT[..., :-1], stop - start)
-        place = state.length - start
-        ahead_BDW = state.ahead[name]
-        now_D1 = state.filters.h_CL[channels, :1] + self.direct[channels, None].to(z_BD1.dtype)
-        y_BD1 = torch.addcmul(ahead_BDW[..., place : place + 1], z_BD1, now_D1)
+        ahead_BDW, place = state.ahead[name], state.length - start
+        y_BD1 = torch.addcmul(ahead_BDW.narrow(2, place, 1), z_BD1, state.filters.now(channels))
         if place + 1 < stop - start:
             state.filters.add_tile(channels, past_BDT, ahead_BDW, place + 1)
         return y_BD1

@@ -24,7 +24,9 @@ class Filters:
     def __init__(self, h_CL: Tensor) -> None:
         self.h_CL = h_CL
         self._reversed_CL: Tensor | None = None
-        self._tiles: dict[tuple[int, int, int], Tensor] = {}
+        self._tiles: dict[tuple[int, int], Tensor] = {}
+        self._spectrum: tuple[int, Tensor] | None = None  # of the last length asked for
+        self._folds: dict[int, tuple[int, Tensor]] = {}  # by first channel, of the last size of FFT
 
     def reversed(self, length: int) -> Tensor:
         """The first `length` lags with time reversed, (C, length), the last entry at lag 0."""
@@ -32,19 +34,31 @@ class Filters:
             self._reversed_CL = self.h_CL.flip(-1)
         return self._reversed_CL.narrow(1, self.h_CL.shape[1] - length, length)
 
+    def spectrum(self, length: int) -> Tensor:
+        """The spectrum of the first `length` lags for convolutions of that length, (C, frequencies)."""
+        if self._spectrum is None or self._spectrum[0] != length:
+            self._spectrum = (length, torch.fft.rfft(self.h_CL[:, :length], fft_size(2 * length - 1)))
+        return self._spectrum[1]
+
     def fold(self, channels: slice, past_BDT: Tensor, window: int) -> Tensor:
         """What the past adds to each of the next `window` outputs, (B, D, W)."""
         seen = past_BDT.shape[-1]
         size = fft_size(seen + window)
-        spectrum = torch.fft.rfft(past_BDT, size) * torch.fft.rfft(self.h_CL[channels, : seen + window], size)
+        if self._folds.get(channels.start, (0,))[0] != size:
+            self._folds[channels.start] = (size, torch.fft.rfft(self.h_CL[channels, :size], size))
+        spectrum = torch.fft.rfft(past_BDT, size) * self._folds[channels.start][1]
         ahead_BDW: Tensor = torch.fft.irfft(spectrum, size)[..., seen : seen + window].contiguous()
         return ahead_BDW
+
+    def now(self, channels: slice) -> Tensor:
+        """What an input does to the output of its own position, (D, 1)."""
+        return self._tile(channels, 0)
 
     def add_tile(self, channels: slice, past_BDT: Tensor, ahead_BDW: Tensor, place: int) -> None:
         """After the window's position `place` - 1: add what the newest inputs do to the outputs from `place` on."""
         width = place & -place
-        into_BDU = ahead_BDW[..., place : place + width]
-        recent_BDU = past_BDT[..., -width:]
+        into_BDU = ahead_BDW.narrow(2, place, min(width, ahead_BDW.shape[2] - place))
+        recent_BDU = past_BDT.narrow(2, past_BDT.shape[2] - width, width)
         tile = self._tile(channels, width)
         if width == 1:
             into_BDU.addcmul_(recent_BDU, tile)
@@ -55,13 +69,13 @@ class Filters:
             into_BDU += added[..., width : width + into_BDU.shape[-1]]
 
     def _tile(self, channels: slice, width: int) -> Tensor:
-        """(D, 1), or (D, U, U) from inputs to outputs, or the spectrum (D, U + 1): of lags 1 to 2 U - 1."""
-        name = (channels.start, channels.stop, width)
+        """(D, 1), or (D, U, U) from inputs to outputs, or the spectrum (D, U + 1): of lags 1 to 2 U - 1; 0: lag 0."""
+        name = (channels.start, width)
         if name not in self._tiles:
-            lags = torch.nn.functional.pad(self.h_CL, (0, max(0, 2 * width - self.h_CL.shape[1])))
-            h_DU = lags[channels, : 2 * width]
-            if width == 1:
-                tile = h_DU[:, 1:2].contiguous()
+            missing = max(0, 2 * width - self.h_CL.shape[1])
+            h_DU = torch.nn.functional.pad(self.h_CL[channels, : 2 * width], (0, missing))
+            if width <= 1:
+                tile = self.h_CL[channels, width : width + 1].contiguous()
             elif width <= LARGEST_MATRIX:
                 step = torch.arange(width, device=h_DU.device)
                 tile = h_DU[:, width + step - step[:, None]]

@@ -116,32 +116,37 @@ class ImplicitFilter(nn.Module):
         fit_WC = torch.linalg.solve(gram_WW + ridge, hidden_LW.t() @ (residual_CL.t() * weight_L1))
         self.readout.weight.copy_(fit_WC.t())
 
-    def now(self, length: int) -> Tensor:
-        """`forward`, from `frozen` where nobody asks for gradients."""
-        if torch.is_grad_enabled() or length > self.max_length:
-            return self(length)  # type: ignore[no-any-return]
-        return self.frozen().h_CL[:, :length]
-
     @torch.no_grad()
-    def frozen(self) -> Filters:
-        """The filters as they are, computed once until a parameter changes in place, moves or is replaced."""
-        stamp = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in self.parameters())
+    def frozen(self, direct_C: Tensor | None = None) -> Filters:
+        """The filters as they are, computed once until a parameter changes in place, moves or is replaced.
+
+        `direct_C` is added at lag 0.
+        """
+        watched = [*self.parameters(), *([] if direct_C is None else [direct_C])]
+        stamp = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in watched)
         if self._frozen is None or self._frozen[0] != stamp:
-            self._frozen = (stamp, Filters(self(self.max_length)))
+            h_CL = self(self.max_length)
+            if direct_C is not None:
+                h_CL[:, 0] += direct_C
+            self._frozen = (stamp, Filters(h_CL))
         return self._frozen[1]
 
     def forward(self, length: int) -> Tensor:
         """Filters (C, length), float32 or float64. ValueError if `length` exceeds `max_length`."""
-        if length > self.max_length:
-            raise ValueError(
-                f"length must not exceed max_length {self.max_length} but is {length}: "
-                "build the operator with a larger max_length, or shorten the input."
-            )
+        self.check(length)
         weight_CW = self.readout.weight.to(compute_dtype(self.readout.weight.dtype))
         with torch.autocast(weight_CW.device.type, enabled=False):
             network_CL = weight_CW @ self._hidden(length).t()
             factor_CL = network_CL.exp() if self.config.positive else network_CL + self.config.offset
             return self.window(length) * factor_CL
+
+    def check(self, length: int) -> None:
+        """Raise ValueError if `length` exceeds `max_length`."""
+        if length > self.max_length:
+            raise ValueError(
+                f"length must not exceed max_length {self.max_length} but is {length}: "
+                "build the operator with a larger max_length, or shorten the input."
+            )
 
     def _hidden(self, length: int) -> Tensor:
         """What the last layer reads, (L, W)."""

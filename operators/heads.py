@@ -57,16 +57,13 @@ class HeadHyena(Hyena):
         q_BHKL, k_BHKL, v_BHVL = self._parts(u_BEL, mask_BL)
         k_BHKT = k_BHKL if state is None else state.append("key", k_BHKL)
         v_BHVT = v_BHVL if state is None else state.append("value", v_BHVL)
-        if h_CT is not None:
-            return self._finish(mix(q_BHKL, k_BHKT, v_BHVT, h_CT, self.degree), u_BEL)
-        assert state is not None
-        assert state.filters is not None
-        seen = k_BHKT.shape[-1]
-        if q_BHKL.shape[-1] == 1:
-            y_BHVL = mix_step(q_BHKL, k_BHKT, v_BHVT, state.filters.reversed(seen), self.degree)
-        else:
-            y_BHVL = mix(q_BHKL, k_BHKT, v_BHVT, state.filters.h_CL[:, :seen], self.degree)
-        return self._finish(y_BHVL, u_BEL)
+        if h_CT is None:
+            filters = self.frozen() if state is None or state.filters is None else state.filters
+            if state is not None and state.length > 0 and q_BHKL.shape[-1] == 1:
+                reversed_HT = filters.reversed(k_BHKT.shape[-1])
+                return self._finish(mix_step(q_BHKL, k_BHKT, v_BHVT, reversed_HT, self.degree), u_BEL)
+            h_CT = filters.h_CL[:, : k_BHKT.shape[-1]]
+        return self._finish(mix(q_BHKL, k_BHKT, v_BHVT, h_CT, self.degree), u_BEL)
 
     def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
         """See `Hyena.combine_reference`."""

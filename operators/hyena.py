@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from operators.config import HyenaConfig
 from operators.convolution import compute_dtype, short_conv, short_conv_reference
+from operators.decode import Filters
 from operators.filters import ImplicitFilter, draw_linear, draw_uniform
 from operators.state import State
 from operators.transfer import AttentionWeights
@@ -63,8 +64,13 @@ class Hyena(nn.Module, ABC):
     def combine(self, u_BEL: Tensor, mask_BL: Tensor | None, h_CT: Tensor | None, state: State | None) -> Tensor:
         """What lies between the projections, (B, D, L), in u's precision and outside autocast.
 
-        With a state the positions follow those it has seen; without `h_CT` the filters are those it remembers.
+        With a state the positions follow those it has seen. Without `h_CT` the filters are the `frozen` ones, and
+        nobody asks for gradients of what came before.
         """
+
+    def frozen(self) -> Filters:
+        """The filters as they are at this moment, computed once."""
+        return self.filter.frozen()
 
     @abstractmethod
     def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
@@ -87,7 +93,7 @@ class Hyena(nn.Module, ABC):
         Raises:
             ValueError: the sequence is longer than `max_length`.
         """
-        h_CL = self.filter.now(x_BLD.shape[1])
+        h_CL = self._trained_filters(x_BLD.shape[1])
         p_BEL = _masked(_project(self.in_proj, x_BLD.transpose(1, 2)), mask_BL)
         u_BEL = _masked(short_conv(p_BEL, self.short_weight, self.short_bias), mask_BL)
         return self._project_out(u_BEL, mask_BL, h_CL, None)
@@ -125,12 +131,12 @@ class Hyena(nn.Module, ABC):
         batch, new, _ = x_BLD.shape
         state.check(batch, new)
         start, stop = state.length, state.length + new
-        if start > 0 and state.filters is None:
-            state.filters = self.filter.frozen()
+        if state.filters is None and (start > 0 or not torch.is_grad_enabled()):
+            state.filters = self.frozen()
         if new == 1 and start >= self.config.short_taps and mask_BL is None and state.recent_projections is not None:
             return self._step(x_BLD, state), state
         u_BEn, mask_Bn, recent_BEK = self._project_onwards(x_BLD, state, mask_BL)
-        h_CT = self.filter.now(stop) if start == 0 else None
+        h_CT = self._trained_filters(stop) if start == 0 else None
         y_BnD = self._project_out(u_BEn, mask_Bn, h_CT, state)
         state.length, state.recent_projections = stop, recent_BEK
         return y_BnD, state
@@ -186,6 +192,11 @@ class Hyena(nn.Module, ABC):
         first_kept = max(0, p_BEL.shape[-1] - self.config.short_taps + 1)
         mask_Bn = None if mask_BT is None else mask_BT[:, start:]
         return u_BEL[..., before:], mask_Bn, p_BEL[..., first_kept:].detach().clone()
+
+    def _trained_filters(self, length: int) -> Tensor | None:
+        """Filters (C, length) to differentiate; None, for the frozen ones, where nobody does."""
+        self.filter.check(length)
+        return self.filter(length) if torch.is_grad_enabled() else None
 
     def _step(self, x_B1D: Tensor, state: State) -> Tensor:
         """`extend` by one position that is not padded, after as many as the short convolution sees: few operations."""

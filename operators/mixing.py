@@ -53,7 +53,7 @@ def _weigh(products: Tensor, degree: int | None) -> Tensor:
         return products
     products.mul_(1 / degree).add_(1.0)
     for _ in range(degree.bit_length() - 1):
-        products.square_()
+        products *= products
     return products
 
 
@@ -121,9 +121,15 @@ def mix(q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor, degree: in
 
 def mix_step(q_BHK1: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, reversed_HT: Tensor, degree: int | None) -> Tensor:
     """`mix` of the last position alone, with the filters reversed in time; (B, H, V, 1)."""
-    scores_BH1T = _weigh(q_BHK1.transpose(-1, -2) @ k_BHKT, degree)
-    scores_BH1T *= reversed_HT[:, None]
-    return v_BHVT @ scores_BH1T.transpose(-1, -2)
+    q_N1K = q_BHK1.flatten(0, 1).transpose(1, 2)
+    if degree is None:
+        scores_N1T = torch.bmm(q_N1K, k_BHKT.flatten(0, 1))
+    else:
+        scores_N1T = torch.baddbmm(q_N1K.new_ones(1), q_N1K, k_BHKT.flatten(0, 1), alpha=1 / degree)
+        for _ in range(degree.bit_length() - 1):
+            scores_N1T *= scores_N1T
+    scores_N1T = scores_N1T.view(*q_BHK1.shape[:2], -1).mul_(reversed_HT).view_as(scores_N1T)
+    return torch.bmm(v_BHVT.flatten(0, 1), scores_N1T.transpose(1, 2)).view(*v_BHVT.shape[:3], 1)
 
 
 def mix_reference(q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor, degree: int | None = None) -> Tensor:

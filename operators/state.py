@@ -51,16 +51,20 @@ class State:
         `length` does not move: the operator moves it once, when all of its histories are written. With no
         position seen yet the result is `new` itself, so a prefill is differentiable.
         """
-        start, stop = self.length, self.length + new.shape[-1]
+        self.room(name, new).copy_(new.detach())
+        return new if self.length == 0 else self.histories[name][..., : self.length + new.shape[-1]]
+
+    def room(self, name: str, like: Tensor) -> Tensor:
+        """The place behind the positions seen for new ones, (B, ..., n) as `like`: what `append` fills."""
+        start, stop = self.length, self.length + like.shape[-1]
         buffer = self.histories.get(name)
         if buffer is None or buffer.shape[-1] < stop:
             capacity = min(self.max_length, max(2 * start, stop + MIN_CAPACITY))
-            grown = new.new_zeros(*new.shape[:-1], capacity)
+            grown = like.new_zeros(*like.shape[:-1], capacity)
             if buffer is not None and start > 0:
                 grown[..., :start] = buffer[..., :start]
             self.histories[name] = buffer = grown
-        buffer[..., start:stop] = new.detach()
-        return new if start == 0 else buffer[..., :stop]
+        return buffer[..., start:stop]
 
     def open_window(self) -> bool:
         """Whether the next position begins a new window, which is then twice as wide as the one before it."""

@@ -46,8 +46,9 @@ class Training:
 
 
 def prepare(numerics: Numerics, seed: int = 0) -> None:
-    """Set what decides the bits in this process: threads, determinism, random state."""
+    """Set what decides the bits in this process: threads, precision of products, determinism, random state."""
     torch.set_num_threads(numerics.threads)
+    torch.set_float32_matmul_precision(numerics.matmul)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.manual_seed(seed)
 

@@ -214,8 +214,8 @@ def _evaluate(study: Study, tokens: TokensSpec, teacher: Spec, subject: str) -> 
 
 
 def _alone(numerics: Numerics) -> Numerics:
-    """The numerics of what does not train: one process, however many share a batch of training."""
-    return numerics.model_copy(update={"world_size": 1})
+    """The numerics of what does not train: one process, however many share a batch, and full precision of products."""
+    return numerics.model_copy(update={"world_size": 1, "matmul": "highest"})
 
 
 def _check_shares(batch_size: int, study: Study, key: str) -> None:

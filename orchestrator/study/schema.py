@@ -217,6 +217,9 @@ class Numerics(Model):
     """What decides the bits beside the data: part of every stage's identity."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast; parameters, filters and FFTs stay float32
+    # torch.set_float32_matmul_precision of stages that train. medium: float32 products by oneDNN, in float32 on CPUs
+    # without matrix units for bfloat16 (and there up to twice as fast), in bfloat16 on those that have them.
+    matmul: Literal["highest", "high", "medium"] = "highest"
     threads: Positive = 1
     world_size: Positive = 1  # processes that share each batch of a training stage; each has `threads`
 

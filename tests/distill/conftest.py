@@ -18,6 +18,7 @@ Place = Callable[..., Workplace]
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")
     torch.manual_seed(0)
 
 

@@ -171,15 +171,18 @@ def test_numerics_set_threads_random_state_and_precision() -> None:
     prepare(Numerics(), seed=3)
     assert torch.equal(torch.rand(3), first)
     assert torch.get_num_threads() == 1
+    for matmul in ("medium", "highest"):
+        prepare(Numerics(matmul=matmul))  # type: ignore[arg-type]
+        assert torch.get_float32_matmul_precision() == matmul
     x, y = torch.randn(2, 2), torch.randn(2, 2)
     for dtype, wanted in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         with autocast(Numerics(dtype=dtype), "cpu"):  # type: ignore[arg-type]
             assert (x @ y).dtype == wanted
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("threads", "matmul"), [(1, "highest"), (2, "highest"), (1, "medium"), (2, "medium")])
 def test_a_distil_stage_killed_and_resumed_saves_the_same_bytes(
-    place: Any, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+    place: Any, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int, matmul: Any
 ) -> None:
     """Batches so large that two threads do share the work."""
     text = tmp_path / "tokens"
@@ -191,7 +194,7 @@ def test_a_distil_stage_killed_and_resumed_saves_the_same_bytes(
     spec = DistilSpec(
         tokens="t", teacher="r", parent="p", layers=(0, 2), new_layers=(0, 2), operator=HyenaConfig(), phases=phases,
         batch_size=8, sequence_length=64, first_sequence=4, freeze=(), optimizer=CONFIG,
-        numerics=Numerics(threads=threads), seed=0,
+        numerics=Numerics(threads=threads, matmul=matmul), seed=0,
     )  # fmt: skip
     whole = place("whole", inputs)
     run_stage(spec, whole)

@@ -323,10 +323,11 @@ def test_operators_have_short_names() -> None:
 
 
 def test_a_batch_is_shared_in_training_only() -> None:
-    plan = planned("numerics.world_size=2")
+    plan = planned("numerics.world_size=2", "numerics.matmul=medium")
     training = [spec for spec in plan.specs.values() if getattr(spec, "phases", None) or hasattr(spec, "token_budget")]
     rest = [spec for spec in plan.specs.values() if spec not in training]
     assert {spec.world_size for spec in training} == {2}
+    assert {spec.numerics.matmul for spec in training} == {"medium"}
     assert {spec.world_size for spec in [*rest, *throughput_specs(plan, "h").values()]} == {1}
     assert plan.teacher.evaluate.numerics == planned().teacher.evaluate.numerics
 

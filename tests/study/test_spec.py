@@ -63,15 +63,15 @@ SPECS: dict[str, Any] = {
 KEYS = {
     "tokens": "d4106e31393fe217fa526a6480af5aa8994ad160815533127e4eb1f881c81e9f",
     "import": "9df2c567f861cfe8d67bafe895eacbbde9fb66c82bf4ed0c208c08800b775175",
-    "teacher": "d2187dc0de4b61544b8bce087d8e2521435c399cfd26565b4a9478b7f910c322",
-    "distil": "bbc1ddf49032a4cb1fc702a40592d7d5cd60729d60ed18b57fe5e5042df9c283",
-    "scratch": "470ceb7077da439e8eee525f1d77b29ad91883582ce6643c716045ad63537d1c",
-    "evaluate": "72bf168d502a0bab034785f9b5fde120c628a8bd2285d109fc06b98b909f11ae",
-    "throughput": "5d3dd917ee532cf5e12ebb5c96055470e95d2a4930107ade872dc12894d89cc1",
+    "teacher": "8bc3cdb2d56388e96b41c623c0d9a550c1fef7780671490cd6c943e23988b0bc",
+    "distil": "e452935e7110c41cd584410ee5d72c37f44c02b31049681940f6bd5503bcbda4",
+    "scratch": "9c0f3f1d9b773327713e8cfc8c6e3e1bd7823821a20b6a912d1c7fad22d0a0e3",
+    "evaluate": "e74d0c3a91ad71c18784db89baa8e79b01439b6732679868d4e7ddb1bcaf7dda",
+    "throughput": "d71bd297f86b81d9bc41a3f1b40defe0e1af2d85a5af49fdfbb1e71bf3cd714d",
 }
 WORDS = {  # another value for a field whose words are given
     "source": "jsonl", "method": "adamw", "dtype": "bfloat16", "window": "linear", "init": "random",
-    "direction": "reverse", "feature_map": "hedgehog",
+    "direction": "reverse", "feature_map": "hedgehog", "matmul": "medium",
 }  # fmt: skip
 HEADED = ("feature_map", "degree", "key_dim", "normalise", "key_gate")  # of an operator with heads only
 FILLED = {  # a value for a field that is none
