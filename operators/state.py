@@ -81,6 +81,8 @@ class State:
             raise ValueError(f"length must lie between 0 and the {self.length} positions seen but is {length}.")
         if length < self.length:
             self.recent_projections, self.window = None, (0, 0)
+        if length == 0:
+            self.filters = None  # a new text may come with new weights
         self.length = length
 
     def reorder(self, indices: Tensor) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 
 from operators.config import OperatorConfig
 from operators.registry import build
@@ -35,25 +35,31 @@ class SwappedAttention(nn.Module):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **others: Any
     ) -> tuple[Tensor, None]:
         """(B, L, D) -> (B, L, D) and no attention weights; with a cache, continues from what it has seen."""
-        mask_BL = real_tokens(attention_mask, hidden_states.shape[1])
         cache: Cache | None = others.get(self.cache_argument)
+        new = hidden_states.shape[1]
         if cache is None:
-            return self.operator(hidden_states, mask_BL), None
+            return self.operator(hidden_states, real_tokens(attention_mask, 0, new)), None
         state = _state(cache, self.layer, self.operator, hidden_states.shape[0])
+        mask_BL = real_tokens(attention_mask, state.length, new)
         output, _ = self.operator.extend(hidden_states, state, mask_BL)
         return output, None
 
 
 class OperatorCacheLayer(CacheLayerMixin):
-    """An operator's state in the place of a layer's keys and values."""
+    """An operator's state in the place of a layer's keys and values.
 
-    is_compileable = False
+    One model makes one mask for all layers, from what the first layer's cache says of its size and every layer's of
+    being compileable. So in a static cache this layer says what the layer it replaces would.
+    """
+
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, replaced: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.state = state
+        self.fixed: int | None = replaced.max_cache_len if isinstance(replaced, StaticLayer) else None
+        self.is_compileable = self.fixed is not None
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -64,16 +70,17 @@ class OperatorCacheLayer(CacheLayerMixin):
         raise AssertionError("a swapped layer keeps a state, not keys and values")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the mask that covers all positions seen and the new ones."""
-        return self.state.length + query_length, 0
+        """Length and offset of the mask that covers all positions seen and the new ones, or all that a static cache
+        has room for."""
+        return self.fixed or self.state.length + query_length, 0
 
     def get_seq_length(self) -> int:
         """Positions seen."""
         return self.state.length
 
     def get_max_length(self) -> int:
-        """The operator's longest sequence."""
-        return self.state.max_length
+        """The operator's longest sequence, or what a static cache has room for."""
+        return self.fixed or self.state.max_length
 
     def reset(self) -> None:
         """Forget everything."""
@@ -140,16 +147,16 @@ def attention_of(model: Any, layer: int) -> nn.Module:
     return module
 
 
-def real_tokens(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """Which of the last `length` positions hold real tokens, (B, L), from a causal mask (B, 1, L, S); None: all.
+def real_tokens(attention_mask: Tensor | None, start: int, length: int) -> Tensor | None:
+    """Which of the positions `start` to `start + length` - 1 hold real tokens, (B, L); None: all.
 
-    The last query may look at every real token, so its row tells which keys are padding.
+    From a causal mask (B, 1, L, S) of all S positions that a cache has, or has room for. The last query may look at
+    every real token, so its row tells which keys are padding.
     """
     if attention_mask is None:
         return None
-    row_BS = attention_mask[:, 0, -1, :]
-    allowed_BS = row_BS if row_BS.dtype == torch.bool else row_BS == 0
-    mask_BL = allowed_BS[:, -length:]
+    row_BL = attention_mask[:, 0, -1, start : start + length]
+    mask_BL = row_BL if row_BL.dtype == torch.bool else row_BL == 0
     return None if bool(mask_BL.all()) else mask_BL
 
 
@@ -158,7 +165,7 @@ def _state(cache: Cache, layer: int, operator: Any, batch: int) -> State:
         cache.layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]
     held = cache.layers[layer]
     if not isinstance(held, OperatorCacheLayer):
-        held = OperatorCacheLayer(operator.init_state(batch))
+        held = OperatorCacheLayer(operator.init_state(batch), held)
         cache.layers[layer] = held
     if held.state.length == 0 and held.state.batch != batch:
         held.state = operator.init_state(batch)

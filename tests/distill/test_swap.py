@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, StaticCache
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
 from operators.config import HyenaConfig, OperatorConfig, SkipConfig
@@ -161,6 +161,39 @@ def test_beam_search_reorders_states_with_their_sequences(
 
 
 @every_hybrid
+@pytest.mark.parametrize("padding", [0, 6])
+def test_a_static_cache_generates_the_same(
+    tiny_teacher: Path, ids: torch.Tensor, layers: tuple[int, ...], padding: int
+) -> None:
+    student, mask = student_of(tiny_teacher, layers), torch.ones_like(ids)
+    mask[0, :padding] = 0
+    wanted = continued(student, ids, attention_mask=mask, use_cache=False)
+    for _ in range(2):  # the second uses the first one's cache again
+        found = continued(student, ids, attention_mask=mask, cache_implementation="static")
+        assert torch.equal(found, wanted)
+
+
+@every_hybrid
+def test_stepwise_logits_with_a_static_cache(tiny_teacher: Path, ids: torch.Tensor, layers: tuple[int, ...]) -> None:
+    student = student_of(tiny_teacher, layers)
+    cache = StaticCache(config=student.config, max_cache_len=40)
+    with torch.no_grad():
+        found = [
+            student(input_ids=ids[:, cut], past_key_values=cache, use_cache=True).logits
+            for cut in (slice(0, 5), slice(5, 6), slice(6, 9), slice(9, 10), slice(10, 20))
+        ]
+    torch.testing.assert_close(torch.cat(found, dim=1), logits(student, ids), rtol=1e-3, atol=1e-3)
+
+
+@every_hybrid
+def test_prompt_lookup_crops_states(tiny_teacher: Path, ids: torch.Tensor, layers: tuple[int, ...]) -> None:
+    student = student_of(tiny_teacher, layers)
+    repeated = torch.cat([ids[:1, :8], ids[:1, :8]], dim=1)
+    looked = continued(student, repeated, prompt_lookup_num_tokens=3)
+    assert torch.equal(looked, continued(student, repeated, use_cache=False))
+
+
+@every_hybrid
 def test_left_padding_changes_nothing(tiny_teacher: Path, ids: torch.Tensor, layers: tuple[int, ...]) -> None:
     student = student_of(tiny_teacher, layers)
     padded, mask = ids.clone(), torch.ones_like(ids)
@@ -178,11 +211,16 @@ def test_real_tokens_are_what_the_last_query_may_see(kind: torch.dtype) -> None:
     allowed = torch.ones(2, 1, 4, 4, dtype=torch.bool).tril()
     allowed[0, ..., :2] = False
     mask = allowed if kind == torch.bool else torch.zeros(2, 1, 4, 4).masked_fill(~allowed, torch.finfo(kind).min)
-    found = real_tokens(mask, 4)
+    found = real_tokens(mask, 0, 4)
     assert found is not None
     assert found.tolist() == [[False, False, True, True], [True] * 4]
-    assert real_tokens(mask, 2) is None
-    assert real_tokens(None, 4) is None
+    assert real_tokens(mask, 2, 2) is None
+    assert real_tokens(None, 0, 4) is None
+    room = torch.zeros(2, 1, 1, 9).masked_fill(torch.arange(9) > 4, torch.finfo(torch.float32).min)
+    room[0, ..., :2] = torch.finfo(torch.float32).min
+    assert real_tokens(room, 4, 1) is None  # a static cache's mask has room for positions to come
+    padding = real_tokens(room, 1, 4)
+    assert padding is not None and padding.tolist() == [[False, True, True, True], [True] * 4]
 
 
 def test_a_layer_is_swapped_once(teacher: Any) -> None:
