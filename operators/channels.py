@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from operators.config import HyenaConfig
-from operators.convolution import blocks_of, fft_size, long_conv, long_conv_reference
+from operators.convolution import add_taps, blocks_of, compute_dtype, fft_size, long_conv, long_conv_reference
 from operators.decode import Filters
 from operators.filters import draw_uniform
-from operators.hyena import Hyena
+from operators.hyena import Hyena, outside_autocast
 from operators.state import State
 from operators.transfer import AttentionWeights
 
@@ -32,8 +32,6 @@ class ChannelHyena(Hyena):
 
     def combine(self, u_BEL: Tensor, mask_BL: Tensor | None, h_CT: Tensor | None, state: State | None) -> Tensor:
         """See `Hyena.combine`."""
-        if h_CT is None and (state is None or state.length == 0):
-            return self._combine_blocks(u_BEL, state)
         first_BDL, *gates, y_BDL = u_BEL.chunk(self.config.order + 1, dim=1)
         step = h_CT is None and u_BEL.shape[-1] == 1
         opened = state is not None and step and state.open_window()
@@ -64,23 +62,38 @@ class ChannelHyena(Hyena):
         self.in_proj.weight[-self.d_model :] = attention.value
         self.in_proj.bias[-self.d_model :] = attention.bias_of("value")
 
-    def _combine_blocks(self, u_BEL: Tensor, state: State | None) -> Tensor:
-        """Whole sequences without gradients: all that happens to a block of channels while it is in the cache."""
-        batch, _, length = u_BEL.shape
-        parts_BPDL = u_BEL.unflatten(1, (self.config.order + 1, self.d_model))
-        spectrum_CF, size = self.frozen().spectrum(length), fft_size(2 * length - 1)
-        y_BDL = torch.empty_like(parts_BPDL[:, 0])
+    def whole(self, p_BEL: Tensor, mask_BL: Tensor | None, h_CL: Tensor | None, state: State | None) -> Tensor:
+        """See `Hyena.whole`; without gradients all that happens to a block of channels happens while it is in the
+        cache."""
+        if h_CL is not None:
+            return super().whole(p_BEL, mask_BL, h_CL, state)
+        batch, _, length = p_BEL.shape
+        blocks = (self.config.order + 1, self.d_model)
+        p_BPDL, weight_PDK = p_BEL.unflatten(1, blocks), self.short_weight.unflatten(0, blocks)
+        y_BDL = p_BEL.new_empty((batch, self.d_model, length), dtype=compute_dtype(p_BEL.dtype))
         histories = [] if state is None else [state.room(f"gated_{i}", y_BDL) for i in range(self.convolutions)]
-        for block in blocks_of(self.d_model, batch * length):
-            y = parts_BPDL[:, -1, block]
-            for index in range(self.convolutions):
-                z = parts_BPDL[:, -2 - index, block] * y
-                if histories:
-                    histories[index][:, block] = z
-                filters = slice(index * self.d_model + block.start, index * self.d_model + block.stop)
-                y = torch.fft.irfft(torch.fft.rfft(z, size) * spectrum_CF[filters], size)[..., :length]
-            torch.mul(parts_BPDL[:, 0, block], y, out=y_BDL[:, block])
+        with outside_autocast(p_BEL.device.type):
+            for block in blocks_of(self.d_model, batch * length):
+                bias_PD = self.short_bias.unflatten(0, blocks)[:, block]
+                u_BPDL = add_taps(p_BPDL[:, :, block].to(y_BDL.dtype), weight_PDK[:, block].to(y_BDL.dtype), bias_PD)
+                if mask_BL is not None:
+                    u_BPDL *= mask_BL[:, None, None].to(u_BPDL.dtype)
+                self._convolve_block(u_BPDL, block, histories, y_BDL)
         return y_BDL
+
+    def _convolve_block(self, u_BPDL: Tensor, block: slice, histories: list[Tensor], y_BDL: Tensor) -> None:
+        length = u_BPDL.shape[-1]
+        spectrum_CF, size = self.frozen().spectrum(length), fft_size(2 * length - 1)
+        y = u_BPDL[:, -1]
+        for index in range(self.convolutions):
+            z = u_BPDL[:, -2 - index] * y
+            if histories:
+                histories[index][:, block] = z
+            filters = slice(index * self.d_model + block.start, index * self.d_model + block.stop)
+            spectrum = torch.fft.rfft(z, size)
+            spectrum *= spectrum_CF[filters]
+            y = torch.fft.irfft(spectrum, size)[..., :length]
+        torch.mul(u_BPDL[:, 0], y, out=y_BDL[:, block])
 
     def _convolve(self, z_BDL: Tensor, index: int, h_CT: Tensor | None, state: State | None) -> Tensor:
         """Long convolution number `index` at the new positions."""

@@ -68,6 +68,12 @@ class Hyena(nn.Module, ABC):
         nobody asks for gradients of what came before.
         """
 
+    def whole(self, p_BEL: Tensor, mask_BL: Tensor | None, h_CL: Tensor | None, state: State | None) -> Tensor:
+        """Whole sequences from their projections on: short convolution and `combine`, (B, D, L)."""
+        return self._combine(
+            _masked(short_conv(p_BEL, self.short_weight, self.short_bias), mask_BL), mask_BL, h_CL, state
+        )
+
     def frozen(self) -> Filters:
         """The filters as they are at this moment, computed once."""
         return self.filter.frozen()
@@ -95,8 +101,7 @@ class Hyena(nn.Module, ABC):
         """
         h_CL = self._trained_filters(x_BLD.shape[1])
         p_BEL = _masked(_project(self.in_proj, x_BLD.transpose(1, 2)), mask_BL)
-        u_BEL = _masked(short_conv(p_BEL, self.short_weight, self.short_bias), mask_BL)
-        return self._project_out(u_BEL, mask_BL, h_CL, None)
+        return self._project_out(self.whole(p_BEL, mask_BL, h_CL, None))
 
     def reference(self, x_BLD: Tensor) -> Tensor:
         """`forward` from the definitions, O(L^2), differentiable by autograd; for tests and for reading."""
@@ -135,11 +140,16 @@ class Hyena(nn.Module, ABC):
             state.filters = self.frozen()
         if new == 1 and start >= self.config.short_taps and mask_BL is None and state.recent_projections is not None:
             return self._step(x_BLD, state), state
-        u_BEn, mask_Bn, recent_BEK = self._project_onwards(x_BLD, state, mask_BL)
-        h_CT = self._trained_filters(stop) if start == 0 else None
-        y_BnD = self._project_out(u_BEn, mask_Bn, h_CT, state)
-        state.length, state.recent_projections = stop, recent_BEK
-        return y_BnD, state
+        if start == 0:
+            p_BEL = _masked(_project(self.in_proj, state.append("input", x_BLD.transpose(1, 2))), mask_BL)
+            _append_mask(state, mask_BL, x_BLD)
+            y_BDn = self.whole(p_BEL, mask_BL, self._trained_filters(stop), state)
+        else:
+            u_BEn, mask_Bn, p_BEL = self._project_onwards(x_BLD, state, mask_BL)
+            y_BDn = self._combine(u_BEn, mask_Bn, None, state)
+        first_kept = max(0, p_BEL.shape[-1] - self.config.short_taps + 1)
+        state.length, state.recent_projections = stop, p_BEL[..., first_kept:].detach().clone()
+        return self._project_out(y_BDn), state
 
     @torch.no_grad()
     def initialise(self, attention: AttentionWeights | None, generator: torch.Generator) -> None:
@@ -177,7 +187,7 @@ class Hyena(nn.Module, ABC):
         self, x_BLD: Tensor, state: State, mask_BL: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Projection and short convolution (B, E, n) after the state's positions, zero at padded ones; their mask; and
-        the projections that the next positions need."""
+        the projections that the short convolution saw."""
         start, x_BDn = state.length, x_BLD.transpose(1, 2)
         before = min(start, self.config.short_taps - 1)
         seen_BDT = state.append("input", x_BDn)
@@ -189,9 +199,8 @@ class Hyena(nn.Module, ABC):
             p_BEn = _masked(_project(self.in_proj, x_BDn), mask_BL)
             p_BEL = torch.cat([state.recent_projections, p_BEn], dim=-1)
         u_BEL = _masked(short_conv(p_BEL, self.short_weight, self.short_bias), mask_window)
-        first_kept = max(0, p_BEL.shape[-1] - self.config.short_taps + 1)
         mask_Bn = None if mask_BT is None else mask_BT[:, start:]
-        return u_BEL[..., before:], mask_Bn, p_BEL[..., first_kept:].detach().clone()
+        return u_BEL[..., before:], mask_Bn, p_BEL
 
     def _trained_filters(self, length: int) -> Tensor | None:
         """Filters (C, length) to differentiate; None, for the frozen ones, where nobody does."""
@@ -207,13 +216,15 @@ class Hyena(nn.Module, ABC):
         seen_BEK = torch.cat([state.recent_projections, p_B1E.transpose(1, 2)], dim=-1)
         state.recent_projections = seen_BEK[..., 1:].detach()
         u_BE = (seen_BEK.to(compute_dtype(seen_BEK.dtype)) * self.short_weight).sum(-1) + self.short_bias
-        y_B1D = self._project_out(u_BE[..., None], None, None, state)
+        y_B1D = self._project_out(self._combine(u_BE[..., None], None, None, state))
         state.length += 1
         return y_B1D
 
-    def _project_out(self, u_BEL: Tensor, mask_BL: Tensor | None, h_CT: Tensor | None, state: State | None) -> Tensor:
-        with _outside_autocast(u_BEL.device.type):
-            y_BDL = self.combine(u_BEL, mask_BL, h_CT, state)
+    def _combine(self, u_BEL: Tensor, mask_BL: Tensor | None, h_CT: Tensor | None, state: State | None) -> Tensor:
+        with outside_autocast(u_BEL.device.type):
+            return self.combine(u_BEL, mask_BL, h_CT, state)
+
+    def _project_out(self, y_BDL: Tensor) -> Tensor:
         return _project(self.out_proj, y_BDL.to(self.out_proj.weight.dtype)).transpose(1, 2)
 
 
@@ -238,6 +249,6 @@ def _append_mask(state: State, mask_BL: Tensor | None, x_BLD: Tensor) -> Tensor 
     return state.append("mask", ones_BL if mask_BL is None else mask_BL.bool())
 
 
-def _outside_autocast(device: str) -> Any:
+def outside_autocast(device: str) -> Any:
     """No automatic casts; entering that costs as much as a small operation, so only where there are any."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
