@@ -58,8 +58,10 @@ def run_study(job: Job, context: RunContext, cluster: Cluster, interrupt: Interr
     began = time.monotonic()
     started = time.time()
     store = Store(job.home.store)
-    for line in store.withdraw_damaged([*job.plan.specs, *(spec.key for spec in job.speeds.values())]):
+    keys = [*job.plan.specs, *(spec.key for spec in job.speeds.values())]
+    for line in store.withdraw_damaged(keys):
         print(line, file=sys.stderr)
+    store.tidy(keys)
     before = _finished(job.plan, store)
     watch = _Watch(job, cluster.cpus)
     recorder = Recorder(job.home, job.plan, job.speeds)

@@ -140,6 +140,16 @@ class Store:
                 log.write("".join(f"{line}\n" for line in said))
         return said
 
+    def tidy(self, keys: Iterable[str]) -> None:
+        """Remove what attempts left that died after they had published and before they had cleared up."""
+        for key in keys:
+            folder = self.folder(key)
+            if self.finished(key) and (folder / "work").exists():
+                with exclusively(folder) as ours:
+                    if ours and self.finished(key):
+                        shutil.rmtree(folder / "work", ignore_errors=True)
+                        _clear(folder)
+
     def said(self, after: int) -> tuple[list[str], int]:
         """What any process said of damage after the first `after` bytes of the log, and how long it is now."""
         try:

@@ -155,7 +155,7 @@ def one_study(study: Path, given: Path, out: Path) -> Comparison:
     mine = {spec.key: spec for trial in plan.trials for spec in _specs(trial.steps) if spec.key not in before}
     tree = _side([(store, spec) for spec in mine.values()], wall, busy)
     _same_bits(plan, alone, store)
-    comparison = Comparison(plain, tree, _stage_seconds(store, before), parts)
+    comparison = Comparison(plain, tree, stage_seconds(store, before), parts)
     print(json.dumps({study.stem: comparison.told()}), flush=True)
     return comparison
 
@@ -174,7 +174,7 @@ def _side(folders: list[tuple[Path, Any]], wall: float, busy: float) -> Side:
     return side
 
 
-def _stage_seconds(store: Path, before: set[str]) -> float:
+def stage_seconds(store: Path, before: set[str]) -> float:
     """Core-seconds inside all stages, of any kind, that a run added to those `before` it."""
     manifests = [read_json(path) for path in store.glob("??/*/DONE.json") if path.parent.name not in before]
     return float(sum(manifest["core_seconds"] for manifest in manifests))

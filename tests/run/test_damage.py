@@ -154,6 +154,22 @@ def test_every_flipped_bit_of_a_manifest_is_found_and_the_stage_computed_again(t
     assert compute(spec.model_dump_json(), context) == result
 
 
+def test_what_a_death_right_after_publishing_left_is_cleared_up(text: Small) -> None:
+    spec, context, store = text
+    compute(spec.model_dump_json(), context)
+    folder = store.folder(spec.key)
+    (folder / "work" / "step-000010").mkdir(parents=True)
+    (folder / "out-12345678").mkdir()
+    other = FileLock(folder / "lock")
+    with other:  # somebody is at it
+        store.tidy([spec.key])
+    assert (folder / "work").exists()
+    store.tidy([spec.key, "0" * 64])
+    assert {path.name for path in folder.iterdir()} >= {"DONE.json", "artefacts", "spec.json"}
+    assert not [path for path in folder.iterdir() if path.name.startswith(("work", "out-"))]
+    assert store.damaged(spec.key) is None
+
+
 def test_a_manifest_without_a_digest_of_its_own_is_taken(text: Small) -> None:
     spec, context, store = text
     compute(spec.model_dump_json(), context)
