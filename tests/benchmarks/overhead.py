@@ -1,7 +1,7 @@
 """What running a study costs beside its stages: `python -m tests.benchmarks.overhead STUDY HOME`, HOME new or empty.
 
-Runs the study as it is and prints the processor seconds of every process by part, those inside stages, and the overhead,
-1 - inside / all.
+Runs the study as it is and prints the processor seconds of every process by part, those inside stages, and the
+overhead, 1 - inside / all.
 """
 
 from __future__ import annotations
