@@ -83,6 +83,8 @@ def test_what_plans_imports_no_heavy_package(path: Path) -> None:
         ("orchestrator.study.plan", "torch transformers datasets ray mlflow"),
         ("orchestrator.study.sources", "torch transformers datasets ray mlflow"),
         ("orchestrator.distill.context", "torch transformers ray mlflow"),
+        ("orchestrator.run.broker", "torch transformers datasets mlflow"),
+        ("orchestrator.record.driver", "torch transformers datasets"),
         ("operators.registry", "transformers datasets ray mlflow orchestrator"),
     ],
 )

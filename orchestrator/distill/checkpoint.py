@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from orchestrator.distill.context import checkpoint_folders
 from orchestrator.files import published_directory, read_json, sha256_file, write_json
 
 KEEP = 2
@@ -40,7 +41,7 @@ def save_checkpoint(
         save_file({name: value.cpu().contiguous().clone() for name, value in tensors.items()}, folder / TENSORS)
         digest = sha256_file(folder / TENSORS)
         write_json(folder / MANIFEST, {"step": step, "seconds": seconds, "numbers": numbers, "sha256": digest})
-    for old in _folders(work)[:-KEEP]:
+    for old in checkpoint_folders(work)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -54,7 +55,7 @@ def load_checkpoint(
         checkpoint that was found damaged and left out.
     """
     said: list[str] = []
-    for folder in reversed(_folders(work)):
+    for folder in reversed(checkpoint_folders(work)):
         try:
             manifest = read_json(folder / MANIFEST)
             if sha256_file(folder / TENSORS) != manifest["sha256"]:
@@ -67,11 +68,6 @@ def load_checkpoint(
         _restore(tensors, manifest["numbers"], model, optimizers)
         return int(manifest["step"]), float(manifest["seconds"]), said
     return 0, 0.0, said
-
-
-def newest_step(work: Path) -> int:
-    """The step that training would go on from, 0 where there is no checkpoint."""
-    return max((int(path.name.removeprefix("step-")) for path in _folders(work)), default=0)
 
 
 def _restore(
@@ -97,8 +93,3 @@ def _restore(
                 state.setdefault(int(position), {})[name] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     torch.set_rng_state(tensors["random"])
-
-
-def _folders(work: Path) -> list[Path]:
-    found = [path for path in work.glob("step-*") if path.is_dir()]
-    return sorted(found, key=lambda path: (len(path.name), path.name))  # steps of more than six digits come last

@@ -47,3 +47,14 @@ class Workplace:
     journal: Path
     out: Path
     context: RunContext
+
+
+def checkpoint_folders(work: Path) -> list[Path]:
+    """The checkpoints of an unfinished stage, the newest last."""
+    found = [path for path in work.glob("step-*") if path.is_dir()]
+    return sorted(found, key=lambda path: (len(path.name), path.name))  # steps of more than six digits come last
+
+
+def newest_step(work: Path) -> int:
+    """The step that training would go on from, 0 where there is no checkpoint."""
+    return max((int(path.name.removeprefix("step-")) for path in checkpoint_folders(work)), default=0)

@@ -18,8 +18,7 @@ from typing import Any
 
 import psutil
 
-from orchestrator.distill.checkpoint import newest_step
-from orchestrator.distill.context import RunContext
+from orchestrator.distill.context import RunContext, newest_step
 from orchestrator.distill.journal import read_journal
 from orchestrator.files import canonical_json
 from orchestrator.record.home import Home
@@ -34,6 +33,7 @@ from orchestrator.run.sweep import Outcome, missing, run_plan
 from orchestrator.study.plan import Plan
 from orchestrator.study.spec import ThroughputSpec
 
+LOOK_SECONDS = 2.0  # between looks at what is finished
 ROUNDS = 2  # of computing what the store lacks
 
 
@@ -170,7 +170,7 @@ class _Watch:
         self.progress = Progress(job.plan, Store(job.home.store), job.speeds, cores)
         self.peak_mb = 0.0
         self.over = threading.Event()
-        self.thread = threading.Thread(target=self._every_second, daemon=True)
+        self.thread = threading.Thread(target=self._again_and_again, daemon=True)
 
     def start(self) -> None:
         self.progress.begin()
@@ -189,8 +189,8 @@ class _Watch:
         finally:
             self.peak_mb = max(self.peak_mb, _tree_rss_mb())
 
-    def _every_second(self) -> None:
-        while not self.over.wait(1.0):
+    def _again_and_again(self) -> None:
+        while not self.over.wait(LOOK_SECONDS):
             self._look()
 
 

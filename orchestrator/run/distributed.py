@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.distill.context import Workplace
-from orchestrator.distill.ranks import PeerLost
-from orchestrator.distill.stage import Result, run_stage
+
+Result = dict[str, Any]
 
 START_TIMEOUT_S = str(7 * 24 * 3600)  # ranks wait for cores that other stages have, like any stage
 
@@ -63,6 +63,8 @@ def _on_rank(given: dict[str, Any]) -> Result | None:
     from ray.train import get_context
     from ray.train.torch import get_device
 
+    from orchestrator.distill.stage import run_stage  # torch: only where a stage is computed
+
     place: Workplace = given["place"]
     if place.context.device.startswith("cuda"):
         place = dataclasses.replace(place, context=dataclasses.replace(place.context, device=str(get_device())))
@@ -76,6 +78,8 @@ def _on_rank(given: dict[str, Any]) -> Result | None:
 
 def _cause(failures: dict[int, Exception], told: str) -> Exception:
     """The first rank's own error; `RankDied` where all that is known is that ranks died or missed another."""
+    from orchestrator.distill.ranks import PeerLost
+
     for _, failure in sorted(failures.items()):
         if not isinstance(failure, PeerLost) and type(failure).__module__.split(".")[0] != "ray":
             return failure

@@ -142,9 +142,9 @@ def _run_trials(plan: Plan, broker: Any, outcome: Outcome, nodes: tuple[Node, ..
 def _at_once(plan: Plan, nodes: tuple[Node, ...]) -> int:
     """Trials that have a coordinator at a time: a process each, which costs some seconds of a core to start.
 
-    Without early stopping the broker has been asked for everything already and coordinators only look on.
+    Without early stopping the broker has been asked for everything already and a coordinator only looks on.
     """
-    return 2 if plan.study.search.early_stopping is None else max(2, int(2 * sum(node.cpus for node in nodes)))
+    return 1 if plan.study.search.early_stopping is None else max(2, int(2 * sum(node.cpus for node in nodes)))
 
 
 def _scheduler(plan: Plan) -> Any:

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from operators.config import HyenaConfig
 from orchestrator.distill import stage
-from orchestrator.distill.checkpoint import newest_step
-from orchestrator.distill.context import Workplace
+from orchestrator.distill.context import Workplace, newest_step
 from orchestrator.distill.journal import NAME, Journal, read_journal
 from orchestrator.distill.models import WEIGHTS
 from orchestrator.distill.optim import schedule

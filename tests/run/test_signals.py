@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator.distill.checkpoint import newest_step
+from orchestrator.distill.context import newest_step
 from orchestrator.distill.journal import read_journal
 from orchestrator.run.interrupt import Interrupt
 
