@@ -116,6 +116,7 @@ class ImplicitFilter(nn.Module):
         fit_WC = torch.linalg.solve(gram_WW + ridge, hidden_LW.t() @ (residual_CL.t() * weight_L1))
         self.readout.weight.copy_(fit_WC.t())
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def frozen(self, direct_C: Tensor | None = None) -> Filters:
         """The filters as they are, computed once until a parameter changes in place, moves or is replaced.
@@ -123,7 +124,7 @@ class ImplicitFilter(nn.Module):
         `direct_C` is added at lag 0.
         """
         watched = [*self.parameters(), *([] if direct_C is None else [direct_C])]
-        stamp = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in watched)
+        stamp = tuple((p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device) for p in watched)
         if self._frozen is None or self._frozen[0] != stamp:
             h_CL = self(self.max_length)
             if direct_C is not None:

@@ -90,3 +90,16 @@ def test_filters_are_remembered_until_a_parameter_changes(change: str) -> None:
     assert now().dtype != before.dtype or not torch.equal(now(), before)
     torch.testing.assert_close(now(), filters(40).detach())
     assert filters.frozen(torch.ones(len(now()))).h_CL[0, 0] == now()[0, 0] + 1  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("built_inside", [True, False])
+def test_inference_mode_is_no_trap(built_inside: bool) -> None:
+    with torch.inference_mode(built_inside):
+        operator, x_BLD = operator_of(), draw(B, 60, D)
+    with torch.inference_mode():
+        _, state = operator.extend(x_BLD[:, :50], operator.init_state(B))
+        steps = [operator.extend(x_BLD[:, t : t + 1], state)[0] for t in range(50, 60)]
+        close(torch.cat(steps, dim=1), operator(x_BLD)[:, 50:])
+    if not built_inside:
+        _, state = operator.extend(x_BLD[:, :50], operator.init_state(B))
+        operator.extend(x_BLD[:, 50:], state)[0].sum().backward()
