@@ -50,9 +50,9 @@ def test_a_shared_beginning_is_told_once_and_trials_stand_at_the_leaves(tmp_path
 
 def test_the_default_study_fits_a_screen(tmp_path: Path) -> None:
     lines = plan(tmp_path / "home", study="layerwise").splitlines()
-    assert len(lines) <= 24
+    assert len(lines) <= 30
     assert max(map(len, lines)) <= 120
-    assert sum("trial-" in line for line in lines) == 8
+    assert sum("trial-" in line for line in lines) == 18
 
 
 def test_a_trial_that_ends_where_another_goes_on_stands_at_its_own_stage(tmp_path: Path) -> None:
