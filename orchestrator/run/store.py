@@ -238,7 +238,10 @@ def _attempt(spec: Any, spec_json: str, store: Store, folder: Path, context: Run
     try:
         write_text(folder / "spec.json", spec_json)
         (folder / FAILURE).unlink(missing_ok=True)
-        number = (store.attempt(spec.key) or {}).get("number", 0) + 1
+        before = store.attempt(spec.key)
+        if before is None:  # a directory deleted under its worker may have a checkpoint again, without its history
+            shutil.rmtree(work, ignore_errors=True)
+        number = (before or {}).get("number", 0) + 1
         told = {"pid": os.getpid(), "host": platform.node(), "started": time.time(), "number": number}
         write_json(folder / ATTEMPT, told)
         _clear(folder)

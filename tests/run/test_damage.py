@@ -154,6 +154,26 @@ def test_every_flipped_bit_of_a_manifest_is_found_and_the_stage_computed_again(t
     assert compute(spec.model_dump_json(), context) == result
 
 
+def test_a_checkpoint_without_an_attempt_is_of_a_deleted_stage_and_has_no_history(
+    text: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, context, store = text
+    seen, real = [], stage_module.run_stage
+
+    def look(spec: Any, place: Any) -> Any:
+        seen.append(sorted(path.name for path in place.work.iterdir()))
+        return real(spec, place)
+
+    monkeypatch.setattr(stage_module, "run_stage", look)
+    for attempt in (None, {"number": 1}):
+        shutil.rmtree(store.folder(spec.key), ignore_errors=True)
+        (store.folder(spec.key) / "work" / "step-000050").mkdir(parents=True)
+        if attempt is not None:
+            (store.folder(spec.key) / "attempt.json").write_text(json.dumps(attempt))
+        compute(spec.model_dump_json(), context)
+    assert seen == [[], ["step-000050"]]
+
+
 def test_what_a_death_right_after_publishing_left_is_cleared_up(text: Small) -> None:
     spec, context, store = text
     compute(spec.model_dump_json(), context)
