@@ -362,6 +362,6 @@ FAULTS: dict[str, Fault] = {
     "stale-claim": Fault(leave_stale_claim, (-9,)),
     "disk-full": Fault(fill_disk, (0, 1, 2), small_disk=True),  # 2 where there is no room for a store
     "records-locked": Fault(lock_records),
-    "records-deleted": Fault(delete_records),
+    "records-deleted": Fault(delete_records, later=True),
     "records-hidden": Fault(hide_records),
 }
