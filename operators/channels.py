@@ -70,20 +70,23 @@ class ChannelHyena(Hyena):
         batch, _, length = p_BEL.shape
         blocks = (self.config.order + 1, self.d_model)
         p_BPDL, weight_PDK = p_BEL.unflatten(1, blocks), self.short_weight.unflatten(0, blocks)
+        bias_PD, spectrum_CF = self.short_bias.unflatten(0, blocks), self.frozen().spectrum(length)
         y_BDL = p_BEL.new_empty((batch, self.d_model, length), dtype=compute_dtype(p_BEL.dtype))
         histories = [] if state is None else [state.room(f"gated_{i}", y_BDL) for i in range(self.convolutions)]
         with outside_autocast(p_BEL.device.type):
             for block in blocks_of(self.d_model, batch * length):
-                bias_PD = self.short_bias.unflatten(0, blocks)[:, block]
-                u_BPDL = add_taps(p_BPDL[:, :, block].to(y_BDL.dtype), weight_PDK[:, block].to(y_BDL.dtype), bias_PD)
+                inputs_BPDL, taps_PDK = p_BPDL[:, :, block].to(y_BDL.dtype), weight_PDK[:, block].to(y_BDL.dtype)
+                u_BPDL = add_taps(inputs_BPDL, taps_PDK, bias_PD[:, block])
                 if mask_BL is not None:
                     u_BPDL *= mask_BL[:, None, None].to(u_BPDL.dtype)
-                self._convolve_block(u_BPDL, block, histories, y_BDL)
+                self._convolve_block(u_BPDL, block, spectrum_CF, histories, y_BDL)
         return y_BDL
 
-    def _convolve_block(self, u_BPDL: Tensor, block: slice, histories: list[Tensor], y_BDL: Tensor) -> None:
+    def _convolve_block(
+        self, u_BPDL: Tensor, block: slice, spectrum_CF: Tensor, histories: list[Tensor], y_BDL: Tensor
+    ) -> None:
         length = u_BPDL.shape[-1]
-        spectrum_CF, size = self.frozen().spectrum(length), fft_size(2 * length - 1)
+        size = fft_size(2 * length - 1)
         y = u_BPDL[:, -1]
         for index in range(self.convolutions):
             z = u_BPDL[:, -2 - index] * y

@@ -117,10 +117,10 @@ class Hyena(nn.Module, ABC):
     def extend(self, x_BLD: Tensor, state: State, mask_BL: Tensor | None = None) -> tuple[Tensor, State]:
         """Process n >= 1 new positions after those the state has seen: prefill, chunked prefill and steps.
 
-        A prefill costs what `forward` costs, a step one pass over the history, a later chunk a convolution
-        over history and chunk. Of the projections only those that the short convolution still sees are kept;
-        after a crop they are computed again from the inputs, which makes it exact. The state is as large as
-        a key-value cache (channel-wise of order 2; half as large again for heads).
+        A prefill costs what `forward` costs, a step one pass over the history of heads and a few operations for
+        channels, a later chunk a convolution over history and chunk. Of the projections only those that the short
+        convolution still sees are kept; after a crop they are computed again from the inputs, which makes it exact.
+        The state is as large as a key-value cache (channel-wise of order 2; half as large again for heads).
 
         Args:
             x_BLD: inputs of the new positions.

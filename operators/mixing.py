@@ -51,10 +51,14 @@ def _weigh(products: Tensor, degree: int | None) -> Tensor:
     """f of products, in their place."""
     if degree is None:
         return products
-    products.mul_(1 / degree).add_(1.0)
+    return _raise(products.mul_(1 / degree).add_(1.0), degree)
+
+
+def _raise(base: Tensor, degree: int) -> Tensor:
+    """base^degree, a power of two, in its place."""
     for _ in range(degree.bit_length() - 1):
-        products *= products
-    return products
+        base *= base
+    return base
 
 
 def _weigh_and_slope(products: Tensor, degree: int | None) -> tuple[Tensor, Tensor | None]:
@@ -125,9 +129,8 @@ def mix_step(q_BHK1: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, reversed_HT: Tensor
     if degree is None:
         scores_N1T = torch.bmm(q_N1K, k_BHKT.flatten(0, 1))
     else:
-        scores_N1T = torch.baddbmm(q_N1K.new_ones(1), q_N1K, k_BHKT.flatten(0, 1), alpha=1 / degree)
-        for _ in range(degree.bit_length() - 1):
-            scores_N1T *= scores_N1T
+        base_N1T = torch.baddbmm(q_N1K.new_ones(1), q_N1K, k_BHKT.flatten(0, 1), alpha=1 / degree)
+        scores_N1T = _raise(base_N1T, degree)
     scores_N1T = scores_N1T.view(*q_BHK1.shape[:2], -1).mul_(reversed_HT).view_as(scores_N1T)
     return torch.bmm(v_BHVT.flatten(0, 1), scores_N1T.transpose(1, 2)).view(*v_BHVT.shape[:3], 1)
 

@@ -93,6 +93,19 @@ def no_orphan(of: list[psutil.Process]) -> None:
     assert alive == []
 
 
+def stopped_by_ctrl_c(of: Long, driver: subprocess.Popen[str]) -> tuple[str, int]:
+    """Interrupt it as a terminal does, the whole group; what it said and the step of the checkpoint it left."""
+    children = family(driver)
+    os.killpg(driver.pid, signal.SIGINT)
+    _, told = driver.communicate(timeout=100)
+    assert driver.returncode == 130, told
+    no_orphan(children)
+    step = newest_step(of.teacher / "work")
+    assert step == read_journal(of.teacher)[-1]["step"] > 0
+    assert not (of.teacher / "failure.json").exists()
+    return told, step
+
+
 @pytest.fixture(scope="module")
 def long(tmp_path_factory: pytest.TempPathFactory) -> Long:
     return Long(tmp_path_factory.mktemp("long"))
@@ -114,15 +127,7 @@ def stranger() -> Iterator[subprocess.Popen[str]]:
 
 def test_ctrl_c_stops_at_a_checkpoint_and_says_how_to_go_on(long: Long, stranger: subprocess.Popen[str]) -> None:
     """As a terminal sends it: to the whole process group."""
-    driver = long.start()
-    children = family(driver)
-    os.killpg(driver.pid, signal.SIGINT)
-    _, told = driver.communicate(timeout=100)
-    assert driver.returncode == 130, told
-    no_orphan(children)
-    step = newest_step(long.teacher / "work")
-    assert step == read_journal(long.teacher)[-1]["step"] > 0
-    assert not (long.teacher / "failure.json").exists()
+    told, step = stopped_by_ctrl_c(long, long.start())
     assert told.splitlines() == [
         "stopping at the next checkpoint; once more stops at once",
         "stopped; nothing finished is lost",
@@ -146,16 +151,8 @@ def test_ctrl_c_stops_at_a_checkpoint_and_says_how_to_go_on(long: Long, stranger
 
 def test_ctrl_c_stops_all_ranks_of_a_stage_at_one_checkpoint(tmp_path: Path) -> None:
     ranked = Long(tmp_path)
-    driver = ranked.start("--set", "numerics.world_size=2")
-    children = family(driver)
-    os.killpg(driver.pid, signal.SIGINT)
-    _, told = driver.communicate(timeout=100)
-    assert driver.returncode == 130, told
-    no_orphan(children)
-    step = newest_step(ranked.teacher / "work")
-    assert step == read_journal(ranked.teacher)[-1]["step"] > 0
+    told, step = stopped_by_ctrl_c(ranked, ranked.start("--set", "numerics.world_size=2"))
     assert f"  teacher goes on after step {step}, {step * 512:,} of 81,920,000 tokens" in told
-    assert not (ranked.teacher / "failure.json").exists()
     assert "Traceback" not in told
 
 
