@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from operators.config import HyenaConfig
-from operators.convolution import add_taps, blocks_of, compute_dtype, fft_size, long_conv, long_conv_reference
+from operators.convolution import compute_dtype, long_conv, long_conv_reference
 from operators.decode import Filters
 from operators.filters import draw_uniform
+from operators.gated import Inputs, gated, gated_trained
 from operators.hyena import Hyena, outside_autocast
 from operators.state import State
 from operators.transfer import AttentionWeights
@@ -63,40 +64,23 @@ class ChannelHyena(Hyena):
         self.in_proj.bias[-self.d_model :] = attention.bias_of("value")
 
     def whole(self, p_BEL: Tensor, mask_BL: Tensor | None, h_CL: Tensor | None, state: State | None) -> Tensor:
-        """See `Hyena.whole`; without gradients all that happens to a block of channels happens while it is in the
-        cache."""
-        if h_CL is not None:
-            return super().whole(p_BEL, mask_BL, h_CL, state)
+        """See `Hyena.whole`: one pass (`gated`)."""
         batch, _, length = p_BEL.shape
         blocks = (self.config.order + 1, self.d_model)
-        p_BPDL, weight_PDK = p_BEL.unflatten(1, blocks), self.short_weight.unflatten(0, blocks)
-        bias_PD, spectrum_CF = self.short_bias.unflatten(0, blocks), self.frozen().spectrum(length)
-        y_BDL = p_BEL.new_empty((batch, self.d_model, length), dtype=compute_dtype(p_BEL.dtype))
-        histories = [] if state is None else [state.room(f"gated_{i}", y_BDL) for i in range(self.convolutions)]
+        inputs = Inputs(
+            p_BEL.unflatten(1, blocks),
+            mask_BL,
+            self.short_weight.unflatten(0, blocks),
+            self.short_bias.unflatten(0, blocks),
+        )
+        like_BDL = p_BEL.new_empty((batch, self.d_model, length), dtype=compute_dtype(p_BEL.dtype))
+        histories = [] if state is None else [state.room(f"gated_{i}", like_BDL) for i in range(self.convolutions)]
         with outside_autocast(p_BEL.device.type):
-            for block in blocks_of(self.d_model, batch * length):
-                inputs_BPDL, taps_PDK = p_BPDL[:, :, block].to(y_BDL.dtype), weight_PDK[:, block].to(y_BDL.dtype)
-                u_BPDL = add_taps(inputs_BPDL, taps_PDK, bias_PD[:, block])
-                if mask_BL is not None:
-                    u_BPDL *= mask_BL[:, None, None].to(u_BPDL.dtype)
-                self._convolve_block(u_BPDL, block, spectrum_CF, histories, y_BDL)
-        return y_BDL
-
-    def _convolve_block(
-        self, u_BPDL: Tensor, block: slice, spectrum_CF: Tensor, histories: list[Tensor], y_BDL: Tensor
-    ) -> None:
-        length = u_BPDL.shape[-1]
-        size = fft_size(2 * length - 1)
-        y = u_BPDL[:, -1]
-        for index in range(self.convolutions):
-            z = u_BPDL[:, -2 - index] * y
-            if histories:
-                histories[index][:, block] = z
-            filters = slice(index * self.d_model + block.start, index * self.d_model + block.stop)
-            spectrum = torch.fft.rfft(z, size)
-            spectrum *= spectrum_CF[filters]
-            y = torch.fft.irfft(spectrum, size)[..., :length]
-        torch.mul(u_BPDL[:, 0], y, out=y_BDL[:, block])
+            if h_CL is None:
+                spectrum_CF = self.frozen().spectrum(length)
+                return gated(inputs, spectrum_CF.unflatten(0, (self.convolutions, -1)), histories)
+            h_NDL, direct_ND = (part.unflatten(0, (self.convolutions, -1)) for part in (h_CL, self.direct))
+            return gated_trained(inputs, h_NDL, direct_ND, histories)
 
     def _convolve(self, z_BDL: Tensor, index: int, h_CT: Tensor | None, state: State | None) -> Tensor:
         """Long convolution number `index` at the new positions."""

@@ -114,6 +114,18 @@ def add_taps(u: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None)
     return y
 
 
+def add_taps_adjoint(grad: Tensor, u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `add_taps` by inputs, taps and biases; what the inputs have in front of the taps' dimensions is
+    summed over."""
+    axes = (*range(grad.dim() - weight.dim()), -1)
+    du, dweight = grad * weight[..., -1:], torch.zeros_like(weight)
+    dweight[..., -1] = (grad * u).sum(axes)
+    for lag in range(1, min(weight.shape[-1], u.shape[-1])):
+        du[..., :-lag].addcmul_(grad[..., lag:], weight[..., -1 - lag, None])
+        dweight[..., -1 - lag] = (grad[..., lag:] * u[..., :-lag]).sum(axes)
+    return du, dweight, grad.sum(axes)
+
+
 class _ShortConv(torch.autograd.Function):
     """Shift, scale and add: for a few taps faster than a grouped conv1d, and so is its backward."""
 
@@ -128,14 +140,7 @@ class _ShortConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BEL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        u_BEL, weight_EK = ctx.saved_tensors
-        du_BEL = grad_BEL * weight_EK[:, -1:]
-        dweight_EK = torch.zeros_like(weight_EK)
-        dweight_EK[:, -1] = (grad_BEL * u_BEL).sum((0, 2))
-        for lag in range(1, min(weight_EK.shape[1], u_BEL.shape[-1])):
-            du_BEL[..., :-lag].addcmul_(grad_BEL[..., lag:], weight_EK[:, -1 - lag, None])
-            dweight_EK[:, -1 - lag] = (grad_BEL[..., lag:] * u_BEL[..., :-lag]).sum((0, 2))
-        return du_BEL, dweight_EK, grad_BEL.sum((0, 2))
+        return add_taps_adjoint(grad_BEL, *ctx.saved_tensors)
 
 
 def short_conv(u_BEL: Tensor, weight_EK: Tensor, bias_E: Tensor) -> Tensor:
