@@ -4,8 +4,8 @@
 
 A block of channels goes through all of it while it is in the cache, with gradients as without. The autograd node keeps
 the projections and nothing else that grows with the batch: short convolution, gates and long convolutions are computed
-again on the way back. `direct` is part of the spectra, its gradient that of the filter at lag 0; first derivatives only.
-
+again on the way back. `direct` is part of the spectra, its gradient that of the filter at lag 0.
+Only first derivatives.
 Shapes: B batch, N convolutions in order of application, P = N + 2 projections (first, gates, value), D channels,
 d channels of a block, L positions, K taps, F frequencies.
 """
