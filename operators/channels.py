@@ -9,6 +9,7 @@ Shapes: as in `hyena`.
 import torch
 from torch import Tensor
 
+from operators.ahead import FIRST_WINDOW, Ahead
 from operators.config import HyenaConfig
 from operators.convolution import compute_dtype, long_conv, long_conv_reference
 from operators.decode import Filters
@@ -35,11 +36,10 @@ class ChannelHyena(Hyena):
         """See `Hyena.combine`."""
         first_BDL, *gates, y_BDL = u_BEL.chunk(self.config.order + 1, dim=1)
         step = h_CT is None and u_BEL.shape[-1] == 1
-        opened = state is not None and step and state.open_window()
         for index, gate_BDL in enumerate(reversed(gates)):
             if step:
                 assert state is not None
-                y_BDL = self._convolve_step(gate_BDL * y_BDL, index, state, opened)
+                y_BDL = self._convolve_step(gate_BDL * y_BDL, index, state)
             else:
                 y_BDL = self._convolve(gate_BDL * y_BDL, index, h_CT, state)
         return first_BDL * y_BDL
@@ -64,7 +64,7 @@ class ChannelHyena(Hyena):
         self.in_proj.bias[-self.d_model :] = attention.bias_of("value")
 
     def whole(self, p_BEL: Tensor, mask_BL: Tensor | None, h_CL: Tensor | None, state: State | None) -> Tensor:
-        """See `Hyena.whole`: one pass (`gated`)."""
+        """See `Hyena.whole`: one pass (`gated`), which tells a state what the prompt adds to the outputs after it."""
         batch, _, length = p_BEL.shape
         blocks = (self.config.order + 1, self.d_model)
         inputs = Inputs(
@@ -76,11 +76,16 @@ class ChannelHyena(Hyena):
         like_BDL = p_BEL.new_empty((batch, self.d_model, length), dtype=compute_dtype(p_BEL.dtype))
         histories = [] if state is None else [state.room(f"gated_{i}", like_BDL) for i in range(self.convolutions)]
         with outside_autocast(p_BEL.device.type):
-            if h_CL is None:
-                spectrum_CF = self.frozen().spectrum(length)
-                return gated(inputs, spectrum_CF.unflatten(0, (self.convolutions, -1)), histories)
-            h_NDL, direct_ND = (part.unflatten(0, (self.convolutions, -1)) for part in (h_CL, self.direct))
-            return gated_trained(inputs, h_NDL, direct_ND, histories)
+            if h_CL is not None:
+                h_NDL, direct_ND = (part.unflatten(0, (self.convolutions, -1)) for part in (h_CL, self.direct))
+                return gated_trained(inputs, h_NDL, direct_ND, histories)
+            beyond = 0 if state is None else min(max(FIRST_WINDOW, length // 4), self.max_length - length)
+            spectrum_CF = self.frozen().spectrum(length, beyond)
+            y_BDL, *known = gated(inputs, spectrum_CF.unflatten(0, (self.convolutions, -1)), histories, beyond)
+            for index, known_BDW in enumerate(known):
+                assert state is not None
+                self._look_ahead(index, histories[index], state, known_BDW)
+            return y_BDL
 
     def _convolve(self, z_BDL: Tensor, index: int, h_CT: Tensor | None, state: State | None) -> Tensor:
         """Long convolution number `index` at the new positions."""
@@ -93,16 +98,16 @@ class ChannelHyena(Hyena):
         h_DT = state.filters.h_CL[channels, : past_BDT.shape[-1]]
         return long_conv(past_BDT, h_DT, torch.zeros_like(h_DT[:, 0]))[..., -z_BDL.shape[-1] :]
 
-    def _convolve_step(self, z_BD1: Tensor, index: int, state: State, opened: bool) -> Tensor:
-        """The same at one position, from what was added up ahead (`decode`)."""
-        name, channels = f"gated_{index}", slice(index * self.d_model, (index + 1) * self.d_model)
+    def _convolve_step(self, z_BD1: Tensor, index: int, state: State) -> Tensor:
+        """The same at one position, from what was added up ahead."""
+        name = f"gated_{index}"
+        past_BDT, ahead = state.append(name, z_BD1), state.ahead.get(name)
+        if ahead is None or ahead.position != state.length:
+            ahead = self._look_ahead(index, past_BDT[..., :-1], state)
+        return ahead.step(z_BD1, past_BDT)
+
+    def _look_ahead(self, index: int, past_BDT: Tensor, state: State, known_BDW: Tensor | None = None) -> Ahead:
         assert state.filters is not None
-        past_BDT = state.append(name, z_BD1)
-        start, stop = state.window
-        if opened:
-            state.ahead[name] = state.filters.fold(channels, past_BDT[..., :-1], stop - start)
-        ahead_BDW, place = state.ahead[name], state.length - start
-        y_BD1 = torch.addcmul(ahead_BDW.narrow(2, place, 1), z_BD1, state.filters.now(channels))
-        if place + 1 < stop - start:
-            state.filters.add_tile(channels, past_BDT, ahead_BDW, place + 1)
-        return y_BD1
+        channels = slice(index * self.d_model, (index + 1) * self.d_model)
+        ahead = state.ahead[f"gated_{index}"] = Ahead(state.filters, channels, past_BDT, known_BDW)
+        return ahead

@@ -6,6 +6,7 @@ A block of channels goes through all of it while it is in the cache, with gradie
 the projections and nothing else that grows with the batch: short convolution, gates and long convolutions are computed
 again on the way back. `direct` is part of the spectra, its gradient that of the filter at lag 0.
 Only first derivatives.
+
 Shapes: B batch, N convolutions in order of application, P = N + 2 projections (first, gates, value), D channels,
 d channels of a block, L positions, K taps, F frequencies.
 """
@@ -29,15 +30,18 @@ class Inputs(NamedTuple):
     bias_PD: Tensor
 
 
-def gated(inputs: Inputs, spectrum_NDF: Tensor, histories: Sequence[Tensor] = ()) -> Tensor:
+def gated(inputs: Inputs, spectrum_NDF: Tensor, histories: Sequence[Tensor] = (), beyond: int = 0) -> list[Tensor]:
     """Whole sequences without gradients, (B, D, L) in float32 or float64.
 
-    What each convolution reads is written to `histories`, (B, D, L) each, where there are any.
+    What each convolution reads is written to `histories`, (B, D, L) each, where there are any; then what it adds to
+    the `beyond` outputs after the sequence is returned too, (B, D, beyond) each.
     """
     y_BDL = _output(inputs)
+    later = [y_BDL.new_empty((*y_BDL.shape[:2], beyond)) for _ in histories]
     for channels, _, u_BPdL in _blocks(inputs):
-        _forward(u_BPdL, spectrum_NDF[:, channels], [history[:, channels] for history in histories], y_BDL[:, channels])
-    return y_BDL
+        kept = [[part[:, channels] for part in parts] for parts in (histories, later)]
+        _forward(u_BPdL, spectrum_NDF[:, channels], y_BDL[:, channels], *kept)
+    return [y_BDL, *later]
 
 
 def gated_trained(inputs: Inputs, h_NDL: Tensor, direct_ND: Tensor, histories: Sequence[Tensor] = ()) -> Tensor:
@@ -54,7 +58,7 @@ class _Gated(torch.autograd.Function):
         y_BDL = _output(inputs)
         for channels, _, u_BPdL in _blocks(inputs):
             spectrum_NdF = _spectrum(h_NDL[:, channels], direct_ND[:, channels])
-            _forward(u_BPdL, spectrum_NdF, [history[:, channels] for history in histories], y_BDL[:, channels])
+            _forward(u_BPdL, spectrum_NdF, y_BDL[:, channels], [history[:, channels] for history in histories])
         return y_BDL
 
     @staticmethod
@@ -97,9 +101,16 @@ def _spectrum(h_NdL: Tensor, direct_Nd: Tensor) -> Tensor:
     return spectrum_NdF + direct_Nd[..., None]
 
 
-def _forward(u_BPdL: Tensor, spectrum_NdF: Tensor, histories: Sequence[Tensor], y_BdL: Tensor) -> None:
+def _forward(
+    u_BPdL: Tensor,
+    spectrum_NdF: Tensor,
+    y_BdL: Tensor,
+    histories: Sequence[Tensor] = (),
+    later: Sequence[Tensor] = (),
+) -> None:
     length = u_BPdL.shape[-1]
-    size = fft_size(2 * length - 1)
+    beyond = later[0].shape[-1] if later else 0
+    size = fft_size(2 * length - 1 + beyond)
     value_BdL = u_BPdL[:, -1]
     for n, spectrum_dF in enumerate(spectrum_NdF):
         z_BdL = u_BPdL[:, -2 - n] * value_BdL
@@ -107,7 +118,10 @@ def _forward(u_BPdL: Tensor, spectrum_NdF: Tensor, histories: Sequence[Tensor], 
             histories[n].copy_(z_BdL)
         transformed_BdF = torch.fft.rfft(z_BdL, size)
         transformed_BdF *= spectrum_dF
-        value_BdL = torch.fft.irfft(transformed_BdF, size)[..., :length]
+        convolved_BdS = torch.fft.irfft(transformed_BdF, size)
+        value_BdL = convolved_BdS[..., :length]
+        if later:
+            later[n].copy_(convolved_BdS[..., length : length + beyond])
     torch.mul(u_BPdL[:, 0], value_BdL, out=y_BdL)
 
 

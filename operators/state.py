@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from operators.decode import FIRST_WINDOW, Filters
+from operators.ahead import Ahead
+from operators.decode import Filters
 
 MIN_CAPACITY = 64
 
@@ -31,8 +32,7 @@ class State:
         length: positions seen.
         histories: buffers, batch first and positions last; only the first `length` positions are meaningful.
         filters: the long filters, once a step has needed them.
-        ahead: by convolution, what the history adds to the outputs of a window, batch first and positions last.
-        window: the first position of that window and the first behind it.
+        ahead: by convolution, what the positions seen add to outputs to come; of use only at the position it is at.
         recent_projections: what the short convolution still sees, (B, E, taps - 1); None after a crop.
     """
 
@@ -41,8 +41,7 @@ class State:
     length: int = 0
     histories: dict[str, Tensor] = field(default_factory=dict)
     filters: Filters | None = None
-    ahead: dict[str, Tensor] = field(default_factory=dict)
-    window: tuple[int, int] = (0, 0)
+    ahead: dict[str, Ahead] = field(default_factory=dict)
     recent_projections: Tensor | None = None
 
     def append(self, name: str, new: Tensor) -> Tensor:
@@ -66,21 +65,13 @@ class State:
             self.histories[name] = buffer = grown
         return buffer[..., start:stop]
 
-    def open_window(self) -> bool:
-        """Whether the next position begins a new window, which is then twice as wide as the one before it."""
-        start, stop = self.window
-        if start <= self.length < stop:
-            return False
-        width = 2 * (stop - start) if self.length == stop > start else FIRST_WINDOW
-        self.window = (self.length, min(self.length + width, self.max_length))
-        return True
-
     def crop(self, length: int) -> None:
         """Forget all positions from `length` on. ValueError unless 0 <= length <= positions seen."""
         if not 0 <= length <= self.length:
             raise ValueError(f"length must lie between 0 and the {self.length} positions seen but is {length}.")
         if length < self.length:
-            self.recent_projections, self.window = None, (0, 0)
+            self.recent_projections = None
+            self.ahead.clear()
         if length == 0:
             self.filters = None  # a new text may come with new weights
         self.length = length
@@ -97,7 +88,8 @@ class State:
     def select(self, indices: Tensor) -> None:
         """Keep the sequences `indices`, (b,) int64, in that order; the batch becomes b."""
         self.histories = {k: v.index_select(0, indices.to(v.device)) for k, v in self.histories.items()}
-        self.ahead = {k: v.index_select(0, indices.to(v.device)) for k, v in self.ahead.items()}
+        for ahead in self.ahead.values():
+            ahead.select(indices)
         if self.recent_projections is not None:
             kept = self.recent_projections
             self.recent_projections = kept.index_select(0, indices.to(kept.device))

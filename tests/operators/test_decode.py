@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from operators import ahead
+from operators.ahead import Ahead
 from operators.config import HyenaConfig
-from operators.decode import FIRST_WINDOW, LARGEST_MATRIX
+from operators.decode import Filters
 from operators.registry import build
-from operators.state import State
 from tests.operators.cases import B, D, attention, close, draw, generator
 
-LONG = 620  # windows of 64, 128, 256 and a cut one; tiles up to 128, of which those from 64 are FFTs
+LONG = 620  # blocks of 32 to 256 and cut ones, windows of 64, 128, 256 and a cut one
 
 
 def operator_of(order: int = 2) -> Any:
@@ -35,7 +36,6 @@ def test_every_window_and_tile_is_exact(order: int, prompt: int) -> None:
     _, state = operator.extend(x_BLD[:, :prompt], operator.init_state(B))
     steps = [operator.extend(x_BLD[:, t : t + 1], state)[0] for t in range(prompt, LONG)]
     close(torch.cat(steps, dim=1), operator(x_BLD)[:, prompt:], 1e-12)
-    assert FIRST_WINDOW > LARGEST_MATRIX > 1
 
 
 @torch.no_grad()
@@ -53,15 +53,32 @@ def test_chunks_crops_and_reorders_between_steps_are_exact() -> None:
     close(torch.cat(steps, dim=1), operator(x_BLD[order, :240])[:, 96:])
 
 
-def test_windows_double_as_long_as_steps_follow_each_other() -> None:
-    state = State(B, max_length=1000)
-    widths = []
-    for state.length in range(10, 900):
-        if state.open_window():
-            widths.append(state.window[1] - state.window[0])
-    assert widths == [64, 128, 256, 512]
-    state.crop(100)
-    assert state.open_window() and state.window == (100, 164)
+@pytest.mark.parametrize("prompt", [1, 40])
+@torch.no_grad()
+def test_every_input_meets_every_later_output_once(prompt: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "PORTION", 1)
+    filters, z_BDT = Filters(torch.ones(3, LONG, dtype=torch.float64)), torch.ones(1, 3, LONG, dtype=torch.float64)
+    sums = Ahead(filters, slice(0, 3), z_BDT[..., :prompt])
+    for t in range(prompt, LONG):
+        y_BD1 = sums.step(z_BDT[..., t : t + 1], z_BDT[..., : t + 1])
+        close(y_BD1, torch.full_like(y_BD1, t + 1.0), 1e-12)
+
+
+@torch.no_grad()
+def test_no_step_transforms_much_more_than_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    filters, z_BDT = Filters(draw(64, 4096)), draw(1, 64, 4096)
+    sums, worked = Ahead(filters, slice(0, 64), z_BDT[..., :1000]), [0] * 4096
+    add = Ahead._add
+
+    def counted(self: Ahead, job: ahead.Job, past_BDT: Tensor, due: int) -> None:
+        worked[self.position] += (due - job.done) * (job.stop - job.first + job.end - job.into)
+        add(self, job, past_BDT, due)
+
+    monkeypatch.setattr(Ahead, "_add", counted)
+    for t in range(1000, 4096):
+        sums.step(z_BDT[..., t : t + 1], z_BDT[..., : t + 1])
+    assert max(worked) < 6 * ahead.PORTION
+    assert sum(worked) > 100 * ahead.PORTION
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
