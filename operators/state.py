@@ -58,8 +58,8 @@ class State:
         start, stop = self.length, self.length + like.shape[-1]
         buffer = self.histories.get(name)
         if buffer is None or buffer.shape[-1] < stop:
-            capacity = min(self.max_length, max(2 * start, stop + MIN_CAPACITY))
-            grown = like.new_zeros(*like.shape[:-1], capacity)
+            capacity = min(self.max_length, max(2 * stop, MIN_CAPACITY))
+            grown = like.new_empty(*like.shape[:-1], capacity)
             if buffer is not None and start > 0:
                 grown[..., :start] = buffer[..., :start]
             self.histories[name] = buffer = grown
@@ -87,12 +87,16 @@ class State:
 
     def select(self, indices: Tensor) -> None:
         """Keep the sequences `indices`, (b,) int64, in that order; the batch becomes b."""
-        self.histories = {k: v.index_select(0, indices.to(v.device)) for k, v in self.histories.items()}
+        for name, buffer in self.histories.items():
+            kept = buffer.new_empty(len(indices), *buffer.shape[1:])
+            kept[..., : self.length] = buffer[..., : self.length].index_select(0, indices.to(buffer.device))
+            self.histories[name] = kept
         for ahead in self.ahead.values():
             ahead.select(indices)
         if self.recent_projections is not None:
-            kept = self.recent_projections
-            self.recent_projections = kept.index_select(0, indices.to(kept.device))
+            self.recent_projections = self.recent_projections.index_select(
+                0, indices.to(self.recent_projections.device)
+            )
         self.batch = indices.numel()
 
     def repeat(self, n: int) -> None:
