@@ -15,6 +15,7 @@ Shapes: B batch, L positions, D model width, E rows of the projection, K taps, C
 
 import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,11 +24,14 @@ from torch import Tensor, nn
 from operators.config import HyenaConfig
 from operators.convolution import compute_dtype, short_conv, short_conv_reference
 from operators.decode import Filters
-from operators.filters import ImplicitFilter, draw_linear, draw_uniform
+from operators.filters import ImplicitFilter, LongFilter, draw_linear, draw_uniform
+from operators.fir import FirFilter
+from operators.modal import ModalFilter
 from operators.state import State
 from operators.transfer import AttentionWeights
 
 FEW_POSITIONS = 8
+FILTERS: dict[str, Callable[..., LongFilter]] = {"implicit": ImplicitFilter, "modal": ModalFilter, "fir": FirFilter}
 
 
 class Hyena(nn.Module, ABC):
@@ -42,7 +46,7 @@ class Hyena(nn.Module, ABC):
         max_length: longest sequence.
 
     Raises:
-        ValueError: `heads` does not divide `d_model`, or `max_length` is not positive.
+        ValueError: `heads` does not divide `d_model`, `max_length` is not positive, or the filter does not fit it.
     """
 
     def __init__(self, config: HyenaConfig, d_model: int, max_length: int) -> None:
@@ -52,11 +56,15 @@ class Hyena(nn.Module, ABC):
         self.config, self.d_model, self.max_length = config, d_model, max_length
 
     def build(self, inner: int, filters: int, steps: int, direct: int) -> None:
-        """Make the parameters, with `inner` rows of the projection; `steps` convolutions share the filters."""
+        """Make the parameters, with `inner` rows of the projection; `steps` convolutions share the filters.
+
+        ValueError if the filter does not fit `max_length`.
+        """
         self.in_proj = nn.Linear(self.d_model, inner)
         self.short_weight = nn.Parameter(torch.zeros(inner, self.config.short_taps))
         self.short_bias = nn.Parameter(torch.zeros(inner))
-        self.filter = ImplicitFilter(self.config.filter, filters, self.max_length, steps)
+        config = self.config.filter
+        self.filter = FILTERS[config.kind](config, filters, self.max_length, steps)
         self.direct = nn.Parameter(torch.zeros(direct))
         self.out_proj = nn.Linear(self.d_model, self.d_model)
 
