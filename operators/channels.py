@@ -106,6 +106,7 @@ class ChannelHyena(Hyena):
             return long_conv(past_BDT, h_CT[channels], self.direct[channels])
         assert state is not None
         assert state.filters is not None
+        state.window = (0, 0)  # what was added up ahead lacks the chunk
         h_DT = state.filters.h_CL[channels, : past_BDT.shape[-1]]
         return long_conv(past_BDT, h_DT, torch.zeros_like(h_DT[:, 0]))[..., -z_BDL.shape[-1] :]
 
