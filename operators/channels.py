@@ -6,15 +6,18 @@ the last, x_{N-1}, down to x_1, as safari's code does.
 Shapes: as in `hyena`.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from operators.config import HyenaConfig
-from operators.convolution import add_taps, blocks_of, compute_dtype, fft_size, long_conv, long_conv_reference
+from operators.convolution import add_taps, blocks_of, compute_dtype, long_conv_reference
 from operators.decode import Filters
 from operators.filters import draw_uniform
 from operators.hyena import Hyena, outside_autocast
 from operators.state import State
+from operators.steps import STEP_MODES
 from operators.transfer import AttentionWeights
 
 GATE_WEIGHT = 0.02
@@ -33,19 +36,17 @@ class ChannelHyena(Hyena):
     def combine(self, u_BEL: Tensor, mask_BL: Tensor | None, h_CT: Tensor | None, state: State | None) -> Tensor:
         """See `Hyena.combine`."""
         first_BDL, *gates, y_BDL = u_BEL.chunk(self.config.order + 1, dim=1)
-        step = h_CT is None and u_BEL.shape[-1] == 1
-        opened = state is not None and step and state.open_window()
         for index, gate_BDL in enumerate(reversed(gates)):
-            if step:
-                assert state is not None
-                y_BDL = self._convolve_step(gate_BDL * y_BDL, index, state, opened)
-            else:
-                y_BDL = self._convolve(gate_BDL * y_BDL, index, h_CT, state)
+            y_BDL = self._convolve(gate_BDL * y_BDL, index, h_CT, state)
         return first_BDL * y_BDL
 
     def frozen(self) -> Filters:
         """The filters with `direct` at lag 0, where it belongs."""
         return self.filter.frozen(self.direct)
+
+    def step_modes(self) -> tuple[str, ...]:
+        """See `Hyena.step_modes`: those of the filter."""
+        return self.filter.step_modes
 
     def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
         """See `Hyena.combine_reference`."""
@@ -70,56 +71,54 @@ class ChannelHyena(Hyena):
         batch, _, length = p_BEL.shape
         blocks = (self.config.order + 1, self.d_model)
         p_BPDL, weight_PDK = p_BEL.unflatten(1, blocks), self.short_weight.unflatten(0, blocks)
-        bias_PD, spectrum_CF = self.short_bias.unflatten(0, blocks), self.frozen().spectrum(length)
+        bias_PD, filters = self.short_bias.unflatten(0, blocks), self.frozen()
+        convolve = filters.convolution(length)
         y_BDL = p_BEL.new_empty((batch, self.d_model, length), dtype=compute_dtype(p_BEL.dtype))
-        histories = [] if state is None else [state.room(f"gated_{i}", y_BDL) for i in range(self.convolutions)]
+        names = [] if state is None else [f"gated_{i}" for i in range(self.convolutions)]
+        histories = [STEP_MODES[state.mode].room(state, name, y_BDL) for name in names] if state is not None else []
         with outside_autocast(p_BEL.device.type):
             for block in blocks_of(self.d_model, batch * length):
                 inputs_BPDL, taps_PDK = p_BPDL[:, :, block].to(y_BDL.dtype), weight_PDK[:, block].to(y_BDL.dtype)
                 u_BPDL = add_taps(inputs_BPDL, taps_PDK, bias_PD[:, block])
                 if mask_BL is not None:
                     u_BPDL *= mask_BL[:, None, None].to(u_BPDL.dtype)
-                self._convolve_block(u_BPDL, block, spectrum_CF, histories, y_BDL)
+                self._convolve_block(u_BPDL, block, convolve, histories, y_BDL)
+            if state is not None:
+                for index, (name, z_BDL) in enumerate(zip(names, histories, strict=True)):
+                    STEP_MODES[state.mode].filled(filters, state, name, self._channels(index), z_BDL)
         return y_BDL
 
     def _convolve_block(
-        self, u_BPDL: Tensor, block: slice, spectrum_CF: Tensor, histories: list[Tensor], y_BDL: Tensor
+        self,
+        u_BPDL: Tensor,
+        block: slice,
+        convolve: Callable[[Tensor, slice], Tensor],
+        histories: list[Tensor],
+        y_BDL: Tensor,
     ) -> None:
-        length = u_BPDL.shape[-1]
-        size = fft_size(2 * length - 1)
         y = u_BPDL[:, -1]
         for index in range(self.convolutions):
             z = u_BPDL[:, -2 - index] * y
             if histories:
                 histories[index][:, block] = z
-            filters = slice(index * self.d_model + block.start, index * self.d_model + block.stop)
-            spectrum = torch.fft.rfft(z, size)
-            spectrum *= spectrum_CF[filters]
-            y = torch.fft.irfft(spectrum, size)[..., :length]
+            y = convolve(z, slice(index * self.d_model + block.start, index * self.d_model + block.stop))
         torch.mul(u_BPDL[:, 0], y, out=y_BDL[:, block])
 
     def _convolve(self, z_BDL: Tensor, index: int, h_CT: Tensor | None, state: State | None) -> Tensor:
-        """Long convolution number `index` at the new positions."""
-        channels = slice(index * self.d_model, (index + 1) * self.d_model)
-        past_BDT = z_BDL if state is None else state.append(f"gated_{index}", z_BDL)
+        """Long convolution number `index` at the new positions; with `h_CT` they are the first."""
+        name, channels = f"gated_{index}", self._channels(index)
         if h_CT is not None:
-            return long_conv(past_BDT, h_CT[channels], self.direct[channels])
+            if state is not None:
+                mode = STEP_MODES[state.mode]
+                written_BDL = mode.room(state, name, z_BDL).copy_(z_BDL.detach())
+                if mode.constant:
+                    mode.filled(self.frozen(), state, name, channels, written_BDL)
+            return self.filter.convolve(z_BDL, h_CT[channels], self.direct[channels])
         assert state is not None
         assert state.filters is not None
-        state.window = (0, 0)  # what was added up ahead lacks the chunk
-        h_DT = state.filters.h_CL[channels, : past_BDT.shape[-1]]
-        return long_conv(past_BDT, h_DT, torch.zeros_like(h_DT[:, 0]))[..., -z_BDL.shape[-1] :]
+        mode = STEP_MODES[state.mode]
+        go_on = mode.step if z_BDL.shape[-1] == 1 else mode.chunk
+        return go_on(state.filters, state, name, channels, z_BDL)
 
-    def _convolve_step(self, z_BD1: Tensor, index: int, state: State, opened: bool) -> Tensor:
-        """The same at one position, from what was added up ahead (`decode`)."""
-        name, channels = f"gated_{index}", slice(index * self.d_model, (index + 1) * self.d_model)
-        assert state.filters is not None
-        past_BDT = state.append(name, z_BD1)
-        start, stop = state.window
-        if opened:
-            state.ahead[name] = state.filters.fold(channels, past_BDT[..., :-1], stop - start)
-        ahead_BDW, place = state.ahead[name], state.length - start
-        y_BD1 = torch.addcmul(ahead_BDW.narrow(2, place, 1), z_BD1, state.filters.now(channels))
-        if place + 1 < stop - start:
-            state.filters.add_tile(channels, past_BDT, ahead_BDW, place + 1)
-        return y_BD1
+    def _channels(self, index: int) -> slice:
+        return slice(index * self.d_model, (index + 1) * self.d_model)

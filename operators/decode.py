@@ -9,20 +9,36 @@ Flash Inference, Oncescu et al. 2024, and FutureFill, Agarwal et al. 2024). Wind
 Shapes: B batch, C filters, D channels of one convolution, T positions seen, W width of the window, U of a tile.
 """
 
+from collections.abc import Callable
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from operators.convolution import fft_size
+from operators.modes import Modes
+from operators.recurrence import Recurrence
 
 FIRST_WINDOW = 64
+FEW_TAPS = 64  # without gradients up to so many are faster than FFTs
 LARGEST_MATRIX = 32  # tiles up to this size are matrix products, larger ones FFTs
 
 
 class Filters:
-    """Long filters (C, L) as they are at this moment, without gradients, and what decoding derives from them."""
+    """Long filters (C, L) as they are at this moment, without gradients, and what decoding derives from them.
 
-    def __init__(self, h_CL: Tensor) -> None:
-        self.h_CL = h_CL
+    Args:
+        h_CL: the filters, with the direct term of a convolution at lag 0.
+        modes: what they are sums of beside the direct term, where they are.
+        direct_C: that term.
+        taps: lags from which on they are zero; None where they are not.
+    """
+
+    def __init__(
+        self, h_CL: Tensor, modes: Modes | None = None, direct_C: Tensor | None = None, taps: int | None = None
+    ) -> None:
+        self.h_CL, self.modes, self.taps = h_CL, modes, h_CL.shape[1] if taps is None else taps
+        self.direct_C = torch.zeros_like(h_CL[:, 0]) if direct_C is None else direct_C.to(h_CL.dtype)
         self._reversed_CL: Tensor | None = None
         self._tiles: dict[tuple[int, int], Tensor] = {}
         self._spectrum: tuple[int, Tensor] | None = None  # of the last length asked for
@@ -39,6 +55,27 @@ class Filters:
         if self._spectrum is None or self._spectrum[0] != length:
             self._spectrum = (length, torch.fft.rfft(self.h_CL[:, :length], fft_size(2 * length - 1)))
         return self._spectrum[1]
+
+    def convolution(self, length: int) -> Callable[[Tensor, slice], Tensor]:
+        """The convolution of whole sequences (B, D, length) with some of the filters, fastest form; no gradients."""
+        if self.taps <= FEW_TAPS:
+            taps_CK = self.reversed(min(self.taps, length)).contiguous()
+            return lambda z_BDL, filters: _tapped(z_BDL, taps_CK[filters])
+        size, spectrum_CF = fft_size(2 * length - 1), self.spectrum(length)
+
+        def convolve(z_BDL: Tensor, filters: slice) -> Tensor:
+            spectrum = torch.fft.rfft(z_BDL, size)
+            spectrum *= spectrum_CF[filters]
+            y_BDL: Tensor = torch.fft.irfft(spectrum, size)[..., :length]
+            return y_BDL
+
+        return convolve
+
+    @cached_property
+    def recurrence(self) -> Recurrence:
+        """The modes as a recurrence."""
+        assert self.modes is not None
+        return Recurrence(self.modes, self.direct_C)
 
     def fold(self, channels: slice, past_BDT: Tensor, window: int) -> Tensor:
         """What the past adds to each of the next `window` outputs, (B, D, W)."""
@@ -83,3 +120,8 @@ class Filters:
                 tile = torch.fft.rfft(h_DU, 2 * width)
             self._tiles[name] = tile
         return self._tiles[name]
+
+
+def _tapped(z_BDL: Tensor, taps_DK: Tensor) -> Tensor:
+    padded = torch.nn.functional.pad(z_BDL, (taps_DK.shape[1] - 1, 0))
+    return torch.nn.functional.conv1d(padded, taps_DK[:, None], groups=taps_DK.shape[0])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from operators.config import ImplicitFilterConfig
-from operators.convolution import compute_dtype
+from operators.convolution import compute_dtype, long_conv
 from operators.decode import Filters
 from operators.modes import Modes
 
@@ -69,11 +69,18 @@ class LongFilter(nn.Module, ABC):
     Args:
         filters: number of filters C.
         max_length: longest sequence.
+
+    Attributes:
+        step_modes: ways in which channel-wise operators can decode with them (`steps`), the usual one first.
+        lags: where they end, None if nowhere.
     """
+
+    step_modes: tuple[str, ...] = ("tiled", "direct")
 
     def __init__(self, filters: int, max_length: int) -> None:
         super().__init__()
         self.filters, self.max_length = filters, max_length
+        self.lags: int | None = None
         self._frozen: tuple[Any, Filters] | None = None
 
     @abstractmethod
@@ -90,6 +97,10 @@ class LongFilter(nn.Module, ABC):
 
         The filters sum to 1 over `max_length` but for the error of the fit.
         """
+
+    def convolve(self, z_BDL: Tensor, h_DL: Tensor, direct_D: Tensor) -> Tensor:
+        """Causal convolution with some of the filters, as `long_conv`; differentiable."""
+        return long_conv(z_BDL, h_DL, direct_D)
 
     def modes(self) -> Modes | None:
         """The exponentials that the filters are sums of, differentiable; None where they are none."""
@@ -108,7 +119,7 @@ class LongFilter(nn.Module, ABC):
             h_CL = self(self.max_length)
             if direct_C is not None:
                 h_CL[:, 0] += direct_C
-            self._frozen = (stamp, Filters(h_CL))
+            self._frozen = (stamp, Filters(h_CL, self.modes(), direct_C, self.lags))
         return self._frozen[1]
 
     def check(self, length: int) -> None:

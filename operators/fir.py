@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from operators.config import FirFilterConfig
-from operators.convolution import compute_dtype
+from operators.convolution import compute_dtype, short_conv
+from operators.decode import FEW_TAPS
 from operators.filters import LongFilter, log_spaced_timescales, whole_profile
+
+SHIFTED_TAPS = 16  # with gradients up to so many are faster than FFTs
 
 
 class FirFilter(LongFilter):
@@ -35,7 +38,9 @@ class FirFilter(LongFilter):
                 "with a larger max_length."
             )
         self.config, self.steps = config, steps
-        self.taps = nn.Parameter(torch.zeros(filters, config.taps))
+        self.taps, self.lags = nn.Parameter(torch.zeros(filters, config.taps)), config.taps
+        if config.taps <= FEW_TAPS:
+            self.step_modes = ("window", *self.step_modes)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
@@ -56,6 +61,14 @@ class FirFilter(LongFilter):
         taps_CK = self.taps.to(compute_dtype(self.taps.dtype))[:, :length]
         weight_CK = taps_CK.exp() if self.config.positive else taps_CK
         return nn.functional.pad(weight_CK, (0, length - weight_CK.shape[1]))
+
+    def convolve(self, z_BDL: Tensor, h_DL: Tensor, direct_D: Tensor) -> Tensor:
+        """See `LongFilter.convolve`."""
+        taps = min(self.config.taps, h_DL.shape[1])
+        if taps > SHIFTED_TAPS:
+            return super().convolve(z_BDL, h_DL, direct_D)
+        reversed_DK = torch.cat([h_DL[:, 1:taps].flip(1), h_DL[:, :1] + direct_D[:, None]], dim=1)
+        return short_conv(z_BDL, reversed_DK, torch.zeros_like(direct_D))
 
     def _set_logarithms(self, weight_CK: Tensor) -> None:
         log_CK = weight_CK - weight_CK.logsumexp(1, keepdim=True)

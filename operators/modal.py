@@ -34,6 +34,7 @@ class ModalFilter(LongFilter):
         steps: convolutions that share the C filters.
     """
 
+    step_modes = ("modal", "tiled", "direct")
     log_rate: nn.Parameter
     oscillation: nn.Parameter
     mass: nn.Parameter
