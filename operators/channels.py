@@ -9,14 +9,14 @@ Shapes: as in `hyena`.
 import torch
 from torch import Tensor
 
-from operators.ahead import FIRST_WINDOW, Ahead
 from operators.config import HyenaConfig
-from operators.convolution import compute_dtype, long_conv, long_conv_reference
+from operators.convolution import compute_dtype, long_conv_reference
 from operators.decode import Filters
 from operators.filters import draw_uniform
 from operators.gated import Inputs, gated, gated_trained
 from operators.hyena import Hyena, outside_autocast
 from operators.state import State
+from operators.steps import STEP_MODES
 from operators.transfer import AttentionWeights
 
 GATE_WEIGHT = 0.02
@@ -35,18 +35,22 @@ class ChannelHyena(Hyena):
     def combine(self, u_BEL: Tensor, mask_BL: Tensor | None, h_CT: Tensor | None, state: State | None) -> Tensor:
         """See `Hyena.combine`."""
         first_BDL, *gates, y_BDL = u_BEL.chunk(self.config.order + 1, dim=1)
-        step = h_CT is None and u_BEL.shape[-1] == 1
+        assert h_CT is None
+        assert state is not None
+        assert state.filters is not None
+        mode = STEP_MODES[state.mode]
+        go_on = mode.step if u_BEL.shape[-1] == 1 else mode.chunk
         for index, gate_BDL in enumerate(reversed(gates)):
-            if step:
-                assert state is not None
-                y_BDL = self._convolve_step(gate_BDL * y_BDL, index, state)
-            else:
-                y_BDL = self._convolve(gate_BDL * y_BDL, index, h_CT, state)
+            y_BDL = go_on(state.filters, state, *self._named(index), gate_BDL * y_BDL)
         return first_BDL * y_BDL
 
     def frozen(self) -> Filters:
         """The filters with `direct` at lag 0, where it belongs."""
         return self.filter.frozen(self.direct)
+
+    def step_modes(self) -> tuple[str, ...]:
+        """See `Hyena.step_modes`: those of the filter."""
+        return self.filter.step_modes
 
     def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
         """See `Hyena.combine_reference`."""
@@ -64,50 +68,28 @@ class ChannelHyena(Hyena):
         self.in_proj.bias[-self.d_model :] = attention.bias_of("value")
 
     def whole(self, p_BEL: Tensor, mask_BL: Tensor | None, h_CL: Tensor | None, state: State | None) -> Tensor:
-        """See `Hyena.whole`: one pass (`gated`), which tells a state what the prompt adds to the outputs after it."""
+        """See `Hyena.whole`: one pass (`gated`)."""
         batch, _, length = p_BEL.shape
-        blocks = (self.config.order + 1, self.d_model)
-        inputs = Inputs(
-            p_BEL.unflatten(1, blocks),
-            mask_BL,
-            self.short_weight.unflatten(0, blocks),
-            self.short_bias.unflatten(0, blocks),
-        )
+        blocks, each = (self.config.order + 1, self.d_model), (self.convolutions, self.d_model)
+        parts = (p_BEL.unflatten(1, blocks), mask_BL, self.short_weight.unflatten(0, blocks))
+        inputs = Inputs(*parts, self.short_bias.unflatten(0, blocks))
         like_BDL = p_BEL.new_empty((batch, self.d_model, length), dtype=compute_dtype(p_BEL.dtype))
-        histories = [] if state is None else [state.room(f"gated_{i}", like_BDL) for i in range(self.convolutions)]
+        mode = None if state is None else STEP_MODES[state.mode]
+        named = [self._named(index) for index in range(self.convolutions)]
+        histories = [] if state is None or mode is None else [mode.room(state, name, like_BDL) for name, _ in named]
+        known: list[Tensor | None] = [None] * self.convolutions
         with outside_autocast(p_BEL.device.type):
-            if h_CL is not None:
-                h_NDL, direct_ND = (part.unflatten(0, (self.convolutions, -1)) for part in (h_CL, self.direct))
-                return gated_trained(inputs, h_NDL, direct_ND, histories)
-            beyond = 0 if state is None else min(max(FIRST_WINDOW, length // 4), self.max_length - length)
-            spectrum_CF = self.frozen().spectrum(length, beyond)
-            y_BDL, *known = gated(inputs, spectrum_CF.unflatten(0, (self.convolutions, -1)), histories, beyond)
-            for index, known_BDW in enumerate(known):
+            if h_CL is None:
+                beyond = 0 if mode is None else mode.beyond(length, self.max_length)
+                y_BDL, *known[:] = gated(inputs, self.frozen().convolution(length, beyond), histories, beyond)
+            else:
+                y_BDL = gated_trained(inputs, h_CL.unflatten(0, each), self.direct.unflatten(0, each), histories)
+            for (name, channels), z_BDL, known_BDW in zip(named, histories, known, strict=False):
                 assert state is not None
-                self._look_ahead(index, histories[index], state, known_BDW)
-            return y_BDL
+                assert mode is not None
+                mode.filled(self.frozen(), state, name, channels, z_BDL, known_BDW)
+        return y_BDL
 
-    def _convolve(self, z_BDL: Tensor, index: int, h_CT: Tensor | None, state: State | None) -> Tensor:
-        """Long convolution number `index` at the new positions."""
-        channels = slice(index * self.d_model, (index + 1) * self.d_model)
-        past_BDT = z_BDL if state is None else state.append(f"gated_{index}", z_BDL)
-        if h_CT is not None:
-            return long_conv(past_BDT, h_CT[channels], self.direct[channels])
-        assert state is not None
-        assert state.filters is not None
-        h_DT = state.filters.h_CL[channels, : past_BDT.shape[-1]]
-        return long_conv(past_BDT, h_DT, torch.zeros_like(h_DT[:, 0]))[..., -z_BDL.shape[-1] :]
-
-    def _convolve_step(self, z_BD1: Tensor, index: int, state: State) -> Tensor:
-        """The same at one position, from what was added up ahead."""
-        name = f"gated_{index}"
-        past_BDT, ahead = state.append(name, z_BD1), state.ahead.get(name)
-        if ahead is None or ahead.position != state.length:
-            ahead = self._look_ahead(index, past_BDT[..., :-1], state)
-        return ahead.step(z_BD1, past_BDT)
-
-    def _look_ahead(self, index: int, past_BDT: Tensor, state: State, known_BDW: Tensor | None = None) -> Ahead:
-        assert state.filters is not None
-        channels = slice(index * self.d_model, (index + 1) * self.d_model)
-        ahead = state.ahead[f"gated_{index}"] = Ahead(state.filters, channels, past_BDT, known_BDW)
-        return ahead
+    def _named(self, index: int) -> tuple[str, slice]:
+        """What a convolution is called in a state, and its filters."""
+        return f"gated_{index}", slice(index * self.d_model, (index + 1) * self.d_model)

@@ -1,9 +1,9 @@
 """What an operator can be asked to be. Frozen data, checked on construction, and free of torch.
 
-`OperatorConfig` is the union that a study file is validated against; `kind` tells its members apart. An
-object that exists is valid: every rule is checked in `__post_init__` and a violation is a `ValueError` that
-names the field, the value, the rule and the remedy. Whether a configuration fits a model (heads dividing its
-width) is known only when the operator is built, and is checked there.
+`OperatorConfig` is the union that a study file is validated against, `FilterConfig` the one of its long filters;
+`kind` tells their members apart. An object that exists is valid: every rule is checked in `__post_init__` and a
+violation is a `ValueError` that names the field, the value, the rule and the remedy. Whether a configuration fits a
+model (heads dividing its width) is known only when the operator is built, and is checked there.
 """
 
 import math
@@ -19,10 +19,11 @@ def _require(condition: bool, name: str, value: object, rule: str, remedy: str) 
 
 
 @dataclass(frozen=True)
-class FilterConfig:
+class ImplicitFilterConfig:
     """Implicit long filter h(t) = window(t) * (offset + MLP(features(t))), Poli et al. 2023, section 3.3.
 
     Attributes:
+        kind: tells the members of `FilterConfig` apart; this one is meant where a study file names none.
         features: positional features of the MLP: time, and the real and imaginary parts of
             (features - 1) / 2 complex exponentials. Odd, at least 3.
         width: hidden width of the MLP.
@@ -44,6 +45,7 @@ class FilterConfig:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID_UNKNOWN
 
+    kind: Literal["implicit"] = "implicit"
     features: int = 5
     width: int = 32
     depth: int = 2
@@ -55,6 +57,7 @@ class FilterConfig:
     train_features: bool = False
 
     def __post_init__(self) -> None:
+        _require(self.kind == "implicit", "kind", self.kind, "'implicit'", "use the configuration of that filter")
         odd = self.features >= 3 and self.features % 2 == 1
         _require(odd, "features", self.features, "odd and at least 3", "time and sine pairs, such as 5")
         _require(self.width >= 1, "width", self.width, "at least 1", "32 is a good start")
@@ -64,6 +67,56 @@ class FilterConfig:
         known = self.window in ("log_spaced", "linear")
         _require(known, "window", self.window, "'log_spaced' or 'linear'", "use one of the two")
         _require(math.isfinite(self.offset), "offset", self.offset, "finite", "use 1 (window at start) or 0")
+
+
+@dataclass(frozen=True)
+class ModalFilterConfig:
+    """Sum of decaying exponentials, h(t) = Re sum_s residue_s exp(log_pole_s t): a state of `modes` numbers a channel
+    decodes it exactly, however long the context (Massaroli et al. 2023, section 3).
+
+    Attributes:
+        kind: tells the members of `FilterConfig` apart.
+        modes: exponentials of a filter, complex ones unless `positive`. At the start their decay times are log-spaced
+            from half a token to the longest sequence.
+        positive: real exponentials of positive weight, so that h is above zero and falls with the lag; with heads and
+            init "transfer" it starts as near to the attention's mean weight by lag as such a filter can be.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID_UNKNOWN
+
+    kind: Literal["modal"] = "modal"
+    modes: int = 8
+    positive: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.kind == "modal", "kind", self.kind, "'modal'", "use the configuration of that filter")
+        _require(self.modes >= 1, "modes", self.modes, "at least 1", "8 is a good start")
+
+
+@dataclass(frozen=True)
+class FirFilterConfig:
+    """Short filter: a trained weight for each of the first lags, zero beyond.
+
+    Attributes:
+        kind: tells the members of `FilterConfig` apart.
+        taps: lags from 0 that have a weight, at most the longest sequence.
+        positive: weights are exponentials of what is trained; with heads and init "transfer" they start at the
+            attention's mean weight by lag.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID_UNKNOWN
+
+    kind: Literal["fir"] = "fir"
+    taps: int = 16
+    positive: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.kind == "fir", "kind", self.kind, "'fir'", "use the configuration of that filter")
+        _require(self.taps >= 1, "taps", self.taps, "at least 1", "16 is a good start")
+
+
+FilterConfig = ImplicitFilterConfig | ModalFilterConfig | FirFilterConfig
+_FILTER: dict[str, Any] = {"discriminator": "kind"}  # for pydantic: validate as the member that `kind` names
 
 
 @dataclass(frozen=True)
@@ -79,8 +132,8 @@ class HyenaConfig:
             softmax of [M x, -M x] and a trained M (Zhang et al. 2024). The last two are never negative.
         degree: of "power": 2, 4 or 8.
         key_dim: width of query and key of a head; None for the width of its values.
-        normalise: divide by the sum of the weights, as softmax does. Wants a positive filter and a feature map that is
-            never negative.
+        normalise: divide by the sum of the weights, as softmax does. Wants a filter that is `positive` and a feature
+            map that is never negative.
         key_gate: weigh every position by exp(w . x + c) too, per head: what all queries look at.
         short_taps: length of the depthwise causal convolution after the projections.
         init: "transfer" starts from the attention that is replaced, "random" does not.
@@ -99,7 +152,7 @@ class HyenaConfig:
     key_gate: bool = False
     short_taps: int = 3
     init: Literal["transfer", "random"] = "transfer"
-    filter: FilterConfig = field(default_factory=FilterConfig)
+    filter: FilterConfig = field(default_factory=ImplicitFilterConfig, metadata=_FILTER)
 
     def __post_init__(self) -> None:
         _require(self.kind == "hyena", "kind", self.kind, "'hyena'", "use the configuration of that operator")

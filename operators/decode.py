@@ -3,17 +3,34 @@
 Shapes: C filters, L lags, D channels of one convolution, U positions of a block, F frequencies.
 """
 
+from collections.abc import Callable
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from operators.convolution import fft_size
+from operators.modes import Modes
+from operators.recurrence import Recurrence
+
+FEW_TAPS = 64  # without gradients up to so many are faster than FFTs
 
 
 class Filters:
-    """Long filters (C, L), without gradients."""
+    """Long filters (C, L), without gradients.
 
-    def __init__(self, h_CL: Tensor) -> None:
-        self.h_CL = h_CL
+    Args:
+        h_CL: the filters, with the direct term of a convolution at lag 0.
+        modes: what they are sums of beside the direct term, where they are.
+        direct_C: that term.
+        taps: lags from which on they are zero; None where they are not.
+    """
+
+    def __init__(
+        self, h_CL: Tensor, modes: Modes | None = None, direct_C: Tensor | None = None, taps: int | None = None
+    ) -> None:
+        self.h_CL, self.modes, self.taps = h_CL, modes, h_CL.shape[1] if taps is None else taps
+        self.direct_C = torch.zeros_like(h_CL[:, 0]) if direct_C is None else direct_C.to(h_CL.dtype)
         self._reversed_CL: Tensor | None = None
         self._spectrum: tuple[tuple[int, int], Tensor] | None = None  # of the last length asked for
         self._tiles: dict[tuple[int, int, int], Tensor] = {}
@@ -32,6 +49,28 @@ class Filters:
             size = fft_size(2 * length - 1 + beyond)
             self._spectrum = (asked, torch.fft.rfft(self.h_CL[:, : length + beyond], size))
         return self._spectrum[1]
+
+    def convolution(self, length: int, beyond: int = 0) -> Callable[[Tensor, slice], Tensor]:
+        """The convolution of sequences (B, D, length) with some of the filters into (B, D, length + beyond), in its
+        fastest form; no gradients."""
+        if self.taps <= FEW_TAPS:
+            taps_CK = self.reversed(min(self.taps, length + beyond)).contiguous()
+            return lambda z_BDL, filters: _tapped(z_BDL, taps_CK[filters], beyond)
+        size, spectrum_CF = fft_size(2 * length - 1 + beyond), self.spectrum(length, beyond)
+
+        def convolve(z_BDL: Tensor, filters: slice) -> Tensor:
+            transformed_BDF = torch.fft.rfft(z_BDL, size)
+            transformed_BDF *= spectrum_CF[filters]
+            y_BDL: Tensor = torch.fft.irfft(transformed_BDF, size)[..., : length + beyond]
+            return y_BDL
+
+        return convolve
+
+    @cached_property
+    def recurrence(self) -> Recurrence:
+        """The modes as a recurrence."""
+        assert self.modes is not None
+        return Recurrence(self.modes, self.direct_C)
 
     def lag(self, channels: slice, lag: int) -> Tensor:
         """What an input does to the output `lag` positions later, (D, 1)."""
@@ -62,3 +101,8 @@ class Filters:
                 tile = padded_DL[:, width + lags - lags[:, None]]
             self._tiles[asked] = tile
         return self._tiles[asked]
+
+
+def _tapped(z_BDL: Tensor, taps_DK: Tensor, beyond: int) -> Tensor:
+    padded = torch.nn.functional.pad(z_BDL, (taps_DK.shape[1] - 1, beyond))
+    return torch.nn.functional.conv1d(padded, taps_DK[:, None], groups=taps_DK.shape[0])

@@ -1,22 +1,24 @@
-"""Implicit long filters: a sine network of time under a decaying window (Poli et al. 2023, section 3.3).
+"""What all long filters share, and the implicit ones: a sine network of time under a decaying window.
 
 The grid of time is fixed by `max_length`, never by the sequence at hand: position t has the same filter value
 in a short sequence as in a long one. Filters are float32, float64 where the parameters are; nothing but
-parameters is saved, so the module survives meta devices and casts.
+parameters is saved, so the modules survive meta devices and casts.
 
 Shapes: C filters, L positions, F positional features, W width of the network.
 """
 
 import math
+from abc import ABC, abstractmethod
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from operators.config import FilterConfig
+from operators.config import ImplicitFilterConfig
 from operators.convolution import compute_dtype
 from operators.decode import Filters
+from operators.modes import Modes
 
 SMALL_OUTPUT = 0.05
 RIDGE = 1e-3
@@ -46,23 +48,102 @@ def log_spaced_timescales(count: int, longest: int, dtype: torch.dtype, device: 
     return torch.linspace(shortest, largest, count, dtype=dtype, device=device).exp()
 
 
-class ImplicitFilter(nn.Module):
-    """Filters h(t) = window(t) * (offset + MLP(features(t))).
+def whole_profile(profile_CT: Tensor, max_length: int) -> Tensor:
+    """Logarithms (C, max_length) of weights by lag that sum to 1, float64, from those of the first T lags.
+
+    Beyond its T lags a profile goes on as 1 / lag.
+    """
+    lags = min(profile_CT.shape[1], max_length)
+    position = torch.arange(max_length, dtype=torch.float64, device=profile_CT.device)
+    beyond_L = -(position.clamp_min(lags) / lags).log()
+    wanted_CL = profile_CT[:, :lags].double()
+    end = max(1, lags // 8)
+    tail_C1 = wanted_CL[:, -end:].mean(1, keepdim=True)  # single lags far away were seen a few times only
+    wanted_CL = torch.cat([wanted_CL, tail_C1 + beyond_L[lags:]], dim=1)
+    return wanted_CL - wanted_CL.logsumexp(1, keepdim=True)
+
+
+class LongFilter(nn.Module, ABC):
+    """C filters over the lags 0 to `max_length` - 1; call `initialise` before use.
+
+    Args:
+        filters: number of filters C.
+        max_length: longest sequence.
+
+    Attributes:
+        step_modes: ways in which channel-wise operators can decode with them (`steps`), the usual one first.
+        lags: where they end, None if nowhere.
+    """
+
+    step_modes: tuple[str, ...] = ("tiled", "direct")
+
+    def __init__(self, filters: int, max_length: int) -> None:
+        super().__init__()
+        self.filters, self.max_length = filters, max_length
+        self.lags: int | None = None
+        self._frozen: tuple[Any, Filters] | None = None
+
+    @abstractmethod
+    def forward(self, length: int) -> Tensor:
+        """Filters (C, length), float32 or float64, differentiable. ValueError if `length` exceeds `max_length`."""
+
+    @abstractmethod
+    def initialise(self, generator: torch.Generator) -> None:
+        """Set every parameter, deterministically given the generator's state."""
+
+    @abstractmethod
+    def follow(self, profile_CT: Tensor) -> None:
+        """Let positive filters start at a profile, the logarithm of weights by lag; call `initialise` before.
+
+        The filters sum to 1 over `max_length` but for the error of the fit.
+        """
+
+    def modes(self) -> Modes | None:
+        """The exponentials that the filters are sums of, differentiable; None where they are none."""
+        return None
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def frozen(self, direct_C: Tensor | None = None) -> Filters:
+        """The filters as they are, computed once until a parameter changes in place, moves or is replaced.
+
+        `direct_C` is added at lag 0.
+        """
+        watched = [*self.parameters(), *([] if direct_C is None else [direct_C])]
+        stamp = tuple((p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device) for p in watched)
+        if self._frozen is None or self._frozen[0] != stamp:
+            h_CL = self(self.max_length)
+            if direct_C is not None:
+                h_CL[:, 0] += direct_C
+            self._frozen = (stamp, Filters(h_CL, self.modes(), direct_C, self.lags))
+        return self._frozen[1]
+
+    def check(self, length: int) -> None:
+        """Raise ValueError if `length` exceeds `max_length`."""
+        if length > self.max_length:
+            raise ValueError(
+                f"length must not exceed max_length {self.max_length} but is {length}: "
+                "build the operator with a larger max_length, or shorten the input."
+            )
+
+
+class ImplicitFilter(LongFilter):
+    """Filters h(t) = window(t) * (offset + MLP(features(t))), Poli et al. 2023, section 3.3.
 
     Parameters: `features` (max_length, F), frozen unless `train_features`; `frequency` (1, W), shared by all
     sines, frozen unless `train_frequency`; `layers`, 1 + depth linear maps; `readout` (C, W). Positive filters train
     `readout` and their `log_timescale` (C,) only.
 
     Args:
-        config: see `FilterConfig`.
+        config: see `ImplicitFilterConfig`.
         filters: number of filters C.
         max_length: longest sequence, which fixes the grid of time.
         steps: convolutions that share the C filters; log-spaced windows span their range once per step.
     """
 
-    def __init__(self, config: FilterConfig, filters: int, max_length: int, steps: int = 1) -> None:
-        super().__init__()
-        self.config, self.filters, self.max_length, self.steps = config, filters, max_length, steps
+    def __init__(self, config: ImplicitFilterConfig, filters: int, max_length: int, steps: int = 1) -> None:
+        super().__init__(filters, max_length)
+        self.config, self.steps = config, steps
         self.features = nn.Parameter(torch.zeros(max_length, config.features), requires_grad=config.train_features)
         self.frequency = nn.Parameter(
             torch.full((1, config.width), float(config.sine_frequency)), requires_grad=config.train_frequency
@@ -74,7 +155,6 @@ class ImplicitFilter(nn.Module):
             self.requires_grad_(False)
             self.log_timescale = nn.Parameter(torch.zeros(filters))
         self.readout = nn.Linear(config.width, filters, bias=False)
-        self._frozen: tuple[Any, Filters] | None = None
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
@@ -93,20 +173,10 @@ class ImplicitFilter(nn.Module):
 
     @torch.no_grad()
     def follow(self, profile_CT: Tensor) -> None:
-        """Let positive filters start at a profile, the logarithm of weights by lag; call `initialise` before.
-
-        Beyond its T lags a profile goes on as 1 / lag. The filters sum to 1 over `max_length` but for the error of
-        the fit: least squares of the last layer on the logarithm, every octave of lags alike.
-        """
+        """See `LongFilter.follow`: least squares of the last layer on the logarithm, every octave of lags alike."""
         assert self.log_timescale is not None
-        lags = min(profile_CT.shape[1], self.max_length)
+        wanted_CL = whole_profile(profile_CT, self.max_length)
         position = torch.arange(self.max_length, dtype=torch.float64, device=profile_CT.device)
-        beyond_L = -(position.clamp_min(lags) / lags).log()
-        wanted_CL = profile_CT[:, :lags].double()
-        end = max(1, lags // 8)
-        tail_C1 = wanted_CL[:, -end:].mean(1, keepdim=True)  # single lags far away were seen a few times only
-        wanted_CL = torch.cat([wanted_CL, tail_C1 + beyond_L[lags:]], dim=1)
-        wanted_CL = wanted_CL - wanted_CL.logsumexp(1, keepdim=True)
         self.log_timescale.fill_(math.log(self.max_length))
         residual_CL = wanted_CL - self.window(self.max_length).double().log()
         weight_L1 = (1.0 + position[:, None]).rsqrt()
@@ -116,38 +186,14 @@ class ImplicitFilter(nn.Module):
         fit_WC = torch.linalg.solve(gram_WW + ridge, hidden_LW.t() @ (residual_CL.t() * weight_L1))
         self.readout.weight.copy_(fit_WC.t())
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def frozen(self, direct_C: Tensor | None = None) -> Filters:
-        """The filters as they are, computed once until a parameter changes in place, moves or is replaced.
-
-        `direct_C` is added at lag 0.
-        """
-        watched = [*self.parameters(), *([] if direct_C is None else [direct_C])]
-        stamp = tuple((p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device) for p in watched)
-        if self._frozen is None or self._frozen[0] != stamp:
-            h_CL = self(self.max_length)
-            if direct_C is not None:
-                h_CL[:, 0] += direct_C
-            self._frozen = (stamp, Filters(h_CL))
-        return self._frozen[1]
-
     def forward(self, length: int) -> Tensor:
-        """Filters (C, length), float32 or float64. ValueError if `length` exceeds `max_length`."""
+        """See `LongFilter.forward`."""
         self.check(length)
         weight_CW = self.readout.weight.to(compute_dtype(self.readout.weight.dtype))
         with torch.autocast(weight_CW.device.type, enabled=False):
             network_CL = weight_CW @ self._hidden(length).t()
             factor_CL = network_CL.exp() if self.config.positive else network_CL + self.config.offset
             return self.window(length) * factor_CL
-
-    def check(self, length: int) -> None:
-        """Raise ValueError if `length` exceeds `max_length`."""
-        if length > self.max_length:
-            raise ValueError(
-                f"length must not exceed max_length {self.max_length} but is {length}: "
-                "build the operator with a larger max_length, or shorten the input."
-            )
 
     def _hidden(self, length: int) -> Tensor:
         """What the last layer reads, (L, W)."""

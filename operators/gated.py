@@ -11,7 +11,7 @@ Shapes: B batch, N convolutions in order of application, P = N + 2 projections (
 d channels of a block, L positions, K taps, F frequencies.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from operators.convolution import add_taps, add_taps_adjoint, blocks_of, compute_dtype, fft_size
+
+Convolve = Callable[[Tensor, slice], Tensor]  # inputs of some channels and their filters, to outputs
 
 
 class Inputs(NamedTuple):
@@ -30,7 +32,7 @@ class Inputs(NamedTuple):
     bias_PD: Tensor
 
 
-def gated(inputs: Inputs, spectrum_NDF: Tensor, histories: Sequence[Tensor] = (), beyond: int = 0) -> list[Tensor]:
+def gated(inputs: Inputs, convolve: Convolve, histories: Sequence[Tensor], beyond: int) -> list[Tensor]:
     """Whole sequences without gradients, (B, D, L) in float32 or float64.
 
     What each convolution reads is written to `histories`, (B, D, L) each, where there are any; then what it adds to
@@ -38,13 +40,21 @@ def gated(inputs: Inputs, spectrum_NDF: Tensor, histories: Sequence[Tensor] = ()
     """
     y_BDL = _output(inputs)
     later = [y_BDL.new_empty((*y_BDL.shape[:2], beyond)) for _ in histories]
+    width, length = y_BDL.shape[1:]
     for channels, _, u_BPdL in _blocks(inputs):
-        kept = [[part[:, channels] for part in parts] for parts in (histories, later)]
-        _forward(u_BPdL, spectrum_NDF[:, channels], y_BDL[:, channels], *kept)
+        value_BdL = u_BPdL[:, -1]
+        for n in range(u_BPdL.shape[1] - 2):
+            z_BdL = u_BPdL[:, -2 - n] * value_BdL
+            value_BdL = convolve(z_BdL, slice(n * width + channels.start, n * width + channels.stop))
+            if histories:
+                histories[n][:, channels] = z_BdL
+                later[n][:, channels] = value_BdL[..., length:]
+                value_BdL = value_BdL[..., :length]
+        torch.mul(u_BPdL[:, 0], value_BdL, out=y_BDL[:, channels])
     return [y_BDL, *later]
 
 
-def gated_trained(inputs: Inputs, h_NDL: Tensor, direct_ND: Tensor, histories: Sequence[Tensor] = ()) -> Tensor:
+def gated_trained(inputs: Inputs, h_NDL: Tensor, direct_ND: Tensor, histories: Sequence[Tensor]) -> Tensor:
     """The same from filters, differentiable by them and by all inputs but the mask."""
     return cast(Tensor, _Gated.apply(*inputs, h_NDL, direct_ND, histories))  # type: ignore[no-untyped-call]
 
@@ -57,8 +67,10 @@ class _Gated(torch.autograd.Function):
         inputs = Inputs(*given)
         y_BDL = _output(inputs)
         for channels, _, u_BPdL in _blocks(inputs):
-            spectrum_NdF = _spectrum(h_NDL[:, channels], direct_ND[:, channels])
-            _forward(u_BPdL, spectrum_NdF, y_BDL[:, channels], [history[:, channels] for history in histories])
+            values_BdL, _, gated_BdL = _forward(u_BPdL, _spectrum(h_NDL[:, channels], direct_ND[:, channels]))
+            for history_BDL, z_BdL in zip(histories, gated_BdL, strict=False):
+                history_BDL[:, channels] = z_BdL
+            torch.mul(u_BPdL[:, 0], values_BdL[-1], out=y_BDL[:, channels])
         return y_BDL
 
     @staticmethod
@@ -101,38 +113,23 @@ def _spectrum(h_NdL: Tensor, direct_Nd: Tensor) -> Tensor:
     return spectrum_NdF + direct_Nd[..., None]
 
 
-def _forward(
-    u_BPdL: Tensor,
-    spectrum_NdF: Tensor,
-    y_BdL: Tensor,
-    histories: Sequence[Tensor] = (),
-    later: Sequence[Tensor] = (),
-) -> None:
+def _forward(u_BPdL: Tensor, spectrum_NdF: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Values before and after each convolution, the spectra of what each reads, and that itself."""
     length = u_BPdL.shape[-1]
-    beyond = later[0].shape[-1] if later else 0
-    size = fft_size(2 * length - 1 + beyond)
-    value_BdL = u_BPdL[:, -1]
+    size = fft_size(2 * length - 1)
+    values_BdL, spectra_BdF, gated_BdL = [u_BPdL[:, -1]], [], []
     for n, spectrum_dF in enumerate(spectrum_NdF):
-        z_BdL = u_BPdL[:, -2 - n] * value_BdL
-        if histories:
-            histories[n].copy_(z_BdL)
-        transformed_BdF = torch.fft.rfft(z_BdL, size)
-        transformed_BdF *= spectrum_dF
-        convolved_BdS = torch.fft.irfft(transformed_BdF, size)
-        value_BdL = convolved_BdS[..., :length]
-        if later:
-            later[n].copy_(convolved_BdS[..., length : length + beyond])
-    torch.mul(u_BPdL[:, 0], value_BdL, out=y_BdL)
+        gated_BdL.append(u_BPdL[:, -2 - n] * values_BdL[-1])
+        spectra_BdF.append(torch.fft.rfft(gated_BdL[-1], size))
+        values_BdL.append(torch.fft.irfft(spectra_BdF[-1] * spectrum_dF, size)[..., :length])
+    return values_BdL, spectra_BdF, gated_BdL
 
 
 def _backward(u_BPdL: Tensor, spectrum_NdF: Tensor, grad_BdL: Tensor, dh_NdL: Tensor) -> Tensor:
     """Gradients by `u`; those by filters are written to `dh`."""
     length = u_BPdL.shape[-1]
     size = fft_size(2 * length - 1)
-    values_BdL, transformed_BdF = [u_BPdL[:, -1]], []
-    for n, spectrum_dF in enumerate(spectrum_NdF):
-        transformed_BdF.append(torch.fft.rfft(u_BPdL[:, -2 - n] * values_BdL[-1], size))
-        values_BdL.append(torch.fft.irfft(transformed_BdF[-1] * spectrum_dF, size)[..., :length])
+    values_BdL, transformed_BdF, _ = _forward(u_BPdL, spectrum_NdF)
     du_BPdL = torch.empty_like(u_BPdL)
     torch.mul(grad_BdL, values_BdL.pop(), out=du_BPdL[:, 0])
     dvalue_BdL = grad_BdL * u_BPdL[:, 0]

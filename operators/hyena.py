@@ -15,6 +15,7 @@ Shapes: B batch, L positions, D model width, E rows of the projection, K taps, C
 
 import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,11 +24,14 @@ from torch import Tensor, nn
 from operators.config import HyenaConfig
 from operators.convolution import compute_dtype, short_conv, short_conv_reference
 from operators.decode import Filters
-from operators.filters import ImplicitFilter, draw_linear, draw_uniform
+from operators.filters import ImplicitFilter, LongFilter, draw_linear, draw_uniform
+from operators.fir import FirFilter
+from operators.modal import ModalFilter
 from operators.state import State
 from operators.transfer import AttentionWeights
 
 FEW_POSITIONS = 8
+FILTERS: dict[str, Callable[..., LongFilter]] = {"implicit": ImplicitFilter, "modal": ModalFilter, "fir": FirFilter}
 
 
 class Hyena(nn.Module, ABC):
@@ -42,7 +46,7 @@ class Hyena(nn.Module, ABC):
         max_length: longest sequence.
 
     Raises:
-        ValueError: `heads` does not divide `d_model`, or `max_length` is not positive.
+        ValueError: `heads` does not divide `d_model`, `max_length` is not positive, or the filter does not fit it.
     """
 
     def __init__(self, config: HyenaConfig, d_model: int, max_length: int) -> None:
@@ -52,11 +56,15 @@ class Hyena(nn.Module, ABC):
         self.config, self.d_model, self.max_length = config, d_model, max_length
 
     def build(self, inner: int, filters: int, steps: int, direct: int) -> None:
-        """Make the parameters, with `inner` rows of the projection; `steps` convolutions share the filters."""
+        """Make the parameters, with `inner` rows of the projection; `steps` convolutions share the filters.
+
+        ValueError if the filter does not fit `max_length`.
+        """
         self.in_proj = nn.Linear(self.d_model, inner)
         self.short_weight = nn.Parameter(torch.zeros(inner, self.config.short_taps))
         self.short_bias = nn.Parameter(torch.zeros(inner))
-        self.filter = ImplicitFilter(self.config.filter, filters, self.max_length, steps)
+        config = self.config.filter
+        self.filter = FILTERS[config.kind](config, filters, self.max_length, steps)
         self.direct = nn.Parameter(torch.zeros(direct))
         self.out_proj = nn.Linear(self.d_model, self.d_model)
 
@@ -110,9 +118,32 @@ class Hyena(nn.Module, ABC):
         y_BDL = self.combine_reference(u_BEL.to(compute_dtype(x_BLD.dtype)), h_CL)
         return self.out_proj(y_BDL.transpose(1, 2).to(x_BLD.dtype))  # type: ignore[no-any-return]
 
-    def init_state(self, batch: int) -> State:
-        """State of `batch` sequences of which nothing was seen; memory grows with the positions."""
-        return State(batch, self.max_length)
+    def step_modes(self) -> tuple[str, ...]:
+        """Ways of decoding, the usual one first."""
+        return ("direct",)
+
+    def init_state(self, batch: int, mode: str | None = None, *, croppable: bool = True) -> State:
+        """State of `batch` sequences of which nothing was seen.
+
+        Args:
+            batch: sequences.
+            mode: how to go on position by position, one of `step_modes`; None for the usual one. All give the same
+                outputs but for rounding. "tiled" (channel-wise) adds up ahead what the past does to later outputs;
+                "modal" (of modal filters) and "window" (of short ones) remember no more at longer contexts; "direct"
+                sums over all the past at every step.
+            croppable: keep the inputs of all positions (D numbers each), from which a crop computes again what it
+                needs. Without them memory of the last two modes is constant, and `crop` goes to 0 only.
+
+        Raises:
+            ValueError: a mode that the operator does not have.
+        """
+        modes = self.step_modes()
+        if mode is not None and mode not in modes:
+            raise ValueError(
+                f"mode must be one of {', '.join(modes)} with {self.config.filter.kind} filters "
+                f"{'and heads ' if self.config.heads else ''}but is {mode!r}: choose one of these, or another filter."
+            )
+        return State(batch, self.max_length, mode or modes[0], croppable)
 
     def extend(self, x_BLD: Tensor, state: State, mask_BL: Tensor | None = None) -> tuple[Tensor, State]:
         """Process n >= 1 new positions after those the state has seen: prefill, chunked prefill and steps.
@@ -135,13 +166,15 @@ class Hyena(nn.Module, ABC):
         """
         batch, new, _ = x_BLD.shape
         state.check(batch, new)
+        if state.behind:
+            self._catch_up(state)
         start, stop = state.length, state.length + new
         if state.filters is None and (start > 0 or not torch.is_grad_enabled()):
             state.filters = self.frozen()
         if new == 1 and start >= self.config.short_taps and mask_BL is None and state.recent_projections is not None:
             return self._step(x_BLD, state), state
         if start == 0:
-            p_BEL = _masked(_project(self.in_proj, state.append("input", x_BLD.transpose(1, 2))), mask_BL)
+            p_BEL = _masked(_project(self.in_proj, state.keep_input("input", x_BLD.transpose(1, 2))), mask_BL)
             _append_mask(state, mask_BL, x_BLD)
             y_BDn = self.whole(p_BEL, mask_BL, self._trained_filters(stop), state)
         else:
@@ -149,6 +182,8 @@ class Hyena(nn.Module, ABC):
             y_BDn = self._combine(u_BEn, mask_Bn, None, state)
         first_kept = max(0, p_BEL.shape[-1] - self.config.short_taps + 1)
         state.length, state.recent_projections = stop, p_BEL[..., first_kept:].detach().clone()
+        if new > 1:
+            state.mark()
         return self._project_out(y_BDn), state
 
     @torch.no_grad()
@@ -190,17 +225,26 @@ class Hyena(nn.Module, ABC):
         the projections that the short convolution saw."""
         start, x_BDn = state.length, x_BLD.transpose(1, 2)
         before = min(start, self.config.short_taps - 1)
-        seen_BDT = state.append("input", x_BDn)
+        seen_BDT = state.keep_input("input", x_BDn)
         mask_BT = _append_mask(state, mask_BL, x_BLD)
-        mask_window = None if mask_BT is None else mask_BT[:, start - before :]
         if state.recent_projections is None:
+            mask_window = None if mask_BT is None else mask_BT[:, start - before :]
             p_BEL = _masked(_project(self.in_proj, seen_BDT[..., start - before :]), mask_window)
         else:
             p_BEn = _masked(_project(self.in_proj, x_BDn), mask_BL)
             p_BEL = torch.cat([state.recent_projections, p_BEn], dim=-1)
-        u_BEL = _masked(short_conv(p_BEL, self.short_weight, self.short_bias), mask_window)
-        mask_Bn = None if mask_BT is None else mask_BT[:, start:]
-        return u_BEL[..., before:], mask_Bn, p_BEL
+        mask_Bn = None if mask_BT is None else mask_BT[:, -x_BDn.shape[-1] :]
+        u_BEn = short_conv(p_BEL, self.short_weight, self.short_bias)[..., before:]
+        return _masked(u_BEn, mask_Bn), mask_Bn, p_BEL
+
+    @torch.no_grad()
+    def _catch_up(self, state: State) -> None:
+        """Compute again what a memory of a constant size has lost by a crop, from the inputs behind the last mark."""
+        kept = slice(state.length - state.behind, state.length)
+        x_BLD = state.histories["input"][..., kept].transpose(1, 2).clone()
+        mask_BT = state.histories.get("mask")
+        state.length, state.behind = kept.start, 0
+        self.extend(x_BLD, state, None if mask_BT is None else mask_BT[:, kept].clone())
 
     def _trained_filters(self, length: int) -> Tensor | None:
         """Filters (C, length) to differentiate; None, for the frozen ones, where nobody does."""
@@ -209,7 +253,7 @@ class Hyena(nn.Module, ABC):
 
     def _step(self, x_B1D: Tensor, state: State) -> Tensor:
         """`extend` by one position that is not padded, after as many as the short convolution sees: few operations."""
-        state.append("input", x_B1D.transpose(1, 2))
+        state.keep_input("input", x_B1D.transpose(1, 2))
         _append_mask(state, None, x_B1D)
         assert state.recent_projections is not None
         p_B1E = nn.functional.linear(x_B1D, self.in_proj.weight, self.in_proj.bias)
@@ -240,7 +284,9 @@ def _masked(x_BEL: Tensor, mask_BL: Tensor | None) -> Tensor:
 
 
 def _append_mask(state: State, mask_BL: Tensor | None, x_BLD: Tensor) -> Tensor | None:
-    """The mask (B, T) of all positions, or None while no mask was ever given."""
+    """The mask (B, T) of all positions, of the new ones if the state is not croppable; None while none was given."""
+    if not state.croppable:
+        return mask_BL
     if mask_BL is None and "mask" not in state.histories:
         return None
     ones_BL = torch.ones(x_BLD.shape[:2], dtype=torch.bool, device=x_BLD.device)

@@ -1,9 +1,10 @@
 """The decoding state of an operator: what it must remember of the positions it has seen.
 
-Everything remembered is a history with one entry per position, kept in a preallocated buffer that at least
-doubles when it is full, so that a step writes its own entry and copies nothing (amortised). Entries behind
-`length` are left over and never read, which makes `crop` exact and free. The batch operations are those that
-beam search, contrastive search and speculative decoding ask of a cache.
+A history has one entry per position, in a preallocated buffer that at least doubles when it is full, so that a step
+writes its own entry and copies nothing (amortised). Entries behind `length` are left over and never read, which makes
+`crop` exact and free. A memory has a constant size; it cannot be cropped, but is computed again from the inputs behind
+the last of a few marks, which the next call does. The batch operations are those that beam search, contrastive search
+and speculative decoding ask of a cache.
 
 A state belongs to the weights it was made with; after an update of the weights start a new one. Gradients do
 not flow into earlier calls.
@@ -12,6 +13,7 @@ Shapes: B batch, T positions remembered.
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +22,15 @@ from operators.ahead import Ahead
 from operators.decode import Filters
 
 MIN_CAPACITY = 64
+MARKS = 2
+
+
+class Mark(NamedTuple):
+    """What is remembered in a constant size after `length` positions."""
+
+    length: int
+    memory: dict[str, Tensor]
+    recent_projections: Tensor | None
 
 
 @dataclass
@@ -29,19 +40,29 @@ class State:
     Attributes:
         batch: sequences.
         max_length: positions the operator was built for.
+        mode: how channel-wise operators go on from it, see `steps`.
+        croppable: whether the inputs are kept that a crop needs.
         length: positions seen.
         histories: buffers, batch first and positions last; only the first `length` positions are meaningful.
         filters: the long filters, once a step has needed them.
         ahead: by convolution, what the positions seen add to outputs to come; of use only at the position it is at.
+        memory: what is remembered in a constant size, batch first.
+        behind: positions of those seen that `memory` has lost by a crop.
+        marks: earlier memories, the newest last.
         recent_projections: what the short convolution still sees, (B, E, taps - 1); None after a crop.
     """
 
     batch: int
     max_length: int
+    mode: str = "direct"
+    croppable: bool = True
     length: int = 0
     histories: dict[str, Tensor] = field(default_factory=dict)
     filters: Filters | None = None
     ahead: dict[str, Ahead] = field(default_factory=dict)
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    behind: int = 0
+    marks: list[Mark] = field(default_factory=list)
     recent_projections: Tensor | None = None
 
     def append(self, name: str, new: Tensor) -> Tensor:
@@ -52,6 +73,16 @@ class State:
         """
         self.room(name, new).copy_(new.detach())
         return new if self.length == 0 else self.histories[name][..., : self.length + new.shape[-1]]
+
+    def keep_input(self, name: str, new: Tensor) -> Tensor:
+        """`append` to what only crops need: `new` itself where the state is not croppable."""
+        return self.append(name, new) if self.croppable else new
+
+    def mark(self) -> None:
+        """Remember the memory as it is now, for crops to positions behind it."""
+        if self.croppable and self.memory:
+            memory = {name: value.clone() for name, value in self.memory.items()}
+            self.marks = [*self.marks, Mark(self.length, memory, self.recent_projections)][-MARKS:]
 
     def room(self, name: str, like: Tensor) -> Tensor:
         """The place behind the positions seen for new ones, (B, ..., n) as `like`: what `append` fills."""
@@ -66,15 +97,33 @@ class State:
         return buffer[..., start:stop]
 
     def crop(self, length: int) -> None:
-        """Forget all positions from `length` on. ValueError unless 0 <= length <= positions seen."""
+        """Forget all positions from `length` on.
+
+        Raises ValueError unless 0 <= length <= positions seen, and where the state is not croppable unless `length` is
+        one of these two.
+        """
         if not 0 <= length <= self.length:
             raise ValueError(f"length must lie between 0 and the {self.length} positions seen but is {length}.")
+        if not self.croppable and length not in (0, self.length):
+            raise ValueError(
+                f"length must be 0 or the {self.length} positions seen but is {length}: this state keeps no inputs; "
+                "make it with croppable=True."
+            )
         if length < self.length:
             self.recent_projections = None
             self.ahead.clear()
+            self._return_to_mark(length)
         if length == 0:
             self.filters = None  # a new text may come with new weights
         self.length = length
+
+    def _return_to_mark(self, length: int) -> None:
+        if not self.memory and self.behind == 0:
+            return
+        self.marks = [mark for mark in self.marks if mark.length <= length]
+        mark = self.marks[-1] if self.marks else Mark(0, {}, None)
+        self.memory = {name: value.clone() for name, value in mark.memory.items()}
+        self.recent_projections, self.behind = mark.recent_projections, length - mark.length
 
     def reorder(self, indices: Tensor) -> None:
         """Let sequence i continue what sequence indices[i] was, (B,) int64; the beam operation."""
@@ -87,16 +136,24 @@ class State:
 
     def select(self, indices: Tensor) -> None:
         """Keep the sequences `indices`, (b,) int64, in that order; the batch becomes b."""
+
+        def kept(tensor: Tensor) -> Tensor:
+            return tensor.index_select(0, indices.to(tensor.device))
+
+        def all_kept(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: kept(tensor) for name, tensor in tensors.items()}
+
+        def maybe_kept(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else kept(tensor)
+
         for name, buffer in self.histories.items():
-            kept = buffer.new_empty(len(indices), *buffer.shape[1:])
-            kept[..., : self.length] = buffer[..., : self.length].index_select(0, indices.to(buffer.device))
-            self.histories[name] = kept
+            self.histories[name] = buffer.new_empty(len(indices), *buffer.shape[1:])
+            self.histories[name][..., : self.length] = kept(buffer[..., : self.length])
         for ahead in self.ahead.values():
             ahead.select(indices)
-        if self.recent_projections is not None:
-            self.recent_projections = self.recent_projections.index_select(
-                0, indices.to(self.recent_projections.device)
-            )
+        self.memory = all_kept(self.memory)
+        self.recent_projections = maybe_kept(self.recent_projections)
+        self.marks = [Mark(m.length, all_kept(m.memory), maybe_kept(m.recent_projections)) for m in self.marks]
         self.batch = indices.numel()
 
     def repeat(self, n: int) -> None:

@@ -12,8 +12,17 @@ from typing import Any
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from operators.config import FilterConfig, HyenaConfig, OperatorConfig, SkipConfig
+from operators.config import (
+    FirFilterConfig,
+    HyenaConfig,
+    ImplicitFilterConfig,
+    ModalFilterConfig,
+    OperatorConfig,
+    SkipConfig,
+)
 from orchestrator.distill.swap import swap
+
+FILTERS = {"implicit": ImplicitFilterConfig, "modal": ModalFilterConfig, "fir": FirFilterConfig}
 
 
 class LayerswapConfig(GPTNeoXConfig):
@@ -38,4 +47,5 @@ def operator_config(values: dict[str, Any]) -> OperatorConfig:
     """The configuration object of plain values."""
     if values["kind"] == "skip":
         return SkipConfig(**values)
-    return HyenaConfig(**{**values, "filter": FilterConfig(**values["filter"])})
+    filters = FILTERS[values["filter"].get("kind", "implicit")](**values["filter"])
+    return HyenaConfig(**{**values, "filter": filters})

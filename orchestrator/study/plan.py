@@ -110,7 +110,7 @@ def make_plan(document: Document, study: Study, resolved: Resolved) -> Plan:
     trials = []
     for index, values in enumerate(sample(study)):
         point, at = with_values(document, values)
-        _check_heads(at, point, resolved)
+        _check_operator(at, point, resolved)
         with _placed(at):
             steps = tuple(_path(point, tokens, teacher, layers))
         trials.append(Trial(f"trial-{index:02d}", values, point, steps))
@@ -162,7 +162,13 @@ def _check_lengths(document: Document, study: Study, resolved: Resolved) -> None
             )
 
 
-def _check_heads(document: Document, point: Study, resolved: Resolved) -> None:
+def _check_operator(document: Document, point: Study, resolved: Resolved) -> None:
+    taps = getattr(getattr(point.operator, "filter", None), "taps", 0)
+    if taps > resolved.architecture.max_length:
+        raise StudyError(
+            f"{document.place(('operator', 'filter', 'taps'))}: operator.filter.taps: {taps} exceeds the teacher's "
+            f"{resolved.architecture.max_length} positions: lower it"
+        )
     heads = getattr(point.operator, "heads", None)
     width = resolved.architecture.hidden
     if heads is not None and width % heads:

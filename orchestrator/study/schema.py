@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from operators.config import HyenaConfig, SkipConfig
 
@@ -19,7 +19,20 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-Operator = Annotated[HyenaConfig | SkipConfig, Field(discriminator="kind")]
+
+
+def _with_filter_kind(operator: Any) -> Any:
+    """A filter is implicit where it names no kind."""
+    match operator:
+        case {"filter": {"kind": _}}:
+            return operator
+        case {"filter": dict(values)}:
+            return {**operator, "filter": {"kind": "implicit", **values}}
+        case _:
+            return operator
+
+
+Operator = Annotated[HyenaConfig | SkipConfig, Field(discriminator="kind"), BeforeValidator(_with_filter_kind)]
 
 
 class Model(BaseModel):

@@ -23,7 +23,7 @@ import matplotlib
 import torch
 from torch import nn
 
-from operators.config import FilterConfig, HyenaConfig
+from operators.config import HyenaConfig, ImplicitFilterConfig
 from operators.registry import build
 from tests.benchmarks.contenders import Attention, TextbookHyena
 
@@ -39,7 +39,7 @@ Timed = Callable[[], float]
 def contenders(width: int, length: int) -> dict[str, Any]:
     """Everything that is compared, built for a width and a longest sequence."""
     heads = max(1, width // HEAD_WIDTH)
-    positive = FilterConfig(positive=True, width=64, features=9)
+    positive = ImplicitFilterConfig(positive=True, width=64, features=9)
     ours = {
         "hyena-2": HyenaConfig(init="random"),
         "hyena-heads": HyenaConfig(init="random", heads=heads),

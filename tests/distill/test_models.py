@@ -12,7 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from operators.config import FilterConfig, HyenaConfig, OperatorConfig, SkipConfig
+from operators.config import (
+    FirFilterConfig,
+    HyenaConfig,
+    ImplicitFilterConfig,
+    ModalFilterConfig,
+    OperatorConfig,
+    SkipConfig,
+)
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.models import (
     STUDENT,
@@ -31,9 +38,14 @@ from orchestrator.study.spec import Architecture, ImportSpec
 
 SHAPE = Architecture(layers=2, hidden=32, heads=4, intermediate=64, max_length=64, vocabulary=300)
 MIXED: dict[int, OperatorConfig] = {
-    0: HyenaConfig(heads=4, filter=FilterConfig(width=8, window="linear")),
+    0: HyenaConfig(heads=4, filter=ImplicitFilterConfig(width=8, window="linear")),
     1: HyenaConfig(order=3, init="random"),
     2: SkipConfig(),
+}
+FILTERS: dict[int, OperatorConfig] = {
+    0: HyenaConfig(heads=4, filter=ModalFilterConfig(modes=2)),
+    1: HyenaConfig(order=3, init="random", filter=FirFilterConfig(taps=4)),
+    2: HyenaConfig(filter=ModalFilterConfig(positive=True)),
 }
 
 
@@ -49,17 +61,18 @@ def same(first: Any, second: Any) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.parametrize("placed", [MIXED, FILTERS], ids=["operators", "filters"])
 @pytest.mark.parametrize("complete", [False, True])
 def test_a_student_comes_back_bitwise(
-    teacher: Any, tiny_teacher: Path, tmp_path: Path, ids: Tensor, complete: bool
+    teacher: Any, tiny_teacher: Path, tmp_path: Path, ids: Tensor, complete: bool, placed: dict[int, OperatorConfig]
 ) -> None:
-    student = student_of(tiny_teacher, MIXED)
+    student = student_of(tiny_teacher, placed)
     with torch.no_grad():
         student.get_parameter("lm_head.weight").add_(0.01)
     save_student(student, None if complete else teacher.state_dict(), tmp_path)
     again = load_student(tmp_path, load_teacher(tiny_teacher))
     assert same(student, again)
-    assert [getattr(attention_of(again, i), "operator").config for i in range(3)] == list(MIXED.values())  # noqa: B009
+    assert [getattr(attention_of(again, i), "operator").config for i in range(3)] == list(placed.values())  # noqa: B009
     with torch.no_grad():
         assert torch.equal(student(input_ids=ids).logits, again(input_ids=ids).logits)
 

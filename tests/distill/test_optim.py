@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from operators.config import FilterConfig, HyenaConfig
+from operators.config import HyenaConfig, ImplicitFilterConfig
 from orchestrator.distill.models import load_teacher
 from orchestrator.distill.optim import make_optimizers, schedule, set_learning_rate, trainable_counts
 from orchestrator.distill.swap import swap
@@ -102,7 +102,7 @@ def test_what_an_operator_holds_fixed_stays_fixed(tiny_teacher: Path) -> None:
     names = {}
     for trained in (True, False):
         model = load_teacher(tiny_teacher)
-        config = HyenaConfig(filter=FilterConfig(train_frequency=trained))
+        config = HyenaConfig(filter=ImplicitFilterConfig(train_frequency=trained))
         swap(model, (1,), config, torch.Generator().manual_seed(0))
         names[trained] = set(rates(model, make_optimizers(model, Optimizer())))
     assert {name.rsplit(".", 1)[1] for name in names[True] - names[False]} == {"frequency"}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from operators.config import FilterConfig, HyenaConfig
+from operators.config import HyenaConfig, ImplicitFilterConfig
 from orchestrator.distill.statistics import attention_statistics
 from orchestrator.distill.swap import attention_of, swap
 
@@ -40,7 +40,7 @@ def test_inputs_have_the_mean_and_covariance_of_all_positions(teacher: Any, ids:
 
 
 def test_a_student_that_is_swapped_in_part_can_be_looked_at(teacher: Any, ids: Tensor) -> None:
-    config = HyenaConfig(heads=4, filter=FilterConfig(positive=True, width=64, features=9))
+    config = HyenaConfig(heads=4, filter=ImplicitFilterConfig(positive=True, width=64, features=9))
     swap(teacher, [0], config, torch.Generator(), statistics=attention_statistics(teacher, (0,), ids))
     statistics = attention_statistics(teacher, (1,), ids)
     [placed] = swap(teacher, [1], config, torch.Generator(), statistics=statistics)

@@ -9,13 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from operators.config import FilterConfig, HyenaConfig, OperatorConfig, SkipConfig
+from operators.config import (
+    FirFilterConfig,
+    HyenaConfig,
+    ImplicitFilterConfig,
+    ModalFilterConfig,
+    OperatorConfig,
+    SkipConfig,
+)
 from operators.registry import build
 from operators.transfer import AttentionStatistics, AttentionWeights
 
 B, D, MAX = 3, 8, 80
-LINEAR = FilterConfig(window="linear", offset=0.0, sine_frequency=1.0, depth=1, train_features=True)
-POSITIVE = FilterConfig(positive=True, width=64, features=9)
+LINEAR = ImplicitFilterConfig(window="linear", offset=0.0, sine_frequency=1.0, depth=1, train_features=True)
+POSITIVE = ImplicitFilterConfig(positive=True, width=64, features=9)
+POWER: dict[str, Any] = {"heads": 2, "feature_map": "power", "normalise": True}
 CASES: dict[str, OperatorConfig] = {
     "order 2": HyenaConfig(init="random"),
     "order 3": HyenaConfig(order=3, init="random"),
@@ -24,9 +32,11 @@ CASES: dict[str, OperatorConfig] = {
     "one head": HyenaConfig(heads=1, init="random"),
     "heads": HyenaConfig(heads=4, init="random"),
     "heads, linear window": HyenaConfig(heads=2, init="random", filter=LINEAR),
-    "frozen frequency": HyenaConfig(init="random", filter=FilterConfig(train_frequency=False, sine_frequency=10.0)),
-    "positive filter": HyenaConfig(init="random", filter=FilterConfig(positive=True)),
-    "heads, positive filter": HyenaConfig(heads=2, filter=FilterConfig(positive=True, width=64, features=9)),
+    "frozen frequency": HyenaConfig(
+        init="random", filter=ImplicitFilterConfig(train_frequency=False, sine_frequency=10.0)
+    ),
+    "positive filter": HyenaConfig(init="random", filter=ImplicitFilterConfig(positive=True)),
+    "heads, positive filter": HyenaConfig(heads=2, filter=ImplicitFilterConfig(positive=True, width=64, features=9)),
     "transferred": HyenaConfig(),
     "transferred, heads": HyenaConfig(heads=2),
     "power": HyenaConfig(heads=2, init="random", feature_map="power", degree=2),
@@ -40,6 +50,17 @@ CASES: dict[str, OperatorConfig] = {
     "gated": HyenaConfig(heads=2, key_gate=True),
     "hedgehog": HyenaConfig(heads=2, feature_map="hedgehog", normalise=True, filter=POSITIVE),
     "hedgehog, signed": HyenaConfig(heads=1, init="random", feature_map="hedgehog", key_dim=5),
+    "modal, order 2": HyenaConfig(init="random", filter=ModalFilterConfig()),
+    "modal, order 3": HyenaConfig(order=3, init="random", filter=ModalFilterConfig(modes=3)),
+    "modal, real": HyenaConfig(filter=ModalFilterConfig(modes=1, positive=True)),
+    "modal, heads": HyenaConfig(heads=4, init="random", filter=ModalFilterConfig(modes=4)),
+    "modal, heads, power": HyenaConfig(filter=ModalFilterConfig(positive=True), **POWER),
+    "fir, order 2": HyenaConfig(init="random", filter=FirFilterConfig(taps=5)),
+    "fir, order 3": HyenaConfig(order=3, init="random", filter=FirFilterConfig(taps=24)),
+    "fir, one tap": HyenaConfig(init="random", filter=FirFilterConfig(taps=1)),
+    "fir, many taps": HyenaConfig(order=3, filter=FirFilterConfig(taps=70, positive=True)),
+    "fir, heads": HyenaConfig(heads=4, init="random", filter=FirFilterConfig(taps=9)),
+    "fir, heads, power": HyenaConfig(filter=FirFilterConfig(positive=True), **POWER),
     "skip": SkipConfig(),
 }
 # Two heads by lag, as attention has them: one looks at the token before, one far back.
@@ -70,7 +91,10 @@ def statistics(width: int = D) -> AttentionStatistics:
 
 
 def make(case: str, max_length: int = MAX) -> Any:
-    operator: Any = build(CASES[case], D, max_length)
+    config = CASES[case]
+    if isinstance(config, HyenaConfig) and isinstance(config.filter, FirFilterConfig):
+        config = replace(config, filter=replace(config.filter, taps=min(config.filter.taps, max_length)))
+    operator: Any = build(config, D, max_length)
     operator.initialise(attention(), generator())
     return operator
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from operators.config import FilterConfig, HyenaConfig, SkipConfig
+from operators.config import FirFilterConfig, HyenaConfig, ImplicitFilterConfig, ModalFilterConfig, SkipConfig
 
 ROOT = Path(__file__).parents[2]
+FILTERS = [ImplicitFilterConfig(), ModalFilterConfig(), FirFilterConfig()]
 
 
-@pytest.mark.parametrize("config", [FilterConfig(), HyenaConfig(), HyenaConfig(heads=4), SkipConfig()])
+@pytest.mark.parametrize("config", [*FILTERS, HyenaConfig(), HyenaConfig(heads=4), SkipConfig()])
 def test_configurations_are_frozen_and_forbid_unknown_keys(config: Any) -> None:
     assert config.__pydantic_config__ == {"extra": "forbid"}
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -23,15 +24,20 @@ def test_configurations_are_frozen_and_forbid_unknown_keys(config: Any) -> None:
 @pytest.mark.parametrize(
     ("kind", "field", "value"),
     [
-        (FilterConfig, "features", 4),
-        (FilterConfig, "features", 1),
-        (FilterConfig, "width", 0),
-        (FilterConfig, "depth", -1),
-        (FilterConfig, "sine_frequency", 0.5),
-        (FilterConfig, "sine_frequency", 15.0),
-        (FilterConfig, "sine_frequency", float("nan")),
-        (FilterConfig, "window", "square"),
-        (FilterConfig, "offset", float("inf")),
+        (ImplicitFilterConfig, "features", 4),
+        (ImplicitFilterConfig, "features", 1),
+        (ImplicitFilterConfig, "width", 0),
+        (ImplicitFilterConfig, "depth", -1),
+        (ImplicitFilterConfig, "sine_frequency", 0.5),
+        (ImplicitFilterConfig, "sine_frequency", 15.0),
+        (ImplicitFilterConfig, "sine_frequency", float("nan")),
+        (ImplicitFilterConfig, "window", "square"),
+        (ImplicitFilterConfig, "offset", float("inf")),
+        (ImplicitFilterConfig, "kind", "modal"),
+        (ModalFilterConfig, "kind", "implicit"),
+        (ModalFilterConfig, "modes", 0),
+        (FirFilterConfig, "kind", "modal"),
+        (FirFilterConfig, "taps", 0),
         (HyenaConfig, "kind", "skip"),
         (HyenaConfig, "order", 1),
         (HyenaConfig, "heads", 0),
@@ -64,7 +70,13 @@ def test_what_heads_have_needs_heads(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     "signed",
-    [{"filter": FilterConfig(positive=True)}, {"feature_map": "power"}, {"feature_map": "hedgehog"}],
+    [
+        {"filter": ImplicitFilterConfig(positive=True)},
+        {"feature_map": "power"},
+        {"feature_map": "hedgehog"},
+        {"feature_map": "power", "filter": ModalFilterConfig()},
+        {"feature_map": "power", "filter": FirFilterConfig()},
+    ],
 )
 def test_a_sum_of_weights_that_may_cancel_is_not_divided_by(signed: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"^normalise must be false where weights may be negative but is True: use fe"):
@@ -80,7 +92,9 @@ def test_a_sum_of_weights_that_may_cancel_is_not_divided_by(signed: dict[str, An
         ({"heads": 2, "feature_map": "power"}, True),
         ({"heads": 2, "key_dim": 4}, True),
         ({"heads": 2, "key_gate": True}, True),
-        ({"heads": 2, "filter": FilterConfig(positive=True)}, True),
+        ({"heads": 2, "filter": ImplicitFilterConfig(positive=True)}, True),
+        ({"heads": 2, "filter": ModalFilterConfig(positive=True)}, True),
+        ({"heads": 2, "filter": FirFilterConfig()}, False),
         ({"heads": 2, "key_gate": True, "init": "random"}, False),
     ],
 )

@@ -17,6 +17,7 @@ from operators.skip import Skip
 from operators.state import State
 from tests.operators.cases import CASES, MAX, B, D, attention, close, draw, generator, make
 
+SWITCHING = [20, *[1] * 10, 10, *[1] * 10, 7, *[1] * 23]  # chunks between steps
 every_case = pytest.mark.parametrize("case", CASES)
 
 
@@ -156,7 +157,7 @@ def test_state_dict_round_trip(case: str) -> None:
 
 
 @every_case
-@pytest.mark.parametrize("splits", [[MAX], [1] * MAX, [70] + [1] * 10, [1, 2, 3, 30, 1, 1, 42], [40, 40]])
+@pytest.mark.parametrize("splits", [[MAX], [1] * MAX, [70] + [1] * 10, [1, 2, 3, 30, 1, 1, 42], [40, 40], SWITCHING])
 def test_extending_in_any_split_equals_forward(case: str, splits: list[int]) -> None:
     operator, x_BLD = make(case), draw(B, MAX, D)
     close(extended(operator, x_BLD, splits), operator(x_BLD))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from operators.config import FilterConfig, HyenaConfig
+from operators.config import HyenaConfig, ImplicitFilterConfig
 from operators.low_rank import Affine, centred_products
 from operators.registry import build
 from operators.transfer import AttentionStatistics, AttentionWeights
@@ -91,7 +91,7 @@ def test_a_normalised_power_starts_as_the_attention_whose_logits_are_small(key_g
     """Without rotations and with weights that do not depend on the lag."""
     config = HyenaConfig(
         heads=HEADS, feature_map="power", degree=8, key_dim=D // HEADS, normalise=True, key_gate=key_gate,
-        filter=FilterConfig(positive=True, width=64, features=9),
+        filter=ImplicitFilterConfig(positive=True, width=64, features=9),
     )  # fmt: skip
     weights, x_1LD = attention(size=0.3), inputs()[None, :LENGTH]
     operator = build(config, D, LENGTH)

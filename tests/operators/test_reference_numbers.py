@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from operators.channels import ChannelHyena
-from operators.config import FilterConfig, HyenaConfig
+from operators.config import HyenaConfig, ImplicitFilterConfig
 
 FIXTURES = Path(__file__).parents[3] / "shared" / "data" / "fixtures"
 NAMES = [
@@ -44,7 +44,7 @@ def load(name: str) -> tuple[ChannelHyena, dict[str, Tensor]]:
     with safetensors.safe_open(FIXTURES / f"{name}.safetensors", "pt") as file:
         numbers = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         built = json.loads(file.metadata()["config"])
-    filters = FilterConfig(
+    filters = ImplicitFilterConfig(
         features=built["emb_dim"],
         width=built["filter_order"],
         sine_frequency=built["w"],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from operators.config import FilterConfig, HyenaConfig
+from operators.config import HyenaConfig, ImplicitFilterConfig
 from operators.registry import build
 from tests.operators.cases import (
     MAX,
@@ -77,7 +77,7 @@ def test_log_spaced_windows_sum_to_one_and_filters_start_near_them() -> None:
 
 @pytest.mark.parametrize(("heads", "rows"), [(2, [0, 1]), (4, [0, 0, 1, 1]), (1, None)])
 def test_positive_filters_start_at_the_profile_of_the_attention(heads: int, rows: list[int] | None) -> None:
-    config = HyenaConfig(heads=heads, filter=FilterConfig(positive=True, width=64, features=9))
+    config = HyenaConfig(heads=heads, filter=ImplicitFilterConfig(positive=True, width=64, features=9))
     operator = hyena(config, D, MAX)
     operator.initialise(attention(), generator())
     wanted_HT = (PROFILE[rows] if rows is not None else PROFILE.mean(0, keepdim=True)).softmax(-1)
@@ -91,7 +91,7 @@ def test_positive_filters_start_at_the_profile_of_the_attention(heads: int, rows
 
 
 def test_a_positive_filter_needs_a_profile_that_fits_its_heads() -> None:
-    config = HyenaConfig(heads=4, filter=FilterConfig(positive=True))
+    config = HyenaConfig(heads=4, filter=ImplicitFilterConfig(positive=True))
     with pytest.raises(ValueError, match="needs the attention's statistics on real text but got None"):
         hyena(config, D, MAX).initialise(replace(attention(), statistics=None), generator())
     three = replace(attention(), heads=3, statistics=replace(statistics(), profile=PROFILE[[0, 0, 1]]))

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from operators.config import HyenaConfig
+from operators.config import FirFilterConfig, HyenaConfig, ImplicitFilterConfig, ModalFilterConfig
 from orchestrator.distill.export import export_student
 from orchestrator.distill.models import load_student, load_teacher, new_teacher, save_student
 from orchestrator.distill.swap import swap
@@ -43,7 +43,9 @@ def test_exported_student_is_the_student_in_memory(tmp_path: Path, layers: list[
     torch.set_num_threads(1)
     teacher = new_teacher(SHAPE, seed=0)
     teacher.save_pretrained(tmp_path / "teacher")
-    swap(teacher, layers, HyenaConfig(heads=2), torch.Generator().manual_seed(0))
+    filters = [FirFilterConfig(taps=4), ImplicitFilterConfig(), ModalFilterConfig()]
+    for layer in layers:
+        swap(teacher, [layer], HyenaConfig(heads=2, filter=filters[layer]), torch.Generator().manual_seed(layer))
     (tmp_path / "student").mkdir()
     save_student(teacher, load_teacher(tmp_path / "teacher").state_dict(), tmp_path / "student")
     vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}

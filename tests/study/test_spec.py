@@ -64,10 +64,10 @@ KEYS = {
     "tokens": "d4106e31393fe217fa526a6480af5aa8994ad160815533127e4eb1f881c81e9f",
     "import": "9df2c567f861cfe8d67bafe895eacbbde9fb66c82bf4ed0c208c08800b775175",
     "teacher": "8bc3cdb2d56388e96b41c623c0d9a550c1fef7780671490cd6c943e23988b0bc",
-    "distil": "e452935e7110c41cd584410ee5d72c37f44c02b31049681940f6bd5503bcbda4",
-    "scratch": "9c0f3f1d9b773327713e8cfc8c6e3e1bd7823821a20b6a912d1c7fad22d0a0e3",
+    "distil": "73bcb6ab9a3a76be2ee90e4a3522f503498c4e8c6b3f08371ca3bfc3a97def8d",
+    "scratch": "607ecd0deeb775fc7f546bd010ec13040cf1fd57b9212f035bda3e3e86d11bc6",
     "evaluate": "e74d0c3a91ad71c18784db89baa8e79b01439b6732679868d4e7ddb1bcaf7dda",
-    "throughput": "d71bd297f86b81d9bc41a3f1b40defe0e1af2d85a5af49fdfbb1e71bf3cd714d",
+    "throughput": "dcf443cf167151792885389f0060fa9c9edf903966ac235a06e32cbd10b90a3f",
 }
 WORDS = {  # another value for a field whose words are given
     "source": "jsonl", "method": "adamw", "dtype": "bfloat16", "window": "linear", "init": "random",
