@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from operators.convolution import fft_size
+from operators.fit import fit_modes
 from operators.modes import Modes
 from operators.recurrence import Recurrence
 
 FIRST_WINDOW = 64
+FITTED_MODES = 16  # where filters are no sums of modes
 FEW_TAPS = 64  # without gradients up to so many are faster than FFTs
 LARGEST_MATRIX = 32  # tiles up to this size are matrix products, larger ones FFTs
 
@@ -73,9 +75,15 @@ class Filters:
 
     @cached_property
     def recurrence(self) -> Recurrence:
-        """The modes as a recurrence."""
-        assert self.modes is not None
-        return Recurrence(self.modes, self.direct_C)
+        """The modes as a recurrence, fitted ones where the filters have none."""
+        return Recurrence(self.fitted[0] if self.modes is None else self.modes, self.direct_C)
+
+    @cached_property
+    def fitted(self) -> tuple[Modes, Tensor]:
+        """Modes near to the filters, and their relative errors (C,), see `fit_modes`."""
+        h_CL = self.h_CL.clone()
+        h_CL[:, 0] -= self.direct_C
+        return fit_modes(h_CL, FITTED_MODES)
 
     def fold(self, channels: slice, past_BDT: Tensor, window: int) -> Tensor:
         """What the past adds to each of the next `window` outputs, (B, D, W)."""

@@ -127,10 +127,11 @@ class Hyena(nn.Module, ABC):
 
         Args:
             batch: sequences.
-            mode: how to go on position by position, one of `step_modes`; None for the usual one. All give the same
-                outputs but for rounding. "tiled" (channel-wise) adds up ahead what the past does to later outputs;
-                "modal" (of modal filters) and "window" (of short ones) remember no more at longer contexts; "direct"
-                sums over all the past at every step.
+            mode: how to go on position by position, one of `step_modes`; None for the usual one, which gives what
+                `forward` gives but for rounding. "tiled" (channel-wise) adds up ahead what the past does to later
+                outputs; "modal" (of modal filters) and "window" (of short ones) remember no more at longer contexts;
+                "direct" sums over all the past at every step. "modal" of implicit filters takes modes fitted to them,
+                and alone is not exact: `frozen().fitted` has the relative error of every filter.
             croppable: keep the inputs of all positions (D numbers each), from which a crop computes again what it
                 needs. Without them memory of the last two modes is constant, and `crop` goes to 0 only.
 
