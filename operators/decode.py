@@ -60,7 +60,7 @@ class Filters:
 
     def convolution(self, length: int) -> Callable[[Tensor, slice], Tensor]:
         """The convolution of whole sequences (B, D, length) with some of the filters, fastest form; no gradients."""
-        if self.taps <= FEW_TAPS:
+        if self.taps <= FEW_TAPS and self.h_CL.device.type == "cpu":  # elsewhere conv1d may round to 10 bits
             taps_CK = self.reversed(min(self.taps, length)).contiguous()
             return lambda z_BDL, filters: _tapped(z_BDL, taps_CK[filters])
         size, spectrum_CF = fft_size(2 * length - 1), self.spectrum(length)
