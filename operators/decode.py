@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from operators.convolution import fft_size
+from operators.fit import fit_modes
 from operators.modes import Modes
 from operators.recurrence import Recurrence
 
+FITTED_MODES = 16  # where filters are no sums of modes
 FEW_TAPS = 64  # without gradients up to so many are faster than FFTs
 
 
@@ -53,7 +55,7 @@ class Filters:
     def convolution(self, length: int, beyond: int = 0) -> Callable[[Tensor, slice], Tensor]:
         """The convolution of sequences (B, D, length) with some of the filters into (B, D, length + beyond), in its
         fastest form; no gradients."""
-        if self.taps <= FEW_TAPS:
+        if self.taps <= FEW_TAPS and self.h_CL.device.type == "cpu":  # elsewhere conv1d may round to 10 bits
             taps_CK = self.reversed(min(self.taps, length + beyond)).contiguous()
             return lambda z_BDL, filters: _tapped(z_BDL, taps_CK[filters], beyond)
         size, spectrum_CF = fft_size(2 * length - 1 + beyond), self.spectrum(length, beyond)
@@ -68,9 +70,15 @@ class Filters:
 
     @cached_property
     def recurrence(self) -> Recurrence:
-        """The modes as a recurrence."""
-        assert self.modes is not None
-        return Recurrence(self.modes, self.direct_C)
+        """The modes as a recurrence, fitted ones where the filters have none."""
+        return Recurrence(self.fitted[0] if self.modes is None else self.modes, self.direct_C)
+
+    @cached_property
+    def fitted(self) -> tuple[Modes, Tensor]:
+        """Modes near to the filters, and their relative errors (C,), see `fit_modes`."""
+        h_CL = self.h_CL.clone()
+        h_CL[:, 0] -= self.direct_C
+        return fit_modes(h_CL, FITTED_MODES)
 
     def lag(self, channels: slice, lag: int) -> Tensor:
         """What an input does to the output `lag` positions later, (D, 1)."""

@@ -141,6 +141,8 @@ class ImplicitFilter(LongFilter):
         steps: convolutions that share the C filters; log-spaced windows span their range once per step.
     """
 
+    step_modes = ("tiled", "direct", "modal")
+
     def __init__(self, config: ImplicitFilterConfig, filters: int, max_length: int, steps: int = 1) -> None:
         super().__init__(filters, max_length)
         self.config, self.steps = config, steps

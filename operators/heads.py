@@ -60,10 +60,12 @@ class HeadHyena(Hyena):
         if h_CT is None:
             filters = self.frozen() if state is None or state.filters is None else state.filters
             if state is not None and state.length > 0 and q_BHKL.shape[-1] == 1:
+                seen = slice(max(0, k_BHKT.shape[-1] - filters.taps), None)
+                k_BHKT, v_BHVT = k_BHKT[..., seen], v_BHVT[..., seen]
                 reversed_HT = filters.reversed(k_BHKT.shape[-1])
                 return self._finish(mix_step(q_BHKL, k_BHKT, v_BHVT, reversed_HT, self.degree), u_BEL)
             h_CT = filters.h_CL[:, : k_BHKT.shape[-1]]
-        return self._finish(mix(q_BHKL, k_BHKT, v_BHVT, h_CT, self.degree), u_BEL)
+        return self._finish(mix(q_BHKL, k_BHKT, v_BHVT, h_CT[:, : self.filter.lags], self.degree), u_BEL)
 
     def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
         """See `Hyena.combine_reference`."""

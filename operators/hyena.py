@@ -127,12 +127,11 @@ class Hyena(nn.Module, ABC):
 
         Args:
             batch: sequences.
-            mode: how to go on position by position, one of `step_modes`; None for the usual one. All give the same
-                outputs but for rounding. "tiled" (channel-wise) adds up ahead what the past does to later outputs;
-                "modal" (of modal filters) and "window" (of short ones) remember no more at longer contexts; "direct"
-                sums over all the past at every step.
+            mode: how to go on position by position, one of `step_modes`, see `steps`; None for the usual one, which
+                gives what `forward` gives but for rounding. Only "modal" of implicit filters, as modes fitted to them,
+                does not: `frozen().fitted` has the relative error of every filter.
             croppable: keep the inputs of all positions (D numbers each), from which a crop computes again what it
-                needs. Without them memory of the last two modes is constant, and `crop` goes to 0 only.
+                needs. Without them the memory of "modal" and "window" is constant, and `crop` goes to 0 only.
 
         Raises:
             ValueError: a mode that the operator does not have.
@@ -150,8 +149,9 @@ class Hyena(nn.Module, ABC):
 
         A prefill costs what `forward` costs, a step one pass over the history of heads and a few operations for
         channels, a later chunk a convolution over history and chunk. Of the projections only those that the short
-        convolution still sees are kept; after a crop they are computed again from the inputs, which makes it exact.
-        The state is as large as a key-value cache (channel-wise of order 2; half as large again for heads).
+        convolution still sees are kept; after a crop they, and memories of a constant size, are computed again from the
+        inputs, which makes it exact. With a history the state is as large as a key-value cache (channel-wise of order
+        2; half as large again for heads), without one half as large, or constant if it is not croppable.
 
         Args:
             x_BLD: inputs of the new positions.

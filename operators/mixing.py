@@ -24,18 +24,20 @@ from torch.autograd.function import once_differentiable
 ROWS = 64
 
 
-def _blocks(queries: int, keys: int) -> Iterator[tuple[slice, slice]]:
-    """Query rows of each block, and the keys at or before its last row."""
+def _blocks(queries: int, keys: int, lags: int) -> Iterator[tuple[slice, slice]]:
+    """Query rows of each block, and the keys at or before its last row that a filter of so many lags reaches."""
     offset = keys - queries
     for start in range(0, queries, ROWS):
         stop = min(start + ROWS, queries)
-        yield slice(start, stop), slice(0, offset + stop)
+        yield slice(start, stop), slice(max(0, offset + start - lags + 1), offset + stop)
 
 
-def _lag_weights(h_HS: Tensor, rows: int) -> Tensor:
+def _lag_weights(h_HT: Tensor, keys: slice, rows: int) -> Tensor:
     """Weights (H, R, S) of the last R rows over S keys, rows in reverse: a unit-stride view of h reversed."""
-    padded = torch.nn.functional.pad(h_HS.flip(-1), (0, rows - 1))
-    return padded.unfold(-1, h_HS.shape[-1], 1)
+    seen = keys.stop - keys.start
+    reversed_HS = h_HT[:, :seen].flip(-1)
+    padded = torch.nn.functional.pad(reversed_HS, (seen - reversed_HS.shape[-1], rows - 1))
+    return padded.unfold(-1, seen, 1)
 
 
 def _lag_sums(dweights_HRS: Tensor) -> Tensor:
@@ -79,10 +81,10 @@ class _Mix(torch.autograd.Function):
         ctx.save_for_backward(q_BHKQ, k_BHKT, v_BHVT, h_HT)
         ctx.degree = degree
         outputs = []
-        for rows, keys in _blocks(q_BHKQ.shape[-1], k_BHKT.shape[-1]):
+        for rows, keys in _blocks(q_BHKQ.shape[-1], k_BHKT.shape[-1], h_HT.shape[-1]):
             q_BHKR = q_BHKQ[..., rows].flip(-1)
             scores_BHRS = _weigh(q_BHKR.transpose(-1, -2) @ k_BHKT[..., keys], degree)
-            scores_BHRS *= _lag_weights(h_HT[:, keys], q_BHKR.shape[-1])
+            scores_BHRS *= _lag_weights(h_HT, keys, q_BHKR.shape[-1])
             outputs.append((v_BHVT[..., keys] @ scores_BHRS.transpose(-1, -2)).flip(-1))
         return torch.cat(outputs, dim=-1)
 
@@ -92,13 +94,14 @@ class _Mix(torch.autograd.Function):
         q_BHKQ, k_BHKT, v_BHVT, h_HT = ctx.saved_tensors
         dq, dk, dv, dh = [], torch.zeros_like(k_BHKT), torch.zeros_like(v_BHVT), torch.zeros_like(h_HT)
         with torch.autocast(grad_BHVQ.device.type, enabled=False):
-            for rows, keys in _blocks(q_BHKQ.shape[-1], k_BHKT.shape[-1]):
+            for rows, keys in _blocks(q_BHKQ.shape[-1], k_BHKT.shape[-1], h_HT.shape[-1]):
                 q_BHKR, grad_BHVR = q_BHKQ[..., rows].flip(-1), grad_BHVQ[..., rows].flip(-1)
-                weights_HRS = _lag_weights(h_HT[:, keys], q_BHKR.shape[-1])
+                weights_HRS = _lag_weights(h_HT, keys, q_BHKR.shape[-1])
                 products_BHRS = q_BHKR.transpose(-1, -2) @ k_BHKT[..., keys]
                 scores_BHRS, slope_BHRS = _weigh_and_slope(products_BHRS, ctx.degree)
                 dmixed_BHRS = grad_BHVR.transpose(-1, -2) @ v_BHVT[..., keys]
-                dh[:, keys] += _lag_sums((dmixed_BHRS * scores_BHRS).sum(0))
+                dh_HS = _lag_sums((dmixed_BHRS * scores_BHRS).sum(0))[:, : dh.shape[-1]]
+                dh[:, : dh_HS.shape[-1]] += dh_HS
                 dv[..., keys] += grad_BHVR @ scores_BHRS.mul_(weights_HRS)
                 dscores_BHRS = dmixed_BHRS.mul_(weights_HRS)
                 if slope_BHRS is not None:
@@ -114,7 +117,7 @@ def mix(q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor, degree: in
     Args:
         q_BHKQ: queries of the last Q positions.
         k_BHKT, v_BHVT: keys and values of all T positions.
-        h_HT: lag filter of every head, T lags.
+        h_HT: lag filter of every head, T lags; with fewer it is zero beyond them, and keys further back cost nothing.
         degree: of the power, a power of two; None for the identity.
 
     Returns:

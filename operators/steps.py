@@ -2,7 +2,7 @@
 
     tiled    all inputs; what they do to later outputs is added up ahead (`ahead`); exact
     direct   all inputs; every step sums over them; exact, the reference
-    modal    one number a mode (`recurrence`); exact for modal filters
+    modal    one number a mode (`recurrence`); exact for modal filters, as near as `fit` comes for implicit ones
     window   the inputs that short filters still see; exact for them
 
 The first two have a history in the state, the others a memory of a constant size. A new mode is a class and a line in

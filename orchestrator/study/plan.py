@@ -329,9 +329,10 @@ def _controls(
 
 
 def operator_name(operator: Any) -> str:
-    """A short name for people: `hyena-2` by order, `hyena-4h` by heads, `hyena-4h-power` with a feature map, `skip`."""
+    """A short name for people: `hyena-2` by order, `hyena-4h` by heads, `hyena-4h-power` with a feature map,
+    `hyena-2-modal` with filters that are not implicit, `skip`."""
     if not isinstance(operator, HyenaConfig):
         return str(operator.kind)
-    if operator.heads is None:
-        return f"hyena-{operator.order}"
-    return f"hyena-{operator.heads}h" + ("" if operator.feature_map == "identity" else f"-{operator.feature_map}")
+    shape = f"{operator.order}" if operator.heads is None else f"{operator.heads}h"
+    features = "" if operator.feature_map == "identity" else f"-{operator.feature_map}"
+    return f"hyena-{shape}{features}" + ("" if operator.filter.kind == "implicit" else f"-{operator.filter.kind}")

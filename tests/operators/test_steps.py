@@ -17,6 +17,7 @@ from operators.state import State
 from tests.operators.cases import B, D, attention, close, draw, generator, hyena
 
 LONG = 620
+# By filter, the exact modes; the first is the usual one.
 FILTERS: dict[str, tuple[FilterConfig, tuple[str, ...]]] = {
     "implicit": (ImplicitFilterConfig(), ("tiled", "direct")),
     "modal": (ModalFilterConfig(modes=5), ("modal", "tiled", "direct")),
@@ -106,6 +107,19 @@ def test_a_state_without_inputs_is_cropped_to_nothing_or_not_at_all(name: str, m
     close(operator.extend(x_BLD[:, 30:], state)[0], operator(x_BLD[:, 30:]))
 
 
+@torch.no_grad()
+def test_heads_keep_no_inputs_either_where_nobody_crops() -> None:
+    operator = hyena(HyenaConfig(heads=2, key_gate=True, init="random"), D, 60)
+    operator.initialise(attention(), generator())
+    x_BLD, mask_BL = draw(B, 60, D), torch.ones(B, 60, dtype=torch.bool)
+    mask_BL[1, :7] = False
+    state, outputs = operator.init_state(B, croppable=False), []
+    for part in (slice(0, 20), slice(20, 21), slice(21, 50), slice(50, 51), slice(51, 60)):
+        outputs.append(operator.extend(x_BLD[:, part], state, mask_BL[:, part] if part.start < 50 else None)[0])
+    close(torch.cat(outputs, dim=1)[:, 7:], operator(x_BLD, mask_BL)[:, 7:])
+    assert set(state.histories) == {"key", "value"}
+
+
 @every_constant_mode
 @torch.no_grad()
 def test_a_short_crop_computes_little_again(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +169,7 @@ def test_a_mode_that_the_filter_does_not_have_is_an_error(name: str) -> None:
     config, modes = FILTERS[name]
     operator = operator_of(name)
     assert operator.init_state(B).mode == modes[0]
-    for mode in {"tiled", "direct", "modal", "window", "exact"} - set(modes):
+    for mode in {"tiled", "direct", "modal", "window", "exact"} - set(operator.step_modes()):
         with pytest.raises(ValueError, match=rf"mode must be one of .* with {config.kind} filters but is '{mode}'"):
             operator.init_state(B, mode)
     heads = hyena(HyenaConfig(heads=2, init="random", filter=config), D, LONG)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from operators.config import HyenaConfig
+from operators.config import FirFilterConfig, HyenaConfig, ModalFilterConfig
 from orchestrator.study.loader import StudyError, read_document, validate
 from orchestrator.study.plan import Plan, Trial, make_plan, operator_name, throughput_specs
 from orchestrator.study.schema import Study
@@ -320,6 +320,8 @@ def test_only_what_decides_a_result_changes_keys(change: str, same: bool) -> Non
 def test_operators_have_short_names() -> None:
     names = [operator_name(config) for config in (HyenaConfig(), HyenaConfig(order=3), HyenaConfig(heads=8))]
     assert names == ["hyena-2", "hyena-3", "hyena-8h"]
+    assert operator_name(HyenaConfig(filter=ModalFilterConfig())) == "hyena-2-modal"
+    assert operator_name(HyenaConfig(heads=2, feature_map="power", filter=FirFilterConfig())) == "hyena-2h-power-fir"
 
 
 def test_a_batch_is_shared_in_training_only() -> None:
