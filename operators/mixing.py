@@ -37,14 +37,14 @@ def _blocks(queries: int, keys: int, dtype: torch.dtype) -> Iterator[tuple[slice
         yield slice(start, stop), slice(0, offset + stop)
 
 
-def _lag_weights(h_HS: Tensor, rows: int) -> Tensor:
+def lag_weights(h_HS: Tensor, rows: int) -> Tensor:
     """Weights (H, R, S) of the last R rows over S keys, rows in reverse: a unit-stride view of h reversed."""
     padded = torch.nn.functional.pad(h_HS.flip(-1), (0, rows - 1))
     return padded.unfold(-1, h_HS.shape[-1], 1)
 
 
-def _lag_sums(dweights_HRS: Tensor) -> Tensor:
-    """Adjoint of `_lag_weights`: sums (H, S) over equal lags, by writing row r shifted by r places."""
+def lag_sums(dweights_HRS: Tensor) -> Tensor:
+    """Adjoint of `lag_weights`: sums (H, S) over equal lags, by writing row r shifted by r places."""
     heads, rows, keys = dweights_HRS.shape
     width = keys + rows - 1
     skewed = dweights_HRS.new_zeros(heads, rows, width)
@@ -101,7 +101,7 @@ class _Mix(torch.autograd.Function):
         for rows, keys in _blocks(q_BHKQ.shape[-1], k_BHKT.shape[-1], q_BHKQ.dtype):
             q_BHKR = _flip(q_BHKQ[..., rows])
             scores_BHRS = _weigh(q_BHKR.transpose(-1, -2) @ k_BHKT[..., keys], degree)
-            scores_BHRS *= _lag_weights(h_HT[:, keys], q_BHKR.shape[-1])
+            scores_BHRS *= lag_weights(h_HT[:, keys], q_BHKR.shape[-1])
             y_BHVQ[..., rows] = _flip(v_BHVT[..., keys] @ scores_BHRS.to(v_BHVT.dtype).transpose(-1, -2))
         return y_BHVQ
 
@@ -115,11 +115,11 @@ class _Mix(torch.autograd.Function):
         with torch.autocast(grad_BHVQ.device.type, enabled=False):
             for rows, keys in _blocks(q_BHKQ.shape[-1], k_BHKT.shape[-1], dtype):
                 q_BHKR, grad_BHVR = _flip(q_BHKQ[..., rows]), _flip(grad_BHVQ[..., rows])
-                weights_HRS = _lag_weights(h_HT[:, keys], q_BHKR.shape[-1])
+                weights_HRS = lag_weights(h_HT[:, keys], q_BHKR.shape[-1])
                 products_BHRS = q_BHKR.transpose(-1, -2) @ k_BHKT[..., keys]
                 scores_BHRS, slope_BHRS = _weigh_and_slope(products_BHRS, ctx.degree)
                 dmixed_BHRS = (grad_BHVR.transpose(-1, -2) @ v_BHVT[..., keys]).to(scores_BHRS.dtype)
-                dh[:, keys] += _lag_sums(_over_batch(dmixed_BHRS * scores_BHRS))
+                dh[:, keys] += lag_sums(_over_batch(dmixed_BHRS * scores_BHRS))
                 dv[..., keys] += grad_BHVR @ scores_BHRS.mul_(weights_HRS).to(dtype)
                 dscores_BHRS = dmixed_BHRS.mul_(weights_HRS)
                 if slope_BHRS is not None:
