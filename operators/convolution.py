@@ -127,35 +127,52 @@ def add_taps_adjoint(grad: Tensor, u: Tensor, weight: Tensor) -> tuple[Tensor, T
 
 
 class _ShortConv(torch.autograd.Function):
-    """Shift, scale and add: for a few taps faster than a grouped conv1d, and so is its backward."""
+    """Shift, scale and add: for a few taps faster than a grouped conv1d, and so is its backward.
+
+    Inputs and outputs in bfloat16 are widened block by block, while they are in the cache.
+    """
 
     @staticmethod
     def forward(ctx: Any, u_BEL: Tensor, weight_EK: Tensor, bias_E: Tensor) -> Tensor:
         ctx.save_for_backward(u_BEL, weight_EK)
-        y_BEL = torch.empty_like(u_BEL, memory_format=torch.contiguous_format)
+        y_BEL, dtype = torch.empty_like(u_BEL, memory_format=torch.contiguous_format), weight_EK.dtype
         for rows in blocks_of(u_BEL.shape[1], u_BEL.shape[0] * u_BEL.shape[-1]):
-            add_taps(u_BEL[:, rows], weight_EK[rows], bias_E[rows], y_BEL[:, rows])
+            if u_BEL.dtype == dtype:
+                add_taps(u_BEL[:, rows], weight_EK[rows], bias_E[rows], y_BEL[:, rows])
+            else:
+                y_BEL[:, rows] = add_taps(u_BEL[:, rows].to(dtype), weight_EK[rows], bias_E[rows])
         return y_BEL
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BEL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return add_taps_adjoint(grad_BEL, *ctx.saved_tensors)
+        u_BEL, weight_EK = ctx.saved_tensors
+        dtype = weight_EK.dtype
+        if u_BEL.dtype == dtype:
+            return add_taps_adjoint(grad_BEL, u_BEL, weight_EK)
+        du_BEL = torch.empty_like(u_BEL)
+        dweight_EK, dbias_E = torch.empty_like(weight_EK), torch.empty_like(weight_EK[:, 0])
+        for rows in blocks_of(u_BEL.shape[1], u_BEL.shape[0] * u_BEL.shape[-1]):
+            du_BEL[:, rows], dweight_EK[rows], dbias_E[rows] = add_taps_adjoint(
+                grad_BEL[:, rows].to(dtype), u_BEL[:, rows].to(dtype), weight_EK[rows]
+            )
+        return du_BEL, dweight_EK, dbias_E
 
 
-def short_conv(u_BEL: Tensor, weight_EK: Tensor, bias_E: Tensor) -> Tensor:
+def short_conv(u_BEL: Tensor, weight_EK: Tensor, bias_E: Tensor, *, narrow: bool = False) -> Tensor:
     """Depthwise causal convolution; the last tap weighs the present, as in a left-padded `conv1d`.
 
     Args:
         u_BEL: input.
         weight_EK: taps, oldest first.
         bias_E: added at every position.
+        narrow: keep what is in half precision so; sums are in float32 all the same.
 
     Returns:
-        (B, E, L) in float32, or float64 for float64 input.
+        (B, E, L) in float32, or float64 for float64 input, or in the input's precision.
     """
     dtype = compute_dtype(u_BEL.dtype)
-    inputs = (u_BEL.to(dtype), weight_EK.to(dtype), bias_E.to(dtype))
+    inputs = (u_BEL if narrow else u_BEL.to(dtype), weight_EK.to(dtype), bias_E.to(dtype))
     return cast(Tensor, _ShortConv.apply(*inputs))  # type: ignore[no-untyped-call]
 
 

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from operators.config import HyenaConfig
-from operators.hyena import Hyena
+from operators.convolution import compute_dtype, short_conv
+from operators.hyena import Hyena, outside_autocast
 from operators.low_rank import centred_products
 from operators.mixing import mix, mix_reference, mix_step
+from operators.recompute import recomputed
 from operators.state import State
 from operators.transfer import AttentionWeights
 
@@ -52,25 +54,45 @@ class HeadHyena(Hyena):
         if config.feature_map == "hedgehog":
             self.hedgehog = nn.Parameter(torch.zeros(self.heads, self.key_dim, self.key_dim))
 
+    def whole(self, p_BEL: Tensor, mask_BL: Tensor | None, h_CL: Tensor | None, state: State | None) -> Tensor:
+        """See `Hyena.whole`; under autocast to bfloat16 what is mixed is so too, and computed again for backward."""
+        if p_BEL.dtype != torch.bfloat16 or not torch.is_autocast_enabled(p_BEL.device.type):
+            return super().whole(p_BEL, mask_BL, h_CL, state)
+
+        def convolved() -> Tensor:
+            u_BEL = short_conv(p_BEL, self.short_weight, self.short_bias, narrow=True)
+            return u_BEL if mask_BL is None else u_BEL * mask_BL[:, None].to(u_BEL.dtype)
+
+        u_BEL = convolved()
+        with recomputed(u_BEL, convolved), outside_autocast(u_BEL.device.type):
+            return self.combine(u_BEL, mask_BL, h_CL, state)
+
     def combine(self, u_BEL: Tensor, mask_BL: Tensor | None, h_CT: Tensor | None, state: State | None) -> Tensor:
         """See `Hyena.combine`."""
         q_BHKL, k_BHKL, v_BHVL = self._parts(u_BEL, mask_BL)
         k_BHKT = k_BHKL if state is None else state.append("key", k_BHKL)
         v_BHVT = v_BHVL if state is None else state.append("value", v_BHVL)
+        q_BHKL = q_BHKL.to(k_BHKT.dtype)
         if h_CT is None:
             filters = self.frozen() if state is None or state.filters is None else state.filters
             if state is not None and state.length > 0 and q_BHKL.shape[-1] == 1:
                 seen = slice(max(0, k_BHKT.shape[-1] - filters.taps), None)
                 k_BHKT, v_BHVT = k_BHKT[..., seen], v_BHVT[..., seen]
                 reversed_HT = filters.reversed(k_BHKT.shape[-1])
-                return self._finish(mix_step(q_BHKL, k_BHKT, v_BHVT, reversed_HT, self.degree), u_BEL)
+                y_BHV1 = mix_step(self._scaled(q_BHKL), k_BHKT, v_BHVT, reversed_HT, self.degree)
+                return self._finish(y_BHV1, u_BEL)
             h_CT = filters.h_CL[:, : k_BHKT.shape[-1]]
-        return self._finish(mix(q_BHKL, k_BHKT, v_BHVT, h_CT[:, : self.filter.lags], self.degree), u_BEL)
+        h_CT = h_CT[:, : self.filter.lags]
+        if q_BHKL.dtype == torch.bfloat16:
+            h_CT = self._scaled(h_CT)  # spares a copy of the queries
+        else:
+            q_BHKL = self._scaled(q_BHKL)
+        return self._finish(mix(q_BHKL, k_BHKT, v_BHVT, h_CT, self.degree), u_BEL)
 
     def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
         """See `Hyena.combine_reference`."""
         q_BHKL, k_BHKL, v_BHVL = self._parts(u_BEL, None)
-        return self._finish(mix_reference(q_BHKL, k_BHKL, v_BHVL, h_CL, self.degree), u_BEL)
+        return self._finish(mix_reference(self._scaled(q_BHKL), k_BHKL, v_BHVL, h_CL, self.degree), u_BEL)
 
     @torch.no_grad()
     def initialise(self, attention: AttentionWeights | None, generator: torch.Generator) -> None:
@@ -109,22 +131,24 @@ class HeadHyena(Hyena):
         q_BHKL, k_BHKL, v_BHVL = (part.unflatten(1, (self.heads, -1)) for part in (q, k, v))
         if self.hedgehog is not None:
             q_BHKL, k_BHKL = (_hedgehog(part, self.hedgehog) for part in (q_BHKL, k_BHKL))
-        elif self.scale != 1.0:
-            q_BHKL = q_BHKL * self.scale
         if not (self.config.normalise or self.config.key_gate):
             return q_BHKL, k_BHKL, v_BHVL
+        gate_BHL = gate_BHL.to(compute_dtype(gate_BHL.dtype))
         counted = gate_BHL.clamp(max=LARGEST_GATE).exp() if self.config.key_gate else torch.ones_like(q_BHKL[:, :, 0])
         if mask_BL is not None:
             counted = counted * mask_BL[:, None].to(counted.dtype)
         weighed = v_BHVL * counted[:, :, None] if self.config.key_gate else v_BHVL
         rows = [weighed, counted[:, :, None]] if self.config.normalise else [weighed]
-        return q_BHKL, k_BHKL, torch.cat(rows, dim=2)
+        return q_BHKL, k_BHKL, torch.cat(rows, dim=2).to(u_BEL.dtype)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.scale == 1.0 else x * self.scale
 
     def _finish(self, y_BHVL: Tensor, u_BEL: Tensor) -> Tensor:
         if self.config.normalise:
             y_BHVL = y_BHVL[:, :, :-1] / (y_BHVL[:, :, -1:] + SMALLEST_SUM)
         v_BDL = u_BEL.split(self.widths, dim=1)[2]
-        return torch.addcmul(y_BHVL.flatten(1, 2), v_BDL, self.direct[:, None].to(v_BDL.dtype))
+        return torch.addcmul(y_BHVL.flatten(1, 2).to(v_BDL.dtype), v_BDL, self.direct[:, None].to(v_BDL.dtype))
 
 
 def _hedgehog(x_BHKL: Tensor, map_HKK: Tensor) -> Tensor:

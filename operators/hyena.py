@@ -27,10 +27,10 @@ from operators.decode import Filters
 from operators.filters import ImplicitFilter, LongFilter, draw_linear, draw_uniform
 from operators.fir import FirFilter
 from operators.modal import ModalFilter
+from operators.projection import project
 from operators.state import State
 from operators.transfer import AttentionWeights
 
-FEW_POSITIONS = 8
 FILTERS: dict[str, Callable[..., LongFilter]] = {"implicit": ImplicitFilter, "modal": ModalFilter, "fir": FirFilter}
 
 
@@ -108,7 +108,7 @@ class Hyena(nn.Module, ABC):
             ValueError: the sequence is longer than `max_length`.
         """
         h_CL = self._trained_filters(x_BLD.shape[1])
-        p_BEL = _masked(_project(self.in_proj, x_BLD.transpose(1, 2)), mask_BL)
+        p_BEL = _masked(project(self.in_proj, x_BLD.transpose(1, 2)), mask_BL)
         return self._project_out(self.whole(p_BEL, mask_BL, h_CL, None))
 
     def reference(self, x_BLD: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class Hyena(nn.Module, ABC):
         if new == 1 and start >= self.config.short_taps and mask_BL is None and state.recent_projections is not None:
             return self._step(x_BLD, state), state
         if start == 0:
-            p_BEL = _masked(_project(self.in_proj, state.keep_input("input", x_BLD.transpose(1, 2))), mask_BL)
+            p_BEL = _masked(project(self.in_proj, state.keep_input("input", x_BLD.transpose(1, 2))), mask_BL)
             _append_mask(state, mask_BL, x_BLD)
             y_BDn = self.whole(p_BEL, mask_BL, self._trained_filters(stop), state)
         else:
@@ -229,9 +229,9 @@ class Hyena(nn.Module, ABC):
         mask_BT = _append_mask(state, mask_BL, x_BLD)
         if state.recent_projections is None:
             mask_window = None if mask_BT is None else mask_BT[:, start - before :]
-            p_BEL = _masked(_project(self.in_proj, seen_BDT[..., start - before :]), mask_window)
+            p_BEL = _masked(project(self.in_proj, seen_BDT[..., start - before :]), mask_window)
         else:
-            p_BEn = _masked(_project(self.in_proj, x_BDn), mask_BL)
+            p_BEn = _masked(project(self.in_proj, x_BDn), mask_BL)
             p_BEL = torch.cat([state.recent_projections, p_BEn], dim=-1)
         mask_Bn = None if mask_BT is None else mask_BT[:, -x_BDn.shape[-1] :]
         u_BEn = short_conv(p_BEL, self.short_weight, self.short_bias)[..., before:]
@@ -269,14 +269,7 @@ class Hyena(nn.Module, ABC):
             return self.combine(u_BEL, mask_BL, h_CT, state)
 
     def _project_out(self, y_BDL: Tensor) -> Tensor:
-        return _project(self.out_proj, y_BDL.to(self.out_proj.weight.dtype)).transpose(1, 2)
-
-
-def _project(linear: nn.Linear, x_BDL: Tensor) -> Tensor:
-    """`linear` over channels-first inputs, (B, out, L): no transposed copies, unless they are tiny."""
-    if x_BDL.shape[-1] <= FEW_POSITIONS:
-        return nn.functional.linear(x_BDL.transpose(1, 2), linear.weight, linear.bias).transpose(1, 2)
-    return torch.baddbmm(linear.bias[:, None], linear.weight.expand(x_BDL.shape[0], -1, -1), x_BDL)
+        return project(self.out_proj, y_BDL.to(self.out_proj.weight.dtype)).transpose(1, 2)
 
 
 def _masked(x_BEL: Tensor, mask_BL: Tensor | None) -> Tensor:

@@ -1,0 +1,50 @@
+"""Linear layers over channels-first sequences, without transposed copies.
+
+Shapes: B batch, I features in, E out, L positions.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+FEW_POSITIONS = 8
+
+
+class _Project(torch.autograd.Function):
+    """In half precision one matrix product a sequence: the batched one copies its weight for every sequence."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BIL: Tensor, weight_EI: Tensor, bias_E: Tensor) -> Tensor:
+        ctx.save_for_backward(x_BIL, weight_EI)
+        weight, bias = weight_EI.to(x_BIL.dtype), bias_E.to(x_BIL.dtype)
+        y_BEL = x_BIL.new_empty(x_BIL.shape[0], weight.shape[0], x_BIL.shape[2])
+        for x_IL, y_EL in zip(x_BIL, y_BEL, strict=True):
+            torch.addmm(bias[:, None], weight, x_IL, out=y_EL)
+        return y_BEL
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BEL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x_BIL, weight_EI = ctx.saved_tensors
+        weight, dweight_EI = weight_EI.to(x_BIL.dtype), torch.zeros_like(weight_EI)
+        dx_BLI = torch.empty_like(x_BIL.transpose(1, 2), memory_format=torch.contiguous_format)
+        with torch.autocast(grad_BEL.device.type, enabled=False):
+            for x_IL, grad_EL, dx_LI in zip(x_BIL, grad_BEL, dx_BLI, strict=True):
+                torch.mm(grad_EL.t(), weight, out=dx_LI)
+                dweight_EI += grad_EL @ x_IL.t()
+            dbias_E = grad_BEL.sum(2).sum(0, dtype=dweight_EI.dtype)
+        return dx_BLI.transpose(1, 2), dweight_EI, dbias_E
+
+
+def project(linear: nn.Linear, x_BIL: Tensor) -> Tensor:
+    """`linear` at every position, (B, E, L), in the ambient precision."""
+    if x_BIL.shape[-1] <= FEW_POSITIONS:
+        return nn.functional.linear(x_BIL.transpose(1, 2), linear.weight, linear.bias).transpose(1, 2)
+    device = x_BIL.device.type
+    if not torch.is_autocast_enabled(device):
+        return torch.baddbmm(linear.bias[:, None], linear.weight.expand(x_BIL.shape[0], -1, -1), x_BIL)
+    narrow_BIL = x_BIL.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        return cast(Tensor, _Project.apply(narrow_BIL, linear.weight, linear.bias))  # type: ignore[no-untyped-call]

@@ -1,0 +1,153 @@
+"""Compute forms of multi-head mixing against the definition; what is kept for backward.
+
+Shapes: B batch, H heads, K key width, V value width, L positions.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from operators.chunked import mix_chunked
+from operators.config import HyenaConfig
+from operators.head_states import chunk_of, extend, first_state, freeze, modal_bases, step
+from operators.mixing import mix, mix_reference
+from operators.modes import Modes
+from operators.smooth import residual, smooth_bases
+from tests.benchmarks.contenders import Attention
+from tests.operators.cases import close, draw, generator, hyena
+
+
+def parts(length: int, heads: int = 3, batch: int = 2, width: int = 5) -> list[Tensor]:
+    """Queries, keys and values of unequal widths, float64."""
+    widths = (width, width, width + 2)
+    return [draw(batch, heads, w, length, seed=seed).double() / w**0.5 for seed, w in enumerate(widths)]
+
+
+def gradients(outputs: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    cotangent = draw(*outputs.shape, seed=9).to(outputs.dtype)
+    return list(torch.autograd.grad((outputs * cotangent).sum(), inputs))
+
+
+@pytest.mark.parametrize("degree", [None, 4])
+@pytest.mark.parametrize("length", [1, 100, 300])
+def test_mixing_in_bfloat16_nears_the_definition(degree: int | None, length: int) -> None:
+    inputs = [*parts(length, batch=1 + (length == 100)), 0.9 ** torch.arange(length).expand(3, -1).double()]
+    wide, narrow = ([x.clone().requires_grad_() for x in inputs] for _ in range(2))
+    expected = mix_reference(*wide, degree)
+    outputs = mix(*(x.to(torch.bfloat16) for x in narrow[:3]), narrow[3].float(), degree)
+    assert outputs.dtype == torch.bfloat16
+    close(outputs.double(), expected, 0.02)
+    for narrow_grad, wide_grad in zip(gradients(outputs, narrow), gradients(expected, wide), strict=True):
+        close(narrow_grad, wide_grad, 0.03)
+
+
+def kept_bytes(module: Any, x_BLD: Tensor) -> int:
+    """Of all that autograd keeps of a training pass, parameters and input apart, each storage counted once."""
+    storages: dict[int, int] = {}
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*module.parameters(), x_BLD]}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", dtype=torch.bfloat16):
+        kept = module(x_BLD)
+    assert kept.requires_grad
+    return sum(storages.values())
+
+
+def test_training_in_bfloat16_keeps_no_more_than_attention() -> None:
+    length, width, heads = 512, 512, 8
+    operator = hyena(HyenaConfig(heads=heads, init="random"), width, length)
+    operator.initialise(None, generator())
+    x_BLD = draw(2, length, width).requires_grad_()  # one filter for all sequences
+    assert kept_bytes(operator, x_BLD) <= kept_bytes(Attention(width, heads), x_BLD)
+
+
+def modes(heads: int = 3, kind: str = "complex") -> Modes:
+    """Slow and fast modes, float64: with one state of oscillation each, or without."""
+    rates = torch.tensor([0.3, 0.02, 0.004], dtype=torch.float64) * torch.arange(1, heads + 1)[:, None]
+    residues = draw(heads, 3, seed=5).double()
+    if kind == "real":
+        return Modes(-rates, residues)
+    return Modes(torch.complex(-rates, 3 * draw(heads, 3, seed=6).double()), torch.complex(residues, residues.flip(0)))
+
+
+@pytest.mark.parametrize("kind", ["real", "complex"])
+@pytest.mark.parametrize(("length", "batch"), [(1, 1), (7, 2), (16, 1), (17, 1), (61, 3)])
+def test_the_chunked_recurrence_is_the_definition(kind: str, length: int, batch: int) -> None:
+    inputs, filters, grads = [*parts(length, batch=batch), *modes(kind=kind)], [], []
+    for chunked in (True, False):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        found = Modes(*leaves[3:])
+        if chunked:
+            outputs = mix_chunked(leaves[0], leaves[1], leaves[2], modal_bases(found, 16))
+        else:
+            outputs = mix_reference(*leaves[:3], found.at(torch.arange(length)))
+        filters.append(outputs)
+        grads.append(gradients(outputs, leaves))
+    close(filters[0], filters[1], 1e-11)
+    for ours, theirs in zip(*grads, strict=True):
+        close(torch.view_as_real(ours) if ours.is_complex() else ours,
+              torch.view_as_real(theirs) if theirs.is_complex() else theirs, 1e-11)  # fmt: skip
+
+
+def test_the_chunked_recurrence_in_bfloat16() -> None:
+    leaves = [x.clone().requires_grad_() for x in [*parts(900), *modes(kind="real")]]
+    narrow = [x.detach().clone().requires_grad_() for x in leaves]
+    expected = mix_reference(*leaves[:3], Modes(*leaves[3:]).at(torch.arange(900)))
+    bases = modal_bases(Modes(narrow[3].float(), narrow[4].float()), chunk_of(torch.bfloat16))
+    outputs = mix_chunked(*(x.to(torch.bfloat16) for x in narrow[:3]), bases)
+    close(outputs.double(), expected, 0.02)
+    for ours, theirs in zip(gradients(outputs, narrow), gradients(expected, leaves), strict=True):
+        close(ours, theirs, 0.03)
+
+
+@pytest.mark.parametrize("kind", ["real", "complex"])
+@pytest.mark.parametrize("splits", [[300], [1] * 12 + [288], [150, 1, 1, 148], [128, 128, 44]])
+def test_a_state_of_constant_size_continues_any_split(kind: str, splits: list[int]) -> None:
+    q, k, v = parts(300)
+    recurrence = freeze(modes(kind=kind))
+    state, outputs = first_state(2, recurrence, q.shape[2], v.shape[2]), []
+    for some in zip(q.split(splits, -1), k.split(splits, -1), v.split(splits, -1), strict=True):
+        y, state = (step if some[0].shape[-1] == 1 else extend)(*some, state, recurrence)
+        outputs.append(y)
+    close(torch.cat(outputs, -1), mix_reference(q, k, v, modes(kind=kind).at(torch.arange(300))), 1e-11)
+
+
+def slow(rates: Tensor, length: int) -> Tensor:
+    """Filters that turn and decay slowly."""
+    lags = torch.arange(length, dtype=torch.float64)
+    return torch.exp(-lags * rates[:, None] / 200) * (1 + 0.3 * torch.sin(rates[:, None] * lags / 50))
+
+
+@pytest.mark.parametrize(("length", "batch"), [(10, 2), (32, 1), (33, 2), (200, 2)])
+def test_smooth_filters_are_mixed_to_their_residual(length: int, batch: int) -> None:
+    rates = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    missed, found, grads = residual(slow(rates, length), 16), [], []
+    assert missed < 1e-3
+    for chunked in (True, False):
+        leaves = [x.clone().requires_grad_() for x in [*parts(length, batch=batch), rates]]
+        h_HT = slow(leaves[3], length)
+        found.append(mix_chunked(*leaves[:3], smooth_bases(h_HT, 16)) if chunked else mix_reference(*leaves[:3], h_HT))
+        grads.append(gradients(found[-1], leaves))
+    assert (found[0] - found[1]).norm() <= max(2 * missed, 1e-12) * found[1].norm()
+    for ours, theirs in zip(*grads, strict=True):
+        assert (ours - theirs).norm() <= max(20 * missed, 1e-12) * theirs.norm()
+
+
+def test_the_residual_is_the_error_of_outputs_for_white_inputs() -> None:
+    h_HT = slow(torch.tensor([3.0], dtype=torch.float64), 600)
+    q, k, v = torch.ones(1, 1, 1, 600).double(), draw(1, 1, 1, 600).double(), torch.ones(1, 1, 400, 600).double()
+    v = v * draw(1, 1, 400, 600, seed=2)
+    error = mix_chunked(q, k, v, smooth_bases(h_HT, 32)) - mix(q, k, v, h_HT)
+    assert 0.5 < error[..., 512:].norm() / mix(q, k, v, h_HT)[..., 512:].norm() / residual(h_HT, 32) < 2.0
+
+
+def test_rough_filters_have_a_large_residual() -> None:
+    assert residual(draw(2, 200).double(), 16) > 0.1
+    assert residual(torch.zeros(2, 200).double(), 16) == 0.0
