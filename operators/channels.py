@@ -9,11 +9,13 @@ Shapes: as in `hyena`.
 import torch
 from torch import Tensor
 
+from operators import native
 from operators.config import HyenaConfig
 from operators.convolution import add_taps, blocks_of, compute_dtype, fft_size, long_conv, long_conv_reference
 from operators.decode import Filters
 from operators.filters import draw_uniform
 from operators.hyena import Hyena, outside_autocast
+from operators.native.channels import convolve, convolve_trained
 from operators.state import State
 from operators.transfer import AttentionWeights
 
@@ -65,6 +67,8 @@ class ChannelHyena(Hyena):
     def whole(self, p_BEL: Tensor, mask_BL: Tensor | None, h_CL: Tensor | None, state: State | None) -> Tensor:
         """See `Hyena.whole`; without gradients all that happens to a block of channels happens while it is in the
         cache."""
+        if native.serves(p_BEL):
+            return self._whole_native(p_BEL, mask_BL, h_CL, state)
         if h_CL is not None:
             return super().whole(p_BEL, mask_BL, h_CL, state)
         batch, _, length = p_BEL.shape
@@ -81,6 +85,16 @@ class ChannelHyena(Hyena):
                     u_BPDL *= mask_BL[:, None, None].to(u_BPDL.dtype)
                 self._convolve_block(u_BPDL, block, spectrum_CF, histories, y_BDL)
         return y_BDL
+
+    def _whole_native(self, p_BEL: Tensor, mask_BL: Tensor | None, h_CL: Tensor | None, state: State | None) -> Tensor:
+        """`whole` through the compiled core, in the dtype of the projections."""
+        rooms, inputs = [], (p_BEL, mask_BL, self.short_weight, self.short_bias)
+        if state is not None:
+            like_BDL = p_BEL.new_empty((p_BEL.shape[0], self.d_model, p_BEL.shape[-1]), dtype=torch.float32)
+            rooms = [state.room(f"gated_{i}", like_BDL) for i in range(self.convolutions)]
+        if h_CL is None:
+            return convolve(*inputs, self.frozen(), rooms)
+        return convolve_trained(*inputs, h_CL, self.direct, rooms)
 
     def _convolve_block(
         self, u_BPDL: Tensor, block: slice, spectrum_CF: Tensor, histories: list[Tensor], y_BDL: Tensor

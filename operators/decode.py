@@ -27,6 +27,7 @@ class Filters:
         self._tiles: dict[tuple[int, int], Tensor] = {}
         self._spectrum: tuple[int, Tensor] | None = None  # of the last length asked for
         self._folds: dict[int, tuple[int, Tensor]] = {}  # by first channel, of the last size of FFT
+        self.native: dict[int, Tensor] = {}  # what the compiled core keeps, by size
 
     def reversed(self, length: int) -> Tensor:
         """The first `length` lags with time reversed, (C, length), the last entry at lag 0."""

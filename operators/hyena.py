@@ -225,7 +225,9 @@ class Hyena(nn.Module, ABC):
             return self.combine(u_BEL, mask_BL, h_CT, state)
 
     def _project_out(self, y_BDL: Tensor) -> Tensor:
-        return _project(self.out_proj, y_BDL.to(self.out_proj.weight.dtype)).transpose(1, 2)
+        if not torch.is_autocast_enabled(y_BDL.device.type):
+            y_BDL = y_BDL.to(self.out_proj.weight.dtype)
+        return _project(self.out_proj, y_BDL).transpose(1, 2)
 
 
 def _project(linear: nn.Linear, x_BDL: Tensor) -> Tensor:
