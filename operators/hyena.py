@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from operators import native
 from operators.config import HyenaConfig
 from operators.convolution import compute_dtype, short_conv, short_conv_reference
 from operators.decode import Filters
 from operators.filters import ImplicitFilter, draw_linear, draw_uniform
+from operators.native.projection import project
 from operators.state import State
 from operators.transfer import AttentionWeights
 
@@ -234,6 +236,8 @@ def _project(linear: nn.Linear, x_BDL: Tensor) -> Tensor:
     """`linear` over channels-first inputs, (B, out, L): no transposed copies, unless they are tiny."""
     if x_BDL.shape[-1] <= FEW_POSITIONS:
         return nn.functional.linear(x_BDL.transpose(1, 2), linear.weight, linear.bias).transpose(1, 2)
+    if native.serves(x_BDL):
+        return project(linear, x_BDL)
     return torch.baddbmm(linear.bias[:, None], linear.weight.expand(x_BDL.shape[0], -1, -1), x_BDL)
 
 
