@@ -148,6 +148,8 @@ class Hyena(nn.Module, ABC):
             y_BDn = self.whole(p_BEL, mask_BL, self._trained_filters(stop), state)
         else:
             u_BEn, mask_Bn, p_BEL = self._project_onwards(x_BLD, state, mask_BL)
+            if new > 1:
+                state.window = (0, 0)  # what was added up ahead knows nothing of these positions
             y_BDn = self._combine(u_BEn, mask_Bn, None, state)
         first_kept = max(0, p_BEL.shape[-1] - self.config.short_taps + 1)
         state.length, state.recent_projections = stop, p_BEL[..., first_kept:].detach().clone()

@@ -156,7 +156,9 @@ def test_state_dict_round_trip(case: str) -> None:
 
 
 @every_case
-@pytest.mark.parametrize("splits", [[MAX], [1] * MAX, [70] + [1] * 10, [1, 2, 3, 30, 1, 1, 42], [40, 40]])
+@pytest.mark.parametrize(
+    "splits", [[MAX], [1] * MAX, [70] + [1] * 10, [1, 2, 3, 30, 1, 1, 42], [40, 40], [20, 1, 1, 10, *[1] * 48]]
+)
 def test_extending_in_any_split_equals_forward(case: str, splits: list[int]) -> None:
     operator, x_BLD = make(case), draw(B, MAX, D)
     close(extended(operator, x_BLD, splits), operator(x_BLD))
