@@ -16,6 +16,7 @@ from operators.decode import Filters
 from operators.filters import draw_uniform
 from operators.hyena import Hyena, outside_autocast
 from operators.native.channels import convolve, convolve_trained
+from operators.native.decode import open_window, step
 from operators.state import State
 from operators.transfer import AttentionWeights
 
@@ -88,13 +89,23 @@ class ChannelHyena(Hyena):
 
     def _whole_native(self, p_BEL: Tensor, mask_BL: Tensor | None, h_CL: Tensor | None, state: State | None) -> Tensor:
         """`whole` through the compiled core, in the dtype of the projections."""
-        rooms, inputs = [], (p_BEL, mask_BL, self.short_weight, self.short_bias)
+        rooms, ahead, inputs = [], None, (p_BEL, mask_BL, self.short_weight, self.short_bias)
         if state is not None:
             like_BDL = p_BEL.new_empty((p_BEL.shape[0], self.d_model, p_BEL.shape[-1]), dtype=torch.float32)
             rooms = [state.room(f"gated_{i}", like_BDL) for i in range(self.convolutions)]
         if h_CL is None:
-            return convolve(*inputs, self.frozen(), rooms)
+            if state is not None:
+                ahead = open_window(state, p_BEL.shape[-1], self.d_model, self.convolutions)
+            return convolve(*inputs, self.frozen(), rooms, ahead)
         return convolve_trained(*inputs, h_CL, self.direct, rooms)
+
+    def between(self, x_B1D: Tensor, p_B1E: Tensor, state: State) -> Tensor | None:
+        """See `Hyena.between`."""
+        like_x = state.histories["input"].dtype == x_B1D.dtype
+        if not (native.serves(p_B1E) and like_x and state.max_length <= native.LONGEST):
+            return None
+        assert state.filters is not None
+        return step(x_B1D.contiguous(), p_B1E, self.short_weight, self.short_bias, state.filters, state)
 
     def _convolve_block(
         self, u_BPDL: Tensor, block: slice, spectrum_CF: Tensor, histories: list[Tensor], y_BDL: Tensor

@@ -9,6 +9,8 @@ Flash Inference, Oncescu et al. 2024, and FutureFill, Agarwal et al. 2024). Wind
 Shapes: B batch, C filters, D channels of one convolution, T positions seen, W width of the window, U of a tile.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ class Filters:
         self._tiles: dict[tuple[int, int], Tensor] = {}
         self._spectrum: tuple[int, Tensor] | None = None  # of the last length asked for
         self._folds: dict[int, tuple[int, Tensor]] = {}  # by first channel, of the last size of FFT
-        self.native: dict[int, Tensor] = {}  # what the compiled core keeps, by size
+        self.native: dict[int | str, Any] = {}  # what the compiled core keeps
 
     def reversed(self, length: int) -> Tensor:
         """The first `length` lags with time reversed, (C, length), the last entry at lag 0."""

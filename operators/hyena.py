@@ -213,16 +213,26 @@ class Hyena(nn.Module, ABC):
 
     def _step(self, x_B1D: Tensor, state: State) -> Tensor:
         """`extend` by one position that is not padded, after as many as the short convolution sees: few operations."""
-        state.append("input", x_B1D.transpose(1, 2))
         _append_mask(state, None, x_B1D)
         assert state.recent_projections is not None
         p_B1E = nn.functional.linear(x_B1D, self.in_proj.weight, self.in_proj.bias)
+        y_B1D = self.between(x_B1D, p_B1E, state) if native.in_use() else None
+        if y_B1D is not None:
+            state.length += 1
+            if y_B1D.dtype != self.out_proj.weight.dtype and not torch.is_autocast_enabled(y_B1D.device.type):
+                y_B1D = y_B1D.to(self.out_proj.weight.dtype)
+            return nn.functional.linear(y_B1D, self.out_proj.weight, self.out_proj.bias)
+        state.append("input", x_B1D.transpose(1, 2))
         seen_BEK = torch.cat([state.recent_projections, p_B1E.transpose(1, 2)], dim=-1)
         state.recent_projections = seen_BEK[..., 1:].detach()
         u_BE = (seen_BEK.to(compute_dtype(seen_BEK.dtype)) * self.short_weight).sum(-1) + self.short_bias
         y_B1D = self._project_out(self._combine(u_BE[..., None], None, None, state))
         state.length += 1
         return y_B1D
+
+    def between(self, x_B1D: Tensor, p_B1E: Tensor, state: State) -> Tensor | None:
+        """What lies between the projections of a step, (B, 1, D), where the compiled core computes it: the position
+        written to the state's histories, but its length not moved. None, and nothing done, where it does not."""
 
     def _combine(self, u_BEL: Tensor, mask_BL: Tensor | None, h_CT: Tensor | None, state: State | None) -> Tensor:
         with outside_autocast(u_BEL.device.type):

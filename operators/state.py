@@ -33,6 +33,7 @@ class State:
         filters: the long filters, once a step has needed them.
         ahead: by convolution, what the history adds to the outputs of a window, batch first and positions last.
         window: the first position of that window and the first behind it.
+        native: the compiled core's window: its first position, and the next that it expects.
         recent_projections: what the short convolution still sees, (B, E, taps - 1); None after a crop.
     """
 
@@ -43,6 +44,7 @@ class State:
     filters: Filters | None = None
     ahead: dict[str, Tensor] = field(default_factory=dict)
     window: tuple[int, int] = (0, 0)
+    native: tuple[int, int] = (0, 0)
     recent_projections: Tensor | None = None
 
     def append(self, name: str, new: Tensor) -> Tensor:
@@ -80,7 +82,7 @@ class State:
         if not 0 <= length <= self.length:
             raise ValueError(f"length must lie between 0 and the {self.length} positions seen but is {length}.")
         if length < self.length:
-            self.recent_projections, self.window = None, (0, 0)
+            self.recent_projections, self.window, self.native = None, (0, 0), (0, 0)
         if length == 0:
             self.filters = None  # a new text may come with new weights
         self.length = length

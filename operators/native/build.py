@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-SOURCES = ("fft.h", "rows.h", "conv.h", "core.cpp")
+SOURCES = ("fft.h", "rows.h", "conv.h", "step.h", "core.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi")
 PATIENCE = 900  # seconds that a build, or another process's, may take
 

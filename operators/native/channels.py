@@ -18,7 +18,13 @@ from operators.decode import Filters
 
 
 def convolve(
-    p_BEL: Tensor, mask_BL: Tensor | None, weight_EK: Tensor, bias_E: Tensor, filters: Filters, rooms: list[Tensor]
+    p_BEL: Tensor,
+    mask_BL: Tensor | None,
+    weight_EK: Tensor,
+    bias_E: Tensor,
+    filters: Filters,
+    rooms: list[Tensor],
+    ahead: Tensor | None = None,
 ) -> Tensor:
     """What `ChannelHyena.whole` does, without gradients, by the frozen filters.
 
@@ -28,16 +34,28 @@ def convolve(
         weight_EK, bias_E: short convolution.
         filters: with the direct term at lag 0.
         rooms: float32 (B, D, L), one for each convolution or none: filled with what goes into it.
+        ahead: filled with what comes out of each convolution at the positions behind, see `decode`.
 
     Returns:
         (B, D, L) in the dtype of the projections.
     """
     width, length = _width(p_BEL, filters.h_CL), p_BEL.shape[-1]
-    size = max(16, 1 << (length - 1).bit_length())
-    if size not in filters.native:
-        filters.native = {size: torch.ops.layerswap.spectrum(filters.h_CL, None, width, size)}
+    spectra = spectra_of(filters, width, length + (0 if ahead is None else ahead.shape[2]))
     inputs = (_last_touching(p_BEL), _floats(mask_BL), weight_EK.float(), bias_E.float())
-    return cast(Tensor, torch.ops.layerswap.convolve(*inputs, filters.native[size], width, rooms))
+    return cast(Tensor, torch.ops.layerswap.convolve(*inputs, spectra, width, rooms, ahead))
+
+
+def spectra_of(filters: Filters, width: int, length: int) -> Tensor:
+    """Spectra of the frozen filters for convolutions over `length` positions, computed once for every power of two."""
+    size = transform_size(length)
+    if size not in filters.native:
+        filters.native[size] = torch.ops.layerswap.spectrum(filters.h_CL, None, width, size)
+    return cast(Tensor, filters.native[size])
+
+
+def transform_size(length: int) -> int:
+    """The power of two that a convolution over `length` positions computes with."""
+    return max(16, 1 << (length - 1).bit_length())
 
 
 def convolve_trained(
@@ -70,7 +88,7 @@ class _Convolve(torch.autograd.Function):
         ctx.save_for_backward(p_BEL, mask_BL, weight_EK, bias_E, h_CL, direct_C)
         width = _width(p_BEL, h_CL)
         spectra = torch.ops.layerswap.spectrum(h_CL, direct_C, width, p_BEL.shape[-1])
-        return cast(Tensor, torch.ops.layerswap.convolve(p_BEL, mask_BL, weight_EK, bias_E, spectra, width, rooms))
+        return cast(Tensor, torch.ops.layerswap.convolve(p_BEL, mask_BL, weight_EK, bias_E, spectra, width, rooms, None))
 
     @staticmethod
     @once_differentiable

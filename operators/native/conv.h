@@ -69,21 +69,23 @@ inline void filter_spectrum(Rows<const float> h, int64_t length, const float* di
   through_spectrum(taps.data(), spectrum, size, Scale{1.0f / size});
 }
 
-// y = x_0 (h * (gate .. (h * (gate v)))) of a block. `spectra` by convolution, `spectrum_stride` apart; `history`, where
-// there is one, takes what goes into convolution i.
-template <class T, class History>
+// y = x_0 (h * (gate .. (h * (gate v)))) of a block. `spectra` by convolution, `spectrum_stride` apart. `history`, where
+// there is one, takes what goes into convolution i; `ahead`, where there are such, what comes out of it behind the
+// sequence, `window` positions `ahead_stride` apart.
+template <class T, class History, class Ahead>
 void forward_block(const Projections<T>& p, int64_t sequence, int64_t block, int64_t size, const Complex* spectra,
-                   int64_t spectrum_stride, Rows<T> out, const History& history) {
+                   int64_t spectrum_stride, Rows<T> out, const History& history, const Ahead& ahead, int64_t window,
+                   int64_t ahead_stride) {
   const int64_t convolutions = p.order - 1, parts = p.order + 1;
   Arena arena(size * 3 + parts * (p.taps + 1) + 2 * p.window());
   Vec *z = arena.take(size), *taps = arena.take(parts * (p.taps + 1));
-  Vec *window = arena.take(p.window()), *window2 = arena.take(p.window());
+  Vec *inputs = arena.take(p.window()), *gate_inputs = arena.take(p.window());
   Complex* a = arena.take_complex(size);
   p.gather_taps(block, taps);
   Vec u[16];
-  auto value = p.stream(sequence, p.order, block, taps, window);
+  auto value = p.stream(sequence, p.order, block, taps, inputs);
   for (int64_t i = 0; i < convolutions; ++i) {
-    auto gate = p.stream(sequence, p.order - 1 - i, block, taps, window2);
+    auto gate = p.stream(sequence, p.order - 1 - i, block, taps, gate_inputs);
     const auto rows = history(i);
     for (int64_t t = 0; t < p.length; t += kLanes) {
       const int64_t count = gate.count();
@@ -94,8 +96,9 @@ void forward_block(const Projections<T>& p, int64_t sequence, int64_t block, int
     }
     for (int64_t t = rounded_up(p.length); t < size; ++t) z[t] = Vec{};
     through_spectrum(z, a, size, Multiply{spectra + i * spectrum_stride}, z);
+    for (int64_t t = 0; t < window; ++t) write(ahead(i) + t * ahead_stride, z[p.length + t]);
   }
-  auto first = p.stream(sequence, 0, block, taps, window);
+  auto first = p.stream(sequence, 0, block, taps, inputs);
   for (int64_t t = 0; t < p.length; t += kLanes) {
     const int64_t count = first.count();
     first.next(u);

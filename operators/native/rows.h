@@ -95,6 +95,19 @@ inline void store_tile(Rows<T> rows, int64_t start, int64_t count, const Vec* ti
   }
 }
 
+// Numbers of one position, in the other's precision.
+template <class T>
+inline void store_row(const float* from, int64_t count, T* to) {
+  for (int64_t c = 0; c < count; c += kLanes) {
+    const int64_t part = std::min(kLanes, count - c);
+    T rounded[16];
+    float exact[16] = {};
+    std::copy_n(from + c, part, exact);
+    write(rounded, read(exact));
+    std::copy_n(rounded, part, to + c);
+  }
+}
+
 // A few numbers of every channel, `stride` apart, as vectors: taps and biases.
 inline void gather(const float* from, int64_t stride, int64_t lanes, int64_t count, Vec* to) {
   for (int64_t k = 0; k < count; ++k) {
