@@ -1,4 +1,4 @@
-# make setup | study | ui | test | test-all | check | format | chaos | bench | bench-tree: every target installs what it needs into .venv first.
+# make setup | study | ui | test | test-all | check | format | chaos | bench | bench-tree | build-ext: every target installs what it needs into .venv first.
 PYTHON ?= python3
 STUDY ?= studies/layerwise.yaml
 PORT ?= 5000
@@ -8,7 +8,7 @@ LATE_SCALE ?= $(SCALE)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup study plan status report ui test test-all check format chaos bench bench-tree clean
+.PHONY: setup study plan status report ui test test-all check format chaos bench bench-tree build-ext clean
 
 study: $(INSTALLED)
 	@$(BIN)/layerswap run $(STUDY)
@@ -38,6 +38,9 @@ bench: $(INSTALLED)
 
 bench-tree: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.tree --scale $(SCALE) --late-scale $(LATE_SCALE)
+
+build-ext: $(INSTALLED)
+	$(BIN)/python -m operators.native
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -9,12 +9,15 @@ Shapes: as in `hyena`.
 import torch
 from torch import Tensor
 
+from operators import native
 from operators.config import HyenaConfig
 from operators.convolution import compute_dtype, long_conv_reference
 from operators.decode import Filters
 from operators.filters import draw_uniform
 from operators.gated import Inputs, gated, gated_trained
 from operators.hyena import Hyena, outside_autocast
+from operators.native.channels import convolve, convolve_trained
+from operators.native.decode import open_window, step
 from operators.state import State
 from operators.steps import STEP_MODES
 from operators.transfer import AttentionWeights
@@ -68,7 +71,9 @@ class ChannelHyena(Hyena):
         self.in_proj.bias[-self.d_model :] = attention.bias_of("value")
 
     def whole(self, p_BEL: Tensor, mask_BL: Tensor | None, h_CL: Tensor | None, state: State | None) -> Tensor:
-        """See `Hyena.whole`: one pass (`gated`)."""
+        """See `Hyena.whole`: one pass (`gated`), of the compiled core where that is in use."""
+        if native.serves(p_BEL) and (state is None or state.mode == "tiled"):
+            return self._whole_native(p_BEL, mask_BL, h_CL, state)
         batch, _, length = p_BEL.shape
         blocks, each = (self.config.order + 1, self.d_model), (self.convolutions, self.d_model)
         parts = (p_BEL.unflatten(1, blocks), mask_BL, self.short_weight.unflatten(0, blocks))
@@ -89,6 +94,26 @@ class ChannelHyena(Hyena):
                 assert mode is not None
                 mode.filled(self.frozen(), state, name, channels, z_BDL, known_BDW)
         return y_BDL
+
+    def _whole_native(self, p_BEL: Tensor, mask_BL: Tensor | None, h_CL: Tensor | None, state: State | None) -> Tensor:
+        """`whole` through the compiled core, in the dtype of the projections."""
+        rooms, ahead, inputs = [], None, (p_BEL, mask_BL, self.short_weight, self.short_bias)
+        if state is not None:
+            like_BDL = p_BEL.new_empty((p_BEL.shape[0], self.d_model, p_BEL.shape[-1]), dtype=torch.float32)
+            rooms = [state.room(self._named(index)[0], like_BDL) for index in range(self.convolutions)]
+        if h_CL is None:
+            if state is not None:
+                ahead = open_window(state, p_BEL.shape[-1], self.d_model, self.convolutions)
+            return convolve(*inputs, self.frozen(), rooms, ahead)
+        return convolve_trained(*inputs, h_CL, self.direct, rooms)
+
+    def between(self, x_B1D: Tensor, p_B1E: Tensor, state: State) -> Tensor | None:
+        """See `Hyena.between`."""
+        fits = state.mode == "tiled" and state.croppable and state.max_length <= native.LONGEST
+        if not (fits and native.serves(p_B1E) and state.histories["input"].dtype == x_B1D.dtype):
+            return None
+        assert state.filters is not None
+        return step(x_B1D.contiguous(), p_B1E, self.short_weight, self.short_bias, state.filters, state)
 
     def _named(self, index: int) -> tuple[str, slice]:
         """What a convolution is called in a state, and its filters."""

@@ -5,6 +5,7 @@ Shapes: C filters, L lags, D channels of one convolution, U positions of a block
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ class Filters:
         self._spectrum: tuple[tuple[int, int], Tensor] | None = None  # of the last length asked for
         self._tiles: dict[tuple[int, int, int], Tensor] = {}
         self._segments: dict[tuple[int, int, int, int], Tensor] = {}
+        self.native: dict[int | str, Any] = {}  # what the compiled core keeps
 
     def reversed(self, length: int) -> Tensor:
         """The first `length` lags with time reversed, (C, length), the last entry at lag 0."""

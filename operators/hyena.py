@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from operators import native
 from operators.config import HyenaConfig
 from operators.convolution import compute_dtype, short_conv, short_conv_reference
 from operators.decode import Filters
@@ -253,10 +254,16 @@ class Hyena(nn.Module, ABC):
 
     def _step(self, x_B1D: Tensor, state: State) -> Tensor:
         """`extend` by one position that is not padded, after as many as the short convolution sees: few operations."""
-        state.keep_input("input", x_B1D.transpose(1, 2))
         _append_mask(state, None, x_B1D)
         assert state.recent_projections is not None
         p_B1E = nn.functional.linear(x_B1D, self.in_proj.weight, self.in_proj.bias)
+        y_B1D = self.between(x_B1D, p_B1E, state) if native.in_use() else None
+        if y_B1D is not None:
+            state.length += 1
+            if y_B1D.dtype != self.out_proj.weight.dtype and not torch.is_autocast_enabled(y_B1D.device.type):
+                y_B1D = y_B1D.to(self.out_proj.weight.dtype)
+            return nn.functional.linear(y_B1D, self.out_proj.weight, self.out_proj.bias)
+        state.keep_input("input", x_B1D.transpose(1, 2))
         seen_BEK = torch.cat([state.recent_projections, p_B1E.transpose(1, 2)], dim=-1)
         state.recent_projections = seen_BEK[..., 1:].detach()
         u_BE = (seen_BEK.to(compute_dtype(seen_BEK.dtype)) * self.short_weight).sum(-1) + self.short_bias
@@ -264,12 +271,18 @@ class Hyena(nn.Module, ABC):
         state.length += 1
         return y_B1D
 
+    def between(self, x_B1D: Tensor, p_B1E: Tensor, state: State) -> Tensor | None:
+        """What lies between the projections of a step, (B, 1, D), where the compiled core computes it: the position
+        written to the state's histories, but its length not moved. None, and nothing done, where it does not."""
+
     def _combine(self, u_BEL: Tensor, mask_BL: Tensor | None, h_CT: Tensor | None, state: State | None) -> Tensor:
         with outside_autocast(u_BEL.device.type):
             return self.combine(u_BEL, mask_BL, h_CT, state)
 
     def _project_out(self, y_BDL: Tensor) -> Tensor:
-        return project(self.out_proj, y_BDL.to(self.out_proj.weight.dtype)).transpose(1, 2)
+        if not torch.is_autocast_enabled(y_BDL.device.type):
+            y_BDL = y_BDL.to(self.out_proj.weight.dtype)
+        return project(self.out_proj, y_BDL).transpose(1, 2)
 
 
 def _masked(x_BEL: Tensor, mask_BL: Tensor | None) -> Tensor:

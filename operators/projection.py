@@ -8,8 +8,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakIdKeyDictionary
 
 FEW_POSITIONS = 8
+_casts: Any = WeakIdKeyDictionary()  # parameter to what it was and its value in half precision
 
 
 class _Project(torch.autograd.Function):
@@ -18,7 +20,7 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BIL: Tensor, weight_EI: Tensor, bias_E: Tensor) -> Tensor:
         ctx.save_for_backward(x_BIL, weight_EI)
-        weight, bias = weight_EI.to(x_BIL.dtype), bias_E.to(x_BIL.dtype)
+        weight, bias = _cast(weight_EI, x_BIL.dtype), _cast(bias_E, x_BIL.dtype)
         y_BEL = x_BIL.new_empty(x_BIL.shape[0], weight.shape[0], x_BIL.shape[2])
         for x_IL, y_EL in zip(x_BIL, y_BEL, strict=True):
             torch.addmm(bias[:, None], weight, x_IL, out=y_EL)
@@ -28,7 +30,7 @@ class _Project(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BEL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x_BIL, weight_EI = ctx.saved_tensors
-        weight, dweight_EI = weight_EI.to(x_BIL.dtype), torch.zeros_like(weight_EI)
+        weight, dweight_EI = _cast(weight_EI, x_BIL.dtype), torch.zeros_like(weight_EI)
         dx_BLI = torch.empty_like(x_BIL.transpose(1, 2), memory_format=torch.contiguous_format)
         with torch.autocast(grad_BEL.device.type, enabled=False):
             for x_IL, grad_EL, dx_LI in zip(x_BIL, grad_BEL, dx_BLI, strict=True):
@@ -36,6 +38,16 @@ class _Project(torch.autograd.Function):
                 dweight_EI += grad_EL @ x_IL.t()
             dbias_E = grad_BEL.sum(2).sum(0, dtype=dweight_EI.dtype)
         return dx_BLI.transpose(1, 2), dweight_EI, dbias_E
+
+
+def _cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """A parameter's value in another dtype, cast again when it has changed."""
+    value = parameter.detach()
+    stamp = (value.data_ptr(), 0 if parameter.is_inference() else parameter._version, dtype)
+    if parameter not in _casts or _casts[parameter][0] != stamp:
+        with torch.inference_mode(False):
+            _casts[parameter] = (stamp, value.to(dtype))
+    return cast(Tensor, _casts[parameter][1])
 
 
 def project(linear: nn.Linear, x_BIL: Tensor) -> Tensor:

@@ -34,6 +34,15 @@ class Mark(NamedTuple):
 
 
 @dataclass
+class CoreWindow:
+    """Sums of the outputs from `first` on, batch first, that hold all of the past when `position` is next."""
+
+    sums: Tensor
+    first: int
+    position: int
+
+
+@dataclass
 class State:
     """Histories of the positions seen so far.
 
@@ -46,6 +55,7 @@ class State:
         histories: buffers, batch first and positions last; only the first `length` positions are meaningful.
         filters: the long filters, once a step has needed them.
         ahead: by convolution, what the positions seen add to outputs to come; of use only at the position it is at.
+        core: the same of the compiled core, for all convolutions.
         memory: what is remembered in a constant size, batch first.
         behind: positions of those seen that `memory` has lost by a crop.
         marks: earlier memories, the newest last.
@@ -60,6 +70,7 @@ class State:
     histories: dict[str, Tensor] = field(default_factory=dict)
     filters: Filters | None = None
     ahead: dict[str, Ahead] = field(default_factory=dict)
+    core: CoreWindow | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
     behind: int = 0
     marks: list[Mark] = field(default_factory=list)
@@ -110,7 +121,7 @@ class State:
                 "make it with croppable=True."
             )
         if length < self.length:
-            self.recent_projections = None
+            self.recent_projections = self.core = None
             self.ahead.clear()
             self._return_to_mark(length)
         if length == 0:
@@ -151,6 +162,8 @@ class State:
             self.histories[name][..., : self.length] = kept(buffer[..., : self.length])
         for ahead in self.ahead.values():
             ahead.select(indices)
+        if self.core is not None:
+            self.core.sums = kept(self.core.sums)
         self.memory = all_kept(self.memory)
         self.recent_projections = maybe_kept(self.recent_projections)
         self.marks = [Mark(m.length, all_kept(m.memory), maybe_kept(m.recent_projections)) for m in self.marks]

@@ -15,7 +15,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import matplotlib
 import torch
 from torch import nn
 
+from operators import native
 from operators.config import HyenaConfig, ImplicitFilterConfig
 from operators.registry import build
 from tests.benchmarks.contenders import Attention, TextbookHyena
@@ -32,6 +33,8 @@ HEAD_WIDTH = 64
 LENGTHS = (256, 1024, 2048, 8192, 32768)
 QUADRATIC_LIMIT = 8192  # positions that O(L^2) contenders are measured up to, in training and prefill
 DECODED = 32
+SUFFIX = " native"
+NATIVE = native.available()
 MOST_POSITIONS = {"prefill": 32768, "training": 16384}  # of a batch: attention takes minutes beyond
 Timed = Callable[[], float]
 
@@ -52,7 +55,23 @@ def contenders(width: int, length: int) -> dict[str, Any]:
         operator: Any = build(config, width, length)
         operator.initialise(None, torch.Generator().manual_seed(0))
         found[name] = operator
+    if NATIVE:
+        found.update({f"{name}{SUFFIX}": found[name] for name in ours})
     return found
+
+
+@contextlib.contextmanager
+def core(name: str) -> Iterator[None]:
+    """The compiled core for contenders that are named so."""
+    native.use(name.endswith(SUFFIX))
+    yield
+    native.use(False)
+
+
+def run(name: str, mode: str, module: Any, x: torch.Tensor, dtype: str) -> float:
+    """Seconds of one turn of a contender."""
+    with core(name):
+        return MODES[mode](module, x, dtype)
 
 
 def timed(work: Callable[[], Any]) -> float:
@@ -121,13 +140,12 @@ def measure(mode: str, dtype: str, width: int, batch: int, length: int, repeats:
     if mode == "decode":
         del modules["textbook"]  # it has no state
     elif length > QUADRATIC_LIMIT:
-        for name in ("hyena-heads", "hyena-power"):
+        for name in [name for name in modules if name.startswith(("hyena-heads", "hyena-power"))]:
             del modules[name]
     x = torch.randn(batch, length, width, generator=torch.Generator().manual_seed(1))
-    run = MODES[mode]
-    for module in modules.values():
-        run(module, x, dtype)
-    turns = [{name: run(module, x, dtype) for name, module in modules.items()} for _ in range(repeats)]
+    for name, module in modules.items():
+        run(name, mode, module, x, dtype)
+    turns = [{name: run(name, mode, module, x, dtype) for name, module in modules.items()} for _ in range(repeats)]
     ours = [name for name in modules if name.startswith("hyena")]
     row: dict[str, Any] = {"mode": mode, "dtype": dtype, "D": width, "B": batch, "L": length, "floors": {}}
     row["ms"] = {name: 1e3 * statistics.median(turn[name] for turn in turns) for name in modules}
@@ -143,13 +161,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown: milliseconds of the rivals, and how many times faster ours are."""
     lines = [
         "| mode | dtype | D | B | L | attention ms | textbook ms | hyena-2 vs attention | vs textbook "
-        "| heads vs attention | power vs attention |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| native vs attention | vs textbook | heads vs attention | power vs attention |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         ratio, textbook = row["vs_attention"], row.get("vs_textbook", {})
         cells = [f"{row['ms'][name]:.2f}" if name in row["ms"] else "-" for name in ("attention", "textbook")]
-        cells += [_times(ratio.get("hyena-2")), _times(textbook.get("hyena-2"))]
+        for name in ("hyena-2", f"hyena-2{SUFFIX}"):
+            cells += [_times(ratio.get(name)), _times(textbook.get(name))]
         cells += [_times(ratio.get(name)) for name in ("hyena-heads", "hyena-power")]
         lead = [row["mode"], row["dtype"], row["D"], row["B"], row["L"]]
         lines.append("| " + " | ".join(map(str, [*lead, *cells])) + " |")
@@ -170,7 +189,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for panel, mode in zip(panels, MODES, strict=True):
         mine = [row for row in rows if (row["mode"], row["D"], row["B"]) == (mode, width, 1)]
         for dtype, style in (("float32", "-"), ("bfloat16", "--")):
-            for name in ("hyena-2", "hyena-heads", "hyena-power"):
+            for name in ("hyena-2", f"hyena-2{SUFFIX}", "hyena-heads", "hyena-power"):
                 points = [
                     (r["L"], r["vs_attention"][name]) for r in mine if r["dtype"] == dtype and name in r["vs_attention"]
                 ]

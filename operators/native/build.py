@@ -1,0 +1,81 @@
+"""Compiling and finding the core: once per user, source, torch and processor.
+
+It lies in `$XDG_CACHE_HOME/layerswap/native/KEY/core.so` (`~/.cache` by default), where KEY names all that shapes its
+machine code. A build writes beside it and renames, under a lock that dies with its process: any number of processes may
+begin at once, and one that is killed leaves nothing that others wait for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+SOURCES = ("fft.h", "rows.h", "conv.h", "step.h", "core.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi")
+PATIENCE = 900  # seconds that a build, or another process's, may take
+
+
+def library() -> Path:
+    """Where the core for this source, torch and processor lies or would lie."""
+    here, digest = Path(__file__).parent, hashlib.sha256()
+    for part in (torch.__version__, _processor(), compiler(), *FLAGS):
+        digest.update(f"{part}\n".encode())
+    for name in SOURCES:
+        digest.update((here / name).read_bytes())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return cache / "layerswap" / "native" / digest.hexdigest()[:20] / "core.so"
+
+
+def compiler() -> str:
+    """The C++ compiler's command: `$CXX`, else c++ or g++."""
+    return os.environ.get("CXX") or next((name for name in ("c++", "g++") if shutil.which(name)), "c++")
+
+
+def build() -> Path:
+    """The core, compiled now if it is not there yet (half a minute).
+
+    Raises:
+        RuntimeError: there is no compiler, it fails, or the cache cannot be written; in one line.
+    """
+    target = library()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_suffix(".lock"), timeout=PATIENCE):
+            if not target.exists():
+                _compile(target)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RuntimeError(" ".join(str(error).split())) from error
+    return target
+
+
+def _compile(target: Path) -> None:
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    unfinished = target.with_suffix(".part")
+    command = [compiler(), *FLAGS, *(f"-I{path}" for path in include_paths()), "-o", str(unfinished)]
+    command += [str(Path(__file__).parent / "core.cpp"), *(f"-L{path}" for path in library_paths())]
+    command += ["-lc10", "-ltorch", "-ltorch_cpu"]
+    if shutil.which(command[0]) is None:
+        raise FileNotFoundError(f"no C++ compiler {command[0]!r}")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
+        raise OSError(f"{command[0]} failed: {(errors or ['no message'])[0]}")
+    unfinished.replace(target)
+
+
+def _processor() -> str:
+    """What `-march=native` looks at."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line for line in lines if line.startswith(("model name", "cpu family", "flags", "Features"))]
+    return " ".join([platform.machine(), platform.processor(), *sorted(set(named))])

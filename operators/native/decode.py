@@ -1,0 +1,73 @@
+"""Decoding of channel-wise Hyena by the core: one call for all between the projections of a position.
+
+A window of outputs to come holds what the history adds to them. It opens with the prompt, whose convolution computes it
+along with the outputs, up to the next power of two at least `ROOM` positions away, and opens anew where it ends or
+where something else than a step came between. Inside, the work of every step is bounded (`step.h`).
+
+Shapes: B batch, C filters (N of them per channel), D channels, P channels in whole vectors, W positions of the window.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from operators.decode import Filters
+from operators.native.channels import spectra_of, transform_size
+from operators.state import CoreWindow, State
+
+LANES, NEAR, ROOM = 16, 32, 64
+
+
+def open_window(state: State, seen: int, channels: int, convolutions: int) -> Tensor | None:
+    """Room for what `seen` positions add to those behind, (B, N, W, P), to be filled; None where none can follow."""
+    stop = min(transform_size(min(seen + ROOM, state.max_length)), state.max_length)
+    if stop == seen:
+        return None
+    padded = -(-channels // LANES) * LANES
+    state.core = CoreWindow(torch.empty(state.batch, convolutions, stop - seen, padded), seen, seen)
+    return state.core.sums
+
+
+def step(x_B1D: Tensor, p_B1E: Tensor, weight_EK: Tensor, bias_E: Tensor, filters: Filters, state: State) -> Tensor:
+    """Outputs (B, 1, D) before the last projection at the state's next position, in the dtype of projections `p`.
+
+    Writes the position to the state's histories but does not move its length.
+    """
+    width, position = x_B1D.shape[-1], state.length
+    names = ["input", *(f"gated_{i}" for i in range(filters.h_CL.shape[0] // width))]
+    if state.histories["input"].shape[-1] <= position:
+        for name in names:
+            state.room(name, state.histories[name][..., :1])
+    histories = [state.histories[name] for name in names]
+    core = state.core
+    if core is None or core.position != position or position == core.first + core.sums.shape[2]:
+        open_window(state, position, width, len(names) - 1)
+        assert state.core is not None
+        core = state.core
+        spectra = spectra_of(filters, width, position + core.sums.shape[2])
+        torch.ops.layerswap.fold(histories[1:], position, spectra, core.sums)
+    assert state.recent_projections is not None
+    state.recent_projections = state.recent_projections.contiguous()
+    weights = (weight_EK.float(), bias_E.float(), filters.h_CL, *_tables(filters, width))
+    y_B1D = torch.ops.layerswap.step(
+        p_B1E, state.recent_projections, *weights, x_B1D, histories, core.sums, position, core.first
+    )
+    core.position = position + 1
+    return cast(Tensor, y_B1D)
+
+
+def _tables(filters: Filters, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first lags (N, NEAR, P), and room for the spectra of longer ones, which the core fills as it needs them."""
+    if "step" not in filters.native:
+        h_CL = filters.h_CL
+        convolutions, blocks, lags = h_CL.shape[0] // width, -(-width // LANES), h_CL.shape[1]
+        near = h_CL.new_zeros(convolutions, NEAR, blocks * LANES)
+        near[:, :lags, :width] = h_CL[:, :NEAR].unflatten(0, (convolutions, width)).transpose(1, 2)
+        levels = max(0, (lags - 1).bit_length() - NEAR.bit_length() + 1)
+        spectra = h_CL.new_empty(convolutions * blocks, NEAR * (2**levels - 1), 2, LANES)
+        ready = torch.zeros(levels, convolutions * blocks, dtype=torch.uint8)
+        filters.native["step"] = (near, spectra, ready)
+    return cast(tuple[Tensor, Tensor, Tensor], filters.native["step"])

@@ -1,0 +1,197 @@
+"""The compiled core: the contract of channel-wise operators through it, agreement with torch, and life without it.
+
+Shapes: B batch, L positions, D model width.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from operators import native
+from operators.config import HyenaConfig
+from operators.native import build
+from tests.operators import test_contract, test_decode
+from tests.operators.cases import CASES, MAX, B, D, attention, close, draw, generator, hyena, make
+
+CHANNELS = [name for name, config in CASES.items() if isinstance(config, HyenaConfig) and config.heads is None]
+
+
+@pytest.fixture(scope="session")
+def compiled() -> None:
+    """The core, built if need be; without a compiler what needs it is skipped."""
+    try:
+        build.build()
+    except RuntimeError as error:
+        pytest.skip(f"the core cannot be built here: {error}")
+
+
+@pytest.fixture
+def core(compiled: None) -> Iterator[None]:
+    """The core in use."""
+    assert native.use(True)
+    yield
+    native.use(False)
+
+
+def contract() -> Iterator[Any]:
+    """Every test of the contract and of decoding with each of its arguments, channel-wise cases only."""
+    for module in (test_contract, test_decode):
+        for name, test in vars(module).items():
+            if not name.startswith("test_") or "registered" in name:
+                continue
+            marks = [mark.args for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
+            names, values = [args[0] for args in marks], [args[1] for args in marks]
+            if names == ["change"]:
+                continue
+            for chosen in itertools.product(*values):
+                arguments = dict(zip(names, chosen, strict=True))
+                if arguments.get("case", CHANNELS[0]) in CHANNELS:
+                    yield pytest.param(test, arguments, id=f"{name.removeprefix('test_')}-{list(chosen)}")
+
+
+@pytest.mark.parametrize(("test", "arguments"), list(contract()))
+def test_the_contract_holds(test: Callable[..., None], arguments: dict[str, Any], core: None) -> None:
+    test(**arguments)
+
+
+def operator_of(order: int, taps: int, width: int, length: int) -> Any:
+    operator = hyena(HyenaConfig(order=order, short_taps=taps, init="random"), width, length)
+    operator.initialise(attention(width), generator())
+    return operator
+
+
+def passed(operator: Any, x_BLD: Tensor, mask_BL: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor | None]:
+    """Output and every gradient of one pass."""
+    operator.zero_grad()
+    inputs = x_BLD.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        y_BLD = operator(inputs, mask_BL)
+    y_BLD.backward(draw(*y_BLD.shape, seed=3).to(y_BLD.dtype))
+    grads = {name: p.grad for name, p in operator.named_parameters() if p.requires_grad}
+    return {"y": y_BLD.detach(), "x": inputs.grad, **grads}
+
+
+@pytest.mark.parametrize(
+    ("order", "taps", "width", "length"),
+    [(2, 3, 40, 1), (2, 3, 16, 15), (2, 4, 17, 16), (3, 3, 8, 17), (4, 1, 33, 129), (2, 3, 20, 512), (3, 4, 8, 1000)],
+)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_outputs_and_gradients_agree_with_torch(
+    order: int, taps: int, width: int, length: int, masked: bool, dtype: torch.dtype, tolerance: float, core: None
+) -> None:
+    operator, x_BLD, mask_BL = operator_of(order, taps, width, length), draw(B, length, width), None
+    if masked:
+        mask_BL = torch.ones(B, length, dtype=torch.bool)
+        mask_BL[1, : length // 3] = mask_BL[2, : length - 1] = False
+    ours = passed(operator, x_BLD, mask_BL, dtype)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        ours["without gradients"] = operator(x_BLD, mask_BL)
+    native.use(False)
+    theirs = passed(operator, x_BLD, mask_BL, dtype)
+    theirs["without gradients"] = theirs["y"]
+    for name, expected in theirs.items():
+        found = ours[name]
+        assert expected is not None and found is not None and found.dtype == expected.dtype, name
+        close(found.float(), expected.float(), tolerance)
+
+
+def test_results_do_not_depend_on_the_number_of_threads(core: None) -> None:
+    operator, x_BLD = operator_of(3, 3, 40, 200), draw(B, 200, 40)
+    before, results = torch.get_num_threads(), []
+    p_BEL = draw(B, 160, 200, seed=4).requires_grad_()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        h_CL = operator.filter(200).detach().requires_grad_()
+        y_BDL = operator.whole(p_BEL, None, h_CL, None)
+        results.append([y_BDL, *torch.autograd.grad(y_BDL.sum(), [p_BEL, h_CL, operator.short_weight])])
+    torch.set_num_threads(before)
+    assert x_BLD.shape[0] == B and all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_training_keeps_the_projections_in_their_dtype_and_little_else(core: None) -> None:
+    operator, x_BLD = operator_of(2, 3, 64, 256), draw(B, 256, 64)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        operator(x_BLD.requires_grad_())
+    numbers = x_BLD.numel()
+    large = sum(size for size in kept.values() if size >= 2 * numbers)
+    assert large <= 2 * (3 + 1 + 1) * numbers  # projections, input and output of the last product
+
+
+def test_the_core_is_off_until_it_is_asked_for(core: None) -> None:
+    operator, x_BLD = make("order 2"), draw(B, MAX, D)
+    ours = operator(x_BLD)
+    native.use(False)
+    theirs = operator(x_BLD)
+    assert not native.in_use() and not torch.equal(ours, theirs)
+    double = make("order 2").double()
+    before = double(x_BLD.double())
+    assert native.use(True) and torch.equal(double(x_BLD.double()), before)
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """A process that has loaded nothing and an empty cache."""
+    for name in ("_loaded", "_failed", "_used"):
+        monkeypatch.setattr(native, name, False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("LAYERSWAP_NATIVE", raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("mode", [None, "build"])
+def test_without_a_core_torch_computes_after_one_notice(
+    mode: str | None, fresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fresh.setenv("CXX", "no-such-compiler")
+    if mode:
+        fresh.setenv("LAYERSWAP_NATIVE", mode)
+    with caplog.at_level(logging.INFO):
+        assert not native.use(True) and not native.use(True) and not native.in_use()
+    expected = "no C++ compiler 'no-such-compiler'" if mode else "make build-ext"
+    assert len(caplog.messages) == 1 and expected in caplog.messages[0] and "\n" not in caplog.messages[0]
+    operator, x_BLD = make("order 2"), draw(B, 20, D)
+    close(operator(x_BLD), operator.reference(x_BLD))
+
+
+def test_switched_off_or_insisted_on_by_the_environment(
+    fresh: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fresh.setenv("LAYERSWAP_NATIVE", "0")
+    assert not native.use(True) and not caplog.messages
+    fresh.setenv("LAYERSWAP_NATIVE", "1")
+    fresh.setenv("CXX", "false")
+    with pytest.raises(RuntimeError, match="asks for the compiled core, but false failed"):
+        native.use(True)
+    fresh.setenv("LAYERSWAP_NATIVE", "yes")
+    with pytest.raises(ValueError, match="'yes'"):
+        native.use(True)
+    assert list(tmp_path.rglob("core.so")) == []
+
+
+def test_a_killed_build_blocks_nobody(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho done > "$2"\n')
+    compiler.chmod(0o755)
+    fresh.setenv("CXX", str(compiler))
+    target = build.library()
+    target.parent.mkdir(parents=True)
+    target.with_suffix(".part").write_text("half")
+    target.with_suffix(".lock").write_text("")
+    assert build.build() == target and target.read_text() == "done\n"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    assert build.build() == target
