@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from operators.modes import Modes
+from operators.recurrence import first_lags
 
 ROWS, COLUMNS = 512, 128
 SLOWEST = 1e-3  # decay over all L lags
@@ -39,7 +40,7 @@ def fit_modes(h_CL: Tensor, modes: int) -> tuple[Modes, Tensor]:
     precision = torch.complex128 if h_CL.dtype == torch.float64 else torch.complex64
     found = Modes(log_poles_CS.to(precision), residues_CS.to(precision))
     wide = Modes(found.log_poles_CS.to(torch.complex128), found.residues_CS.to(torch.complex128))
-    missed_CL = wide.at(torch.arange(exact_CL.shape[1], dtype=torch.float64)) - exact_CL
+    missed_CL = first_lags(wide, exact_CL.shape[1]) - exact_CL
     error_C = missed_CL.norm(dim=1) / exact_CL.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
     return Modes(found.log_poles_CS.to(h_CL.device), found.residues_CS.to(h_CL.device)), error_C
 

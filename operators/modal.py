@@ -14,6 +14,7 @@ from operators.config import ModalFilterConfig
 from operators.convolution import compute_dtype
 from operators.filters import LongFilter, draw_uniform, log_spaced_timescales, whole_profile
 from operators.modes import Modes
+from operators.recurrence import first_lags
 
 OSCILLATION = 1.0  # largest at the start
 FIT_STEPS = 500
@@ -87,9 +88,8 @@ class ModalFilter(LongFilter):
     def forward(self, length: int) -> Tensor:
         """See `LongFilter.forward`."""
         self.check(length)
-        modes = self.modes()
-        dtype = compute_dtype(self.log_rate.dtype)
-        return modes.at(torch.arange(length, dtype=dtype, device=self.log_rate.device))
+        with torch.autocast(self.log_rate.device.type, enabled=False):
+            return first_lags(self.modes(), length)
 
     def modes(self) -> Modes:
         """Poles and residues (C, S), complex unless positive; float32 or float64 numbers; differentiable."""

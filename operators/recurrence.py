@@ -16,6 +16,16 @@ from operators.modes import Modes
 PIECE = 128
 
 
+def first_lags(modes: Modes, length: int) -> Tensor:
+    """The filters (C, length) as `Modes.at` of the lags from 0, but exponentials are taken of two short grids only: lag
+    a P + b is a product of both, and the sum over modes a product of matrices. Differentiable."""
+    lags_P = torch.arange(PIECE, device=modes.log_poles_CS.device)
+    starts_N = PIECE * torch.arange(-(-length // PIECE), device=lags_P.device)
+    starts_CNS = modes.residues_CS[:, None] * torch.exp(modes.log_poles_CS[:, None] * starts_N[:, None])
+    inside_CPS = torch.exp(modes.log_poles_CS[:, None] * lags_P[:, None])
+    return torch.bmm(_pairs(starts_CNS), _pairs(_conjugate(inside_CPS)).transpose(1, 2)).flatten(1)[:, :length]
+
+
 class Recurrence:
     """Filters (C, S) as they are at this moment, without gradients, and what decoding derives from them.
 
@@ -82,10 +92,13 @@ class Recurrence:
             log_poles_D1S = self.modes.log_poles_CS[channels, None]
             lags_P1 = torch.arange(PIECE, device=log_poles_D1S.device)[:, None]
             into_DPS = _pairs(torch.exp(log_poles_D1S * lags_P1.flip(0)))
-            out_DPS = torch.exp(log_poles_D1S * (lags_P1 + 1))
-            out_DPS = _pairs(out_DPS.conj().resolve_conj() if self._complex else out_DPS)
+            out_DPS = _pairs(_conjugate(torch.exp(log_poles_D1S * (lags_P1 + 1))))
             self._pieces[channels.start] = (into_DPS, out_DPS.transpose(1, 2).contiguous())
         return self._pieces[channels.start]
+
+
+def _conjugate(numbers: Tensor) -> Tensor:
+    return numbers.conj().resolve_conj() if numbers.is_complex() else numbers
 
 
 def _pairs(numbers: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from operators.config import FilterConfig, FirFilterConfig, HyenaConfig, ImplicitFilterConfig, ModalFilterConfig
 from operators.modal import ModalFilter
+from operators.recurrence import PIECE
 from tests.operators.cases import MAX, PROFILE, B, D, attention, close, draw, generator, hyena
 
 MODAL, REAL, FIR = ModalFilterConfig(modes=6), ModalFilterConfig(modes=6, positive=True), FirFilterConfig(taps=12)
@@ -62,6 +63,13 @@ def test_modes_are_the_recurrence_of_the_filter(config: ModalFilterConfig) -> No
         values.append(state_CS.sum(1).real)
         state_CS = state_CS * poles_CS
     close(torch.stack(values, dim=1), filters(40), 1e-13)
+
+
+@pytest.mark.parametrize("length", [1, PIECE, PIECE + 1, LONG])
+@pytest.mark.parametrize("config", [MODAL, REAL])
+def test_the_filter_is_the_sum_of_its_modes_at_every_lag(config: ModalFilterConfig, length: int) -> None:
+    filters = modal(config).double()
+    close(filters(length), filters.modes().at(torch.arange(length, dtype=torch.float64)), 1e-13)
 
 
 def mixture(*modes: tuple[float, float]) -> Tensor:
