@@ -71,41 +71,56 @@ class ChannelHyena(Hyena):
         self.in_proj.bias[-self.d_model :] = attention.bias_of("value")
 
     def whole(self, p_BEL: Tensor, mask_BL: Tensor | None, h_CL: Tensor | None, state: State | None) -> Tensor:
-        """See `Hyena.whole`: one pass (`gated`), of the compiled core where that is in use."""
-        if native.serves(p_BEL) and (state is None or state.mode == "tiled"):
-            return self._whole_native(p_BEL, mask_BL, h_CL, state)
-        batch, _, length = p_BEL.shape
+        """See `Hyena.whole`: one pass, `gated` or the compiled core's."""
+        one_pass = self._one_pass_native if native.serves(p_BEL) else self._one_pass
+        if state is None:
+            return one_pass(p_BEL, mask_BL, h_CL, [], None)[0]
+        like_BDL = p_BEL.new_empty((state.batch, self.d_model, p_BEL.shape[-1]), dtype=compute_dtype(p_BEL.dtype))
+        mode, named = STEP_MODES[state.mode], [self._named(index) for index in range(self.convolutions)]
+        histories = [mode.room(state, name, like_BDL) for name, _ in named]
+        y_BDL, *known = one_pass(p_BEL, mask_BL, h_CL, histories, state)
+        for (name, channels), z_BDL, known_BDW in zip(named, histories, known, strict=True):
+            mode.filled(self.frozen(), state, name, channels, z_BDL, known_BDW)
+        return y_BDL
+
+    def _one_pass(
+        self,
+        p_BEL: Tensor,
+        mask_BL: Tensor | None,
+        h_CL: Tensor | None,
+        histories: list[Tensor],
+        state: State | None,
+    ) -> tuple[Tensor, *tuple[Tensor | None, ...]]:
+        """Outputs (B, D, L) and, for a state, what each convolution adds to those after them as far as that is known;
+        what each reads goes to `histories`."""
         blocks, each = (self.config.order + 1, self.d_model), (self.convolutions, self.d_model)
         parts = (p_BEL.unflatten(1, blocks), mask_BL, self.short_weight.unflatten(0, blocks))
         inputs = Inputs(*parts, self.short_bias.unflatten(0, blocks))
-        like_BDL = p_BEL.new_empty((batch, self.d_model, length), dtype=compute_dtype(p_BEL.dtype))
-        mode = None if state is None else STEP_MODES[state.mode]
-        named = [self._named(index) for index in range(self.convolutions)]
-        histories = [] if state is None or mode is None else [mode.room(state, name, like_BDL) for name, _ in named]
-        known: list[Tensor | None] = [None] * self.convolutions
         with outside_autocast(p_BEL.device.type):
-            if h_CL is None:
-                beyond = 0 if mode is None else mode.beyond(length, self.max_length)
-                y_BDL, *known[:] = gated(inputs, self.frozen().convolution(length, beyond), histories, beyond)
-            else:
+            if h_CL is not None:
                 y_BDL = gated_trained(inputs, h_CL.unflatten(0, each), self.direct.unflatten(0, each), histories)
-            for (name, channels), z_BDL, known_BDW in zip(named, histories, known, strict=False):
-                assert state is not None
-                assert mode is not None
-                mode.filled(self.frozen(), state, name, channels, z_BDL, known_BDW)
-        return y_BDL
+                return y_BDL, *[None] * len(histories)
+            length = p_BEL.shape[-1]
+            beyond = 0 if state is None else STEP_MODES[state.mode].beyond(length, self.max_length)
+            y_BDL, *known = gated(inputs, self.frozen().convolution(length, beyond), histories, beyond)
+            return y_BDL, *known
 
-    def _whole_native(self, p_BEL: Tensor, mask_BL: Tensor | None, h_CL: Tensor | None, state: State | None) -> Tensor:
-        """`whole` through the compiled core, in the dtype of the projections."""
-        rooms, ahead, inputs = [], None, (p_BEL, mask_BL, self.short_weight, self.short_bias)
-        if state is not None:
-            like_BDL = p_BEL.new_empty((p_BEL.shape[0], self.d_model, p_BEL.shape[-1]), dtype=torch.float32)
-            rooms = [state.room(self._named(index)[0], like_BDL) for index in range(self.convolutions)]
-        if h_CL is None:
-            if state is not None:
-                ahead = open_window(state, p_BEL.shape[-1], self.d_model, self.convolutions)
-            return convolve(*inputs, self.frozen(), rooms, ahead)
-        return convolve_trained(*inputs, h_CL, self.direct, rooms)
+    def _one_pass_native(
+        self,
+        p_BEL: Tensor,
+        mask_BL: Tensor | None,
+        h_CL: Tensor | None,
+        histories: list[Tensor],
+        state: State | None,
+    ) -> tuple[Tensor, *tuple[Tensor | None, ...]]:
+        """The same by the compiled core, outputs in the dtype of the projections."""
+        inputs, unknown = (p_BEL, mask_BL, self.short_weight, self.short_bias), [None] * len(histories)
+        if h_CL is not None:
+            return convolve_trained(*inputs, h_CL, self.direct, histories), *unknown
+        ahead = None
+        if state is not None and state.mode == "tiled":
+            ahead = open_window(state, p_BEL.shape[-1], self.d_model, self.convolutions)
+        return convolve(*inputs, self.frozen(), histories, ahead), *unknown
 
     def between(self, x_B1D: Tensor, p_B1E: Tensor, state: State) -> Tensor | None:
         """See `Hyena.between`."""
