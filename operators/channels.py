@@ -9,13 +9,13 @@ Shapes: as in `hyena`.
 import torch
 from torch import Tensor
 
-from operators import native
 from operators.config import HyenaConfig
 from operators.convolution import compute_dtype, long_conv_reference
 from operators.decode import Filters
 from operators.filters import draw_uniform
 from operators.gated import Inputs, gated, gated_trained
 from operators.hyena import Hyena, outside_autocast
+from operators.native import LONGEST, serves
 from operators.native.channels import convolve, convolve_trained
 from operators.native.decode import open_window, step
 from operators.state import State
@@ -72,7 +72,7 @@ class ChannelHyena(Hyena):
 
     def whole(self, p_BEL: Tensor, mask_BL: Tensor | None, h_CL: Tensor | None, state: State | None) -> Tensor:
         """See `Hyena.whole`: one pass, `gated` or the compiled core's."""
-        one_pass = self._one_pass_native if native.serves(p_BEL) else self._one_pass
+        one_pass = self._one_pass_native if serves(p_BEL) else self._one_pass
         if state is None:
             return one_pass(p_BEL, mask_BL, h_CL, [], None)[0]
         like_BDL = p_BEL.new_empty((state.batch, self.d_model, p_BEL.shape[-1]), dtype=compute_dtype(p_BEL.dtype))
@@ -124,8 +124,8 @@ class ChannelHyena(Hyena):
 
     def between(self, x_B1D: Tensor, p_B1E: Tensor, state: State) -> Tensor | None:
         """See `Hyena.between`."""
-        fits = state.mode == "tiled" and state.croppable and state.max_length <= native.LONGEST
-        if not (fits and native.serves(p_B1E) and state.histories["input"].dtype == x_B1D.dtype):
+        fits = state.mode == "tiled" and state.croppable and state.max_length <= LONGEST
+        if not (fits and serves(p_B1E) and state.histories["input"].dtype == x_B1D.dtype):
             return None
         assert state.filters is not None
         return step(x_B1D.contiguous(), p_B1E, self.short_weight, self.short_bias, state.filters, state)

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from operators import native
 from operators.config import HyenaConfig
 from operators.convolution import compute_dtype, short_conv, short_conv_reference
 from operators.decode import Filters
 from operators.filters import ImplicitFilter, LongFilter, draw_linear, draw_uniform
 from operators.fir import FirFilter
 from operators.modal import ModalFilter
+from operators.native import in_use
 from operators.projection import project
 from operators.state import State
 from operators.transfer import AttentionWeights
@@ -257,7 +257,7 @@ class Hyena(nn.Module, ABC):
         _append_mask(state, None, x_B1D)
         assert state.recent_projections is not None
         p_B1E = nn.functional.linear(x_B1D, self.in_proj.weight, self.in_proj.bias)
-        y_B1D = self.between(x_B1D, p_B1E, state) if native.in_use() else None
+        y_B1D = self.between(x_B1D, p_B1E, state) if in_use() else None
         if y_B1D is not None:
             state.length += 1
             if y_B1D.dtype != self.out_proj.weight.dtype and not torch.is_autocast_enabled(y_B1D.device.type):

@@ -281,6 +281,7 @@ ARGUMENTS: list[Row] = [
     ("cluster that is none", no_ray, r"^--ray-address .*: no Ray cluster answers \(what answers there is not Ray\): start one"),
     ("address that is none", words("--ray-address", "nonsense", command="run"), "^--ray-address nonsense is no address: give host:port"),
     ("address of a client", words("--ray-address", "ray://h:1", command="run"), "^--ray-address ray://h:1 is no address: give host:port"),
+    ("a core that is not there", words("--set", "numerics.core=native", command="run"), "numerics.core native needs the compiled core, and this machine has none: run make build-ext"),
     ("more threads than cores", words("--set", "numerics.threads=999", command="run"), "an? [a-z]+ stage asks for 999 threads and the largest node has \\d+ cores: lower threads"),
     ("teacher's threads", words("--set", "teacher.threads=999", command="run"), "a teacher stage asks for 999 threads and the largest node has \\d+ cores: lower threads"),
     ("port out of range", words("--port", "70000", command="ui"), "Invalid value for '--port': .*65535"),
@@ -302,6 +303,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "text" / f"{name}.txt").write_text(f"the text of {name}\n" * 20)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LAYERSWAP_HOME", raising=False)
+    monkeypatch.setenv("LAYERSWAP_NATIVE", "0")
     monkeypatch.setenv("COLUMNS", "250")  # what is told about options is not wrapped
     return tmp_path
 

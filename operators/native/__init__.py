@@ -23,7 +23,8 @@ import os
 import torch
 from torch import Tensor
 
-from operators.native import build
+from operators.native.build import build as compiled
+from operators.native.build import library
 
 LONGEST = 2**18
 MODES = ("0", "build", "1")
@@ -58,11 +59,11 @@ def available() -> bool:
     if mode == "0" or _loaded or (_failed and mode != "1"):
         return _loaded and mode != "0"
     try:
-        path = build.library()
+        path = library()
         if not path.exists():
             if mode is None:
                 raise RuntimeError("it is not built: run make build-ext")
-            path = build.build()
+            path = compiled()
         torch.ops.load_library(str(path))
         _loaded = True
     except (OSError, RuntimeError) as error:

@@ -47,9 +47,18 @@ def _write_code(folder: Path) -> None:
     sources: dict[str, Any] = {"exported_model": exported_model.__file__, "swap": swap.__file__}
     sources["families"] = families.__file__
     package = Path(str(operators.__file__)).parent
-    sources |= {f"operators_{path.stem}": path for path in package.glob("*.py") if path.stem != "__init__"}
+    for path in package.rglob("*.py"):
+        name = "_".join(path.relative_to(package.parent).with_suffix("").parts)
+        if not name.endswith("___main__"):
+            sources[name.removesuffix("___init__")] = path
+    del sources["operators"]
     for name, path in sources.items():
         text = Path(path).read_text(encoding="utf-8")
-        text = re.sub(r"^from operators\.(\w+) import", r"from .operators_\1 import", text, flags=re.MULTILINE)
+        text = re.sub(
+            r"^from (operators\.[\w.]+) import",
+            lambda found: f"from .{found[1].replace('.', '_')} import",
+            text,
+            flags=re.MULTILINE,
+        )
         text = re.sub(r"^from orchestrator\.distill\.(\w+) import", r"from .\1 import", text, flags=re.MULTILINE)
         (folder / f"{name}.py").write_text(text, encoding="utf-8")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from operators import native
 from orchestrator.distill.checkpoint import load_checkpoint, save_checkpoint
 from orchestrator.distill.context import Stopped, Workplace
 from orchestrator.distill.journal import Journal
@@ -28,6 +29,9 @@ Parts = dict[str, Tensor]
 
 class NonFiniteLoss(ArithmeticError):
     """A loss or gradient became NaN or infinite: the stage cannot go on, and trying again gives the same."""
+
+
+NO_CORE = "numerics.core native needs the compiled core, and there is none here: run make build-ext, or set torch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +50,12 @@ class Training:
 
 
 def prepare(numerics: Numerics, seed: int = 0) -> None:
-    """Set what decides the bits in this process: threads, precision of products, determinism, random state."""
+    """Set what decides the bits in this process: threads, precision of products, core, determinism, random state.
+
+    Raises RuntimeError where there is no compiled core and the study asks for it.
+    """
+    if native.use(numerics.core == "native") != (numerics.core == "native"):
+        raise RuntimeError(NO_CORE)
     torch.set_num_threads(numerics.threads)
     torch.set_float32_matmul_precision(numerics.matmul)
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -35,9 +35,24 @@ def check_run(plan: Plan, context: RunContext, cluster: Cluster) -> None:
                 "--device cuda needs an accelerator that torch can use, and this machine has none: give --device cpu, "
                 "or the --ray-address of a cluster that has one"
             )
+        _check_core(plan)
     else:
         _knock(cluster.address)
     check_before_start(plan.specs.values(), context, cluster)
+
+
+def _check_core(plan: Plan) -> None:
+    """Raise `ClusterError` where stages ask for a compiled core and this machine has none."""
+    numerics = [getattr(spec, "numerics", None) for spec in plan.specs.values()]
+    if not any(one is not None and one.core == "native" for one in numerics):
+        return
+    from operators.native import available  # imports torch
+
+    if not available():
+        raise ClusterError(
+            "numerics.core native needs the compiled core, and this machine has none: run make build-ext, or set "
+            "numerics.core to torch"
+        )
 
 
 def _knock(address: str) -> None:

@@ -233,6 +233,8 @@ class Numerics(Model):
     # torch.set_float32_matmul_precision of stages that train. medium: float32 products by oneDNN, in float32 on CPUs
     # without matrix units for bfloat16 (and there up to twice as fast), in bfloat16 on those that have them.
     matmul: Literal["highest", "high", "medium"] = "highest"
+    # native: channel-wise operators by the compiled core (make build-ext), up to twice as fast on CPUs; other bits.
+    core: Literal["torch", "native"] = "torch"
     threads: Positive = 1
     world_size: Positive = 1  # processes that share each batch of a training stage; each has `threads`
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from operators import native
 from operators.config import HyenaConfig
 from orchestrator.distill import stage
 from orchestrator.distill.context import Workplace, newest_step
@@ -177,6 +178,17 @@ def test_numerics_set_threads_random_state_and_precision() -> None:
     for dtype, wanted in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         with autocast(Numerics(dtype=dtype), "cpu"):  # type: ignore[arg-type]
             assert (x @ y).dtype == wanted
+
+
+def test_a_core_that_is_asked_for_is_used_or_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "available", lambda: True)
+    prepare(Numerics(core="native"))
+    assert native.in_use()
+    prepare(Numerics())
+    assert not native.in_use()
+    monkeypatch.setattr(native, "available", lambda: False)
+    with pytest.raises(RuntimeError, match=r"needs the compiled core, .* run make build-ext"):
+        prepare(Numerics(core="native"))
 
 
 @pytest.mark.parametrize(("threads", "matmul"), [(1, "highest"), (2, "highest"), (1, "medium"), (2, "medium")])

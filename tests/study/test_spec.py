@@ -63,15 +63,16 @@ SPECS: dict[str, Any] = {
 KEYS = {
     "tokens": "d4106e31393fe217fa526a6480af5aa8994ad160815533127e4eb1f881c81e9f",
     "import": "9df2c567f861cfe8d67bafe895eacbbde9fb66c82bf4ed0c208c08800b775175",
-    "teacher": "8bc3cdb2d56388e96b41c623c0d9a550c1fef7780671490cd6c943e23988b0bc",
-    "distil": "73bcb6ab9a3a76be2ee90e4a3522f503498c4e8c6b3f08371ca3bfc3a97def8d",
-    "scratch": "607ecd0deeb775fc7f546bd010ec13040cf1fd57b9212f035bda3e3e86d11bc6",
-    "evaluate": "e74d0c3a91ad71c18784db89baa8e79b01439b6732679868d4e7ddb1bcaf7dda",
-    "throughput": "dcf443cf167151792885389f0060fa9c9edf903966ac235a06e32cbd10b90a3f",
+    "teacher": "737e72cc66f82a35fa74adb11b5bb8ffac543135869c6bdb816d54b17fbd169a",
+    "distil": "8344029a55d51b7caecb47ef31bb90fed842e079e47e3d8c3b26ff420f30d26f",
+    "scratch": "affea34e42a404c8e6f70c5ff76547e405218b76cc95852977b36b89632003c3",
+    "evaluate": "f1cd7ce885c4d9acb345760067db63df08d0ad69582270e970921bd356a6d57a",
+    "throughput": "849b69e9660d976582435a53eb79bb24f36d3507bc0db2885d5b2fbc3f10796e",
 }
 WORDS = {  # another value for a field whose words are given
     "source": "jsonl", "method": "adamw", "dtype": "bfloat16", "window": "linear", "init": "random",
     "direction": "reverse", "feature_map": "hedgehog", "matmul": "medium",
+    "core": "native",
 }  # fmt: skip
 HEADED = ("feature_map", "degree", "key_dim", "normalise", "key_gate")  # of an operator with heads only
 FILLED = {  # a value for a field that is none
