@@ -28,21 +28,25 @@ class State:
     Attributes:
         batch: sequences.
         max_length: positions the operator was built for.
+        mode: how heads go on from it: "direct" from a history, "modal" from a memory.
         length: positions seen.
         histories: buffers, batch first and positions last; only the first `length` positions are meaningful.
         filters: the long filters, once a step has needed them.
         ahead: by convolution, what the history adds to the outputs of a window, batch first and positions last.
         window: the first position of that window and the first behind it.
+        memory: what is remembered in a constant size, batch first; it cannot be cropped but to nothing.
         recent_projections: what the short convolution still sees, (B, E, taps - 1); None after a crop.
     """
 
     batch: int
     max_length: int
+    mode: str = "direct"
     length: int = 0
     histories: dict[str, Tensor] = field(default_factory=dict)
     filters: Filters | None = None
     ahead: dict[str, Tensor] = field(default_factory=dict)
     window: tuple[int, int] = (0, 0)
+    memory: dict[str, Tensor] = field(default_factory=dict)
     recent_projections: Tensor | None = None
 
     def append(self, name: str, new: Tensor) -> Tensor:
@@ -81,6 +85,8 @@ class State:
             raise ValueError(f"length must lie between 0 and the {self.length} positions seen but is {length}.")
         if length < self.length:
             self.recent_projections, self.window = None, (0, 0)
+            assert length == 0 or not self.memory
+            self.memory = {}
         if length == 0:
             self.filters = None  # a new text may come with new weights
         self.length = length
@@ -98,6 +104,7 @@ class State:
         """Keep the sequences `indices`, (b,) int64, in that order; the batch becomes b."""
         self.histories = {k: v.index_select(0, indices.to(v.device)) for k, v in self.histories.items()}
         self.ahead = {k: v.index_select(0, indices.to(v.device)) for k, v in self.ahead.items()}
+        self.memory = {k: v.index_select(0, indices.to(v.device)) for k, v in self.memory.items()}
         if self.recent_projections is not None:
             kept = self.recent_projections
             self.recent_projections = kept.index_select(0, indices.to(kept.device))
