@@ -1,10 +1,11 @@
-"""What operators are measured against: a Hyena straight from the textbook, and attention with a key-value cache.
+"""What operators are measured against: a Hyena straight from the textbook, and attention with a key-value cache; and
+heads whose filters are given modes.
 
-Neither is used anywhere else: the first regenerates its filter at every call, copies for every change of layout and
+None of them is used elsewhere. The first regenerates its filter at every call, copies for every change of layout and
 convolves with twice the length, as one writes it from the paper; the second is torch's own attention between its
 projections, and decodes with a cache that is there from the start.
 
-Shapes: B batch, L positions, D model width, T positions seen.
+Shapes: B batch, L positions, D model width, T positions seen, H heads, S modes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from operators.config import HyenaConfig
+from operators.decode import Filters
+from operators.heads import HeadHyena
+from operators.modes import Modes
+from operators.state import State
 
 
 class TextbookHyena(nn.Module):
@@ -76,3 +83,25 @@ class Attention(nn.Module):
         seen = (state["k"][:, :, :stop], state["v"][:, :, :stop])
         y = nn.functional.scaled_dot_product_attention(q, *seen, is_causal=start == 0)
         return self.out(y.transpose(1, 2).flatten(2)), state
+
+
+class ModalHeads(HeadHyena):
+    """Heads whose filters are trained sums of S real exponentials, decoded from a state of constant size."""
+
+    def __init__(self, config: HyenaConfig, d_model: int, max_length: int, modes: int) -> None:
+        super().__init__(config, d_model, max_length)
+        rates_HS = torch.logspace(-0.5, -math.log10(max_length), modes).expand(self.heads, -1)
+        self.log_rates = nn.Parameter(rates_HS.log())
+        self.residues = nn.Parameter(rates_HS / modes)
+
+    def modes(self) -> Modes:
+        return Modes(-self.log_rates.exp(), self.residues)
+
+    def frozen(self) -> Filters:
+        return Filters(self.modes().at(torch.arange(self.max_length)))
+
+    def init_state(self, batch: int) -> State:
+        return State(batch, self.max_length, "modal")
+
+    def _trained_filters(self, length: int) -> Tensor | None:
+        return self.modes().at(torch.arange(length)) if torch.is_grad_enabled() else None

@@ -25,14 +25,16 @@ from torch import nn
 
 from operators.config import FilterConfig, HyenaConfig
 from operators.registry import build
-from tests.benchmarks.contenders import Attention, TextbookHyena
+from tests.benchmarks.contenders import Attention, ModalHeads, TextbookHyena
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD_WIDTH = 64
 LENGTHS = (256, 1024, 2048, 8192, 32768)
 QUADRATIC_LIMIT = 8192  # positions that O(L^2) contenders are measured up to, in training and prefill
 DECODED = 32
+MODES_OF_A_HEAD = 8
 MOST_POSITIONS = {"prefill": 32768, "training": 16384}  # of a batch: attention takes minutes beyond
+HEADS = ("hyena-heads", "hyena-power", "hyena-heads modal", "hyena-heads smooth")
 Timed = Callable[[], float]
 
 
@@ -43,13 +45,15 @@ def contenders(width: int, length: int) -> dict[str, Any]:
     ours = {
         "hyena-2": HyenaConfig(init="random"),
         "hyena-heads": HyenaConfig(init="random", heads=heads),
+        "hyena-heads smooth": HyenaConfig(init="random", heads=heads, filter=FilterConfig(sine_frequency=1.0)),
         "hyena-power": HyenaConfig(
             init="random", heads=heads, feature_map="power", key_dim=8, normalise=True, key_gate=True, filter=positive
         ),
     }
     found: dict[str, Any] = {"attention": Attention(width, heads), "textbook": TextbookHyena(width, length)}
-    for name, config in ours.items():
-        operator: Any = build(config, width, length)
+    built: dict[str, Any] = {name: build(config, width, length) for name, config in ours.items()}
+    built["hyena-heads modal"] = ModalHeads(ours["hyena-heads"], width, length, MODES_OF_A_HEAD)
+    for name, operator in built.items():
         operator.initialise(None, torch.Generator().manual_seed(0))
         found[name] = operator
     return found
@@ -121,8 +125,8 @@ def measure(mode: str, dtype: str, width: int, batch: int, length: int, repeats:
     if mode == "decode":
         del modules["textbook"]  # it has no state
     elif length > QUADRATIC_LIMIT:
-        for name in ("hyena-heads", "hyena-power"):
-            del modules[name]
+        for name in ("hyena-heads", "hyena-power", *(["hyena-heads smooth"] if dtype == "float32" else [])):
+            del modules[name]  # masked
     x = torch.randn(batch, length, width, generator=torch.Generator().manual_seed(1))
     run = MODES[mode]
     for module in modules.values():
@@ -143,14 +147,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown: milliseconds of the rivals, and how many times faster ours are."""
     lines = [
         "| mode | dtype | D | B | L | attention ms | textbook ms | hyena-2 vs attention | vs textbook "
-        "| heads vs attention | power vs attention |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| heads vs attention | power vs attention | modal heads vs attention | smooth heads vs attention |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         ratio, textbook = row["vs_attention"], row.get("vs_textbook", {})
         cells = [f"{row['ms'][name]:.2f}" if name in row["ms"] else "-" for name in ("attention", "textbook")]
         cells += [_times(ratio.get("hyena-2")), _times(textbook.get("hyena-2"))]
-        cells += [_times(ratio.get(name)) for name in ("hyena-heads", "hyena-power")]
+        cells += [_times(ratio.get(name)) for name in HEADS]
         lead = [row["mode"], row["dtype"], row["D"], row["B"], row["L"]]
         lines.append("| " + " | ".join(map(str, [*lead, *cells])) + " |")
     return "\n".join(lines)
@@ -170,7 +174,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for panel, mode in zip(panels, MODES, strict=True):
         mine = [row for row in rows if (row["mode"], row["D"], row["B"]) == (mode, width, 1)]
         for dtype, style in (("float32", "-"), ("bfloat16", "--")):
-            for name in ("hyena-2", "hyena-heads", "hyena-power"):
+            for name in ("hyena-2", *HEADS):
                 points = [
                     (r["L"], r["vs_attention"][name]) for r in mine if r["dtype"] == dtype and name in r["vs_attention"]
                 ]
