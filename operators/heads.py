@@ -19,9 +19,13 @@ from torch import Tensor, nn
 
 from operators.config import HyenaConfig
 from operators.convolution import compute_dtype, short_conv
+from operators.decode import Filters
+from operators.forms import mix_fastest
+from operators.head_states import Recurrence, extend, first_state, freeze, step
 from operators.hyena import Hyena, outside_autocast
 from operators.low_rank import centred_products
 from operators.mixing import mix, mix_reference, mix_step
+from operators.modes import Modes
 from operators.recompute import recomputed
 from operators.state import State
 from operators.transfer import AttentionWeights
@@ -50,6 +54,7 @@ class HeadHyena(Hyena):
         self.build(sum(self.widths), self.heads, 1, d_model)
         self.degree = config.degree if config.feature_map == "power" else None
         self.scale = 1 / math.sqrt(self.key_dim) if config.feature_map == "identity" else 1.0
+        self._frozen_modes: tuple[Filters, Recurrence] | None = None
         self.hedgehog: nn.Parameter | None = None
         if config.feature_map == "hedgehog":
             self.hedgehog = nn.Parameter(torch.zeros(self.heads, self.key_dim, self.key_dim))
@@ -70,8 +75,14 @@ class HeadHyena(Hyena):
     def combine(self, u_BEL: Tensor, mask_BL: Tensor | None, h_CT: Tensor | None, state: State | None) -> Tensor:
         """See `Hyena.combine`."""
         q_BHKL, k_BHKL, v_BHVL = self._parts(u_BEL, mask_BL)
-        k_BHKT = k_BHKL if state is None else state.append("key", k_BHKL)
-        v_BHVT = v_BHVL if state is None else state.append("value", v_BHVL)
+        constant = state is not None and state.mode == "modal"
+        if state is not None and constant:
+            if h_CT is None:
+                return self._finish(self._continue(q_BHKL, k_BHKL, v_BHVL, state), u_BEL)
+            with torch.no_grad():
+                self._continue(q_BHKL, k_BHKL, v_BHVL, state)
+        k_BHKT = k_BHKL if state is None or constant else state.append("key", k_BHKL)
+        v_BHVT = v_BHVL if state is None or constant else state.append("value", v_BHVL)
         q_BHKL = q_BHKL.to(k_BHKT.dtype)
         if h_CT is None:
             filters = self.frozen() if state is None or state.filters is None else state.filters
@@ -82,12 +93,40 @@ class HeadHyena(Hyena):
                 y_BHV1 = mix_step(self._scaled(q_BHKL), k_BHKT, v_BHVT, reversed_HT, self.degree)
                 return self._finish(y_BHV1, u_BEL)
             h_CT = filters.h_CL[:, : k_BHKT.shape[-1]]
-        h_CT = h_CT[:, : self.filter.lags]
-        if q_BHKL.dtype == torch.bfloat16:
-            h_CT = self._scaled(h_CT)  # spares a copy of the queries
+        return self._finish(self._mix(q_BHKL, k_BHKT, v_BHVT, h_CT), u_BEL)
+
+    def step_modes(self) -> tuple[str, ...]:
+        """See `Hyena.step_modes`: of modal filters "modal", where the features of queries and keys are at hand."""
+        return ("modal", "direct") if self.config.filter.kind == "modal" and self.degree is None else ("direct",)
+
+    def _mix(self, q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor) -> Tensor:
+        modes, h_HT = self.filter.modes(), h_HT[:, : self.filter.lags]
+        if q_BHKQ.dtype == torch.bfloat16:  # scaling the filters spares a copy of the queries
+            h_HT = self._scaled(h_HT)
+            modes = None if modes is None else Modes(modes.log_poles_CS, self._scaled(modes.residues_CS))
         else:
-            q_BHKL = self._scaled(q_BHKL)
-        return self._finish(mix(q_BHKL, k_BHKT, v_BHVT, h_CT, self.degree), u_BEL)
+            q_BHKQ = self._scaled(q_BHKQ)
+        if q_BHKQ.shape[-1] == k_BHKT.shape[-1]:
+            return mix_fastest(q_BHKQ, k_BHKT, v_BHVT, h_HT, modes, self.degree)
+        return mix(q_BHKQ, k_BHKT, v_BHVT, h_HT, self.degree)
+
+    def _continue(self, q_BHKn: Tensor, k_BHKn: Tensor, v_BHVn: Tensor, state: State) -> Tensor:
+        """New positions after a memory of constant size."""
+        recurrence = self._recurrence(state)
+        if "heads" not in state.memory:
+            state.memory["heads"] = first_state(state.batch, recurrence, k_BHKn.shape[2], v_BHVn.shape[2])
+        go_on = step if q_BHKn.shape[-1] == 1 else extend
+        y_BHVn, later = go_on(self._scaled(q_BHKn), k_BHKn, v_BHVn, state.memory["heads"], recurrence)
+        state.memory["heads"] = later.detach()
+        return y_BHVn
+
+    def _recurrence(self, state: State) -> Recurrence:
+        """The modes of the filters that the state goes on with."""
+        filters = self.frozen() if state.filters is None else state.filters
+        if self._frozen_modes is None or self._frozen_modes[0] is not filters:
+            assert filters.modes is not None
+            self._frozen_modes = (filters, freeze(filters.modes))
+        return self._frozen_modes[1]
 
     def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
         """See `Hyena.combine_reference`."""

@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from operators.convolution import compute_dtype
 
 ROWS, ROWS_BFLOAT16 = 64, 128  # of a block, measured
+SCRATCH = 2**19  # products of a block in bfloat16, so that they stay in the cache
 
 
 def _blocks(queries: int, keys: int, lags: int, dtype: torch.dtype) -> Iterator[tuple[slice, slice]]:
@@ -98,44 +99,75 @@ def _weigh_and_slope(products: Tensor, degree: int | None) -> tuple[Tensor, Tens
     return slope * base, slope
 
 
+def _groups(q_BHKQ: Tensor, keys: int) -> Iterator[tuple[slice, slice]]:
+    """Sequences and heads at a time: all, or in bfloat16 some heads of one."""
+    batch, heads, _, queries = q_BHKQ.shape
+    if q_BHKQ.dtype != torch.bfloat16:
+        yield slice(0, batch), slice(0, heads)
+        return
+    width = max(1, SCRATCH // (min(queries, ROWS_BFLOAT16) * keys))
+    for sequence in range(batch):
+        for start in range(0, heads, width):
+            yield slice(sequence, sequence + 1), slice(start, min(start + width, heads))
+
+
+def _forward(q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor, degree: int | None) -> Tensor:
+    h_HT = h_HT.to(q_BHKQ.dtype) if degree is None else h_HT
+    y_BHVQ = q_BHKQ.new_empty(*v_BHVT.shape[:3], q_BHKQ.shape[-1])
+    for rows, keys in _blocks(q_BHKQ.shape[-1], k_BHKT.shape[-1], h_HT.shape[-1], q_BHKQ.dtype):
+        q_BHKR = _flip(q_BHKQ[..., rows])
+        scores_BHRS = _weigh(q_BHKR.transpose(-1, -2) @ k_BHKT[..., keys], degree)
+        scores_BHRS *= lag_weights(_within(h_HT, keys), q_BHKR.shape[-1])
+        y_BHVQ[..., rows] = _flip(v_BHVT[..., keys] @ scores_BHRS.to(v_BHVT.dtype).transpose(-1, -2))
+    return y_BHVQ
+
+
+def _backward(parts: list[Tensor], h_HT: Tensor, degree: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and h, from q, k, v and the gradient of the outputs."""
+    q_BHKQ, k_BHKT, v_BHVT, grad_BHVQ = parts
+    dtype, dq = q_BHKQ.dtype, torch.empty_like(q_BHKQ, memory_format=torch.contiguous_format)
+    dk, dv, dh = (torch.zeros_like(part, dtype=compute_dtype(part.dtype)) for part in (k_BHKT, v_BHVT, h_HT))
+    h_HT = h_HT.to(dtype) if degree is None else h_HT
+    for rows, keys in _blocks(q_BHKQ.shape[-1], k_BHKT.shape[-1], h_HT.shape[-1], dtype):
+        q_BHKR, grad_BHVR = _flip(q_BHKQ[..., rows]), _flip(grad_BHVQ[..., rows])
+        weights_HRS = lag_weights(_within(h_HT, keys), q_BHKR.shape[-1])
+        products_BHRS = q_BHKR.transpose(-1, -2) @ k_BHKT[..., keys]
+        scores_BHRS, slope_BHRS = _weigh_and_slope(products_BHRS, degree)
+        dmixed_BHRS = (grad_BHVR.transpose(-1, -2) @ v_BHVT[..., keys]).to(scores_BHRS.dtype)
+        dh_HS = lag_sums(_over_batch(dmixed_BHRS * scores_BHRS))[:, : dh.shape[-1]]
+        dh[:, : dh_HS.shape[-1]] += dh_HS
+        dv[..., keys] += grad_BHVR @ scores_BHRS.mul_(weights_HRS).to(dtype)
+        dscores_BHRS = dmixed_BHRS.mul_(weights_HRS)
+        if slope_BHRS is not None:
+            dscores_BHRS *= slope_BHRS
+        dscores_BHRS = dscores_BHRS.to(dtype)
+        dk[..., keys] += q_BHKR @ dscores_BHRS
+        dq[..., rows] = _flip(k_BHKT[..., keys] @ dscores_BHRS.transpose(-1, -2))
+    return dq, dk, dv, dh
+
+
 class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor, degree: int | None) -> Tensor:
         ctx.save_for_backward(q_BHKQ, k_BHKT, v_BHVT, h_HT)
         ctx.degree = degree
-        h_HT = h_HT.to(q_BHKQ.dtype) if degree is None else h_HT
         y_BHVQ = q_BHKQ.new_empty(*v_BHVT.shape[:3], q_BHKQ.shape[-1])
-        for rows, keys in _blocks(q_BHKQ.shape[-1], k_BHKT.shape[-1], h_HT.shape[-1], q_BHKQ.dtype):
-            q_BHKR = _flip(q_BHKQ[..., rows])
-            scores_BHRS = _weigh(q_BHKR.transpose(-1, -2) @ k_BHKT[..., keys], degree)
-            scores_BHRS *= lag_weights(_within(h_HT, keys), q_BHKR.shape[-1])
-            y_BHVQ[..., rows] = _flip(v_BHVT[..., keys] @ scores_BHRS.to(v_BHVT.dtype).transpose(-1, -2))
+        for some in _groups(q_BHKQ, k_BHKT.shape[-1]):
+            y_BHVQ[some] = _forward(q_BHKQ[some], k_BHKT[some], v_BHVT[some], h_HT[some[1]], degree)
         return y_BHVQ
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BHVQ: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         q_BHKQ, k_BHKT, v_BHVT, h_HT = ctx.saved_tensors
-        dtype, dq = q_BHKQ.dtype, torch.empty_like(q_BHKQ, memory_format=torch.contiguous_format)
-        dk, dv, dh = (torch.zeros_like(part, dtype=compute_dtype(part.dtype)) for part in (k_BHKT, v_BHVT, h_HT))
-        h_HT = h_HT.to(dtype) if ctx.degree is None else h_HT
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BHKQ, k_BHKT, v_BHVT))
+        dh = torch.zeros_like(h_HT)
         with torch.autocast(grad_BHVQ.device.type, enabled=False):
-            for rows, keys in _blocks(q_BHKQ.shape[-1], k_BHKT.shape[-1], h_HT.shape[-1], dtype):
-                q_BHKR, grad_BHVR = _flip(q_BHKQ[..., rows]), _flip(grad_BHVQ[..., rows])
-                weights_HRS = lag_weights(_within(h_HT, keys), q_BHKR.shape[-1])
-                products_BHRS = q_BHKR.transpose(-1, -2) @ k_BHKT[..., keys]
-                scores_BHRS, slope_BHRS = _weigh_and_slope(products_BHRS, ctx.degree)
-                dmixed_BHRS = (grad_BHVR.transpose(-1, -2) @ v_BHVT[..., keys]).to(scores_BHRS.dtype)
-                dh_HS = lag_sums(_over_batch(dmixed_BHRS * scores_BHRS))[:, : dh.shape[-1]]
-                dh[:, : dh_HS.shape[-1]] += dh_HS
-                dv[..., keys] += grad_BHVR @ scores_BHRS.mul_(weights_HRS).to(dtype)
-                dscores_BHRS = dmixed_BHRS.mul_(weights_HRS)
-                if slope_BHRS is not None:
-                    dscores_BHRS *= slope_BHRS
-                dscores_BHRS = dscores_BHRS.to(dtype)
-                dk[..., keys] += q_BHKR @ dscores_BHRS
-                dq[..., rows] = _flip(k_BHKT[..., keys] @ dscores_BHRS.transpose(-1, -2))
-        return dq, dk.to(dtype), dv.to(dtype), dh, None
+            for some in _groups(q_BHKQ, k_BHKT.shape[-1]):
+                parts = [x[some] for x in (q_BHKQ, k_BHKT, v_BHVT, grad_BHVQ)]
+                dq[some], dk[some], dv[some], dtheirs = _backward(parts, h_HT[some[1]], ctx.degree)
+                dh[some[1]] += dtheirs
+        return dq, dk, dv, dh, None
 
 
 def mix(q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor, degree: int | None = None) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from operators.chunked import Bases
 
-CHUNK, FUNCTIONS = 128, 4
+CHUNK, FUNCTIONS = 128, (4, 6, 8)
+LARGEST_RESIDUAL = 1e-4
 TINY = 1e-300
 NEAR = 2  # chunks: the own one and the one before it, whose lags begin at 1
 
@@ -44,7 +45,7 @@ def _windows(h_HT: Tensor, chunk: int) -> Tensor:
     return torch.cat([h_HT, beyond], dim=1)[:, (NEAR - 1) * chunk + 1 :].unfold(1, 2 * chunk - 1, chunk)
 
 
-def smooth_bases(h_HT: Tensor, chunk: int = CHUNK, functions: int = FUNCTIONS) -> Bases:
+def smooth_bases(h_HT: Tensor, chunk: int = CHUNK, functions: int = FUNCTIONS[0]) -> Bases:
     """Bases of filters over sequences of T positions, R functions; differentiable. See `residual` for their error."""
     basis_RC, sums = (x.to(h_HT) for x in _polynomials(chunk, functions))
     far_HFRR = (_windows(h_HT, chunk) @ sums).unflatten(2, (functions, functions))
@@ -55,7 +56,7 @@ def smooth_bases(h_HT: Tensor, chunk: int = CHUNK, functions: int = FUNCTIONS) -
 
 
 @torch.no_grad()
-def residual(h_HT: Tensor, chunk: int = CHUNK, functions: int = FUNCTIONS) -> float:
+def residual(h_HT: Tensor, chunk: int = CHUNK, functions: int = FUNCTIONS[0]) -> float:
     """What the bases miss of the filters, root mean square over positions of a chunk, relative to a filter's own.
 
     That is the relative error of outputs for white inputs, of the head where it is largest.
@@ -66,3 +67,8 @@ def residual(h_HT: Tensor, chunk: int = CHUNK, functions: int = FUNCTIONS) -> fl
     pairs = chunk - torch.arange(1 - chunk, chunk, device=h_HT.device).abs()  # of places with that difference
     missed_H = ((windows_HFW.square() @ pairs.double()) - (windows_HFW @ sums.to(h_HT)).square().sum(2)).sum(1)
     return float((missed_H.clamp_min(0) / chunk / h_HT.square().sum(1).clamp_min(TINY)).max().sqrt())
+
+
+def functions_for(h_HT: Tensor, chunk: int = CHUNK) -> int | None:
+    """The fewest functions that leave no more than a residual of `LARGEST_RESIDUAL`; None where none of ours do."""
+    return next((count for count in FUNCTIONS if residual(h_HT, chunk, count) <= LARGEST_RESIDUAL), None)

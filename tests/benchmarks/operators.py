@@ -2,7 +2,8 @@
 
 `python -m tests.benchmarks.operators --out DIR`, or `make bench`. One process, one thread, repeats of all contenders in
 turn, medians; a ratio is the median of the ratios of one turn, above 1 where ours is faster. Floors stand beside them:
-the projections alone as matrix products, and a copy of the inputs. Not a test: figures depend on the machine.
+the projections alone as matrix products, and a copy of the inputs. Contenders named "native" run through the compiled
+core, where there is one. Not a test: figures depend on the machine.
 
 Shapes: B batch, L positions, D model width.
 """
@@ -19,35 +20,35 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from torch import nn
 
 from operators import native
-from operators.config import HyenaConfig, ImplicitFilterConfig
+from operators.config import HyenaConfig, ImplicitFilterConfig, ModalFilterConfig
 from operators.registry import build
 from tests.benchmarks.contenders import Attention, TextbookHyena
+from tests.benchmarks.drawing import plot, table
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD_WIDTH = 64
 LENGTHS = (256, 1024, 2048, 8192, 32768)
 QUADRATIC_LIMIT = 8192  # positions that O(L^2) contenders are measured up to, in training and prefill
 DECODED = 32
-SUFFIX = " native"
-NATIVE = native.available()
-MOST_POSITIONS = {"prefill": 32768, "training": 16384}  # of a batch: attention takes minutes beyond
-Timed = Callable[[], float]
+NATIVE = " native"
+MOST_POSITIONS = {"prefill": 32768, "training": 16384, "decode": 65536}  # of a batch: attention takes minutes beyond
+POSITIVE = ImplicitFilterConfig(positive=True, width=64, features=9)
 
 
 def contenders(width: int, length: int) -> dict[str, Any]:
     """Everything that is compared, built for a width and a longest sequence."""
     heads = max(1, width // HEAD_WIDTH)
-    positive = ImplicitFilterConfig(positive=True, width=64, features=9)
     ours = {
         "hyena-2": HyenaConfig(init="random"),
-        "hyena-heads": HyenaConfig(init="random", heads=heads),
-        "hyena-power": HyenaConfig(
-            init="random", heads=heads, feature_map="power", key_dim=8, normalise=True, key_gate=True, filter=positive
+        "heads": HyenaConfig(init="random", heads=heads),
+        "heads modal": HyenaConfig(init="random", heads=heads, filter=ModalFilterConfig(modes=8, positive=True)),
+        "heads smooth": HyenaConfig(init="random", heads=heads, filter=ImplicitFilterConfig(sine_frequency=1.0)),
+        "power": HyenaConfig(
+            init="random", heads=heads, feature_map="power", key_dim=8, normalise=True, key_gate=True, filter=POSITIVE
         ),
     }
     found: dict[str, Any] = {"attention": Attention(width, heads), "textbook": TextbookHyena(width, length)}
@@ -55,23 +56,27 @@ def contenders(width: int, length: int) -> dict[str, Any]:
         operator: Any = build(config, width, length)
         operator.initialise(None, torch.Generator().manual_seed(0))
         found[name] = operator
-    if NATIVE:
-        found.update({f"{name}{SUFFIX}": found[name] for name in ours})
+    if native.available():
+        found |= {f"{name}{NATIVE}": found[name] for name in ("hyena-2", "power")}
     return found
+
+
+def fits(name: str, mode: str, dtype: str, length: int) -> bool:
+    """Whether a contender is measured: the textbook has no state, and what is quadratic takes too long."""
+    if mode == "decode":
+        return name != "textbook"
+    quadratic = name in ("heads", "power") or (name == "heads smooth" and dtype == "float32")
+    return name != f"power{NATIVE}" and not (quadratic and length > QUADRATIC_LIMIT)
 
 
 @contextlib.contextmanager
 def core(name: str) -> Iterator[None]:
     """The compiled core for contenders that are named so."""
-    native.use(name.endswith(SUFFIX))
-    yield
-    native.use(False)
-
-
-def run(name: str, mode: str, module: Any, x: torch.Tensor, dtype: str) -> float:
-    """Seconds of one turn of a contender."""
-    with core(name):
-        return MODES[mode](module, x, dtype)
+    native.use(name.endswith(NATIVE))
+    try:
+        yield
+    finally:
+        native.use(False)
 
 
 def timed(work: Callable[[], Any]) -> float:
@@ -101,20 +106,32 @@ def training(module: nn.Module, x: torch.Tensor, dtype: str) -> float:
     return seconds
 
 
-def decode(module: Any, x: torch.Tensor, dtype: str) -> float:
-    """Seconds of `DECODED` steps after the context before them."""
+def decode(module: Any, x: torch.Tensor, dtype: str) -> list[float]:
+    """Seconds of each of the last `DECODED` positions, after the context before them."""
     batch, length, _ = x.shape
     context = length - DECODED
     with torch.no_grad(), precision(dtype):
         state = module.init_state(batch, length) if isinstance(module, Attention) else module.init_state(batch)
         module.extend(x[:, :context], state)
         parts = [x[:, t : t + 1] for t in range(context, length)]
-        return timed(lambda: [module.extend(part, state) for part in parts])
+        return [timed(lambda part=part: module.extend(part, state)) for part in parts]  # type: ignore[misc]
 
 
-MODES: dict[str, Callable[[Any, torch.Tensor, str], float]] = {
-    "prefill": prefill, "training": training, "decode": decode
-}  # fmt: skip
+def saved_bytes(module: nn.Module, x: torch.Tensor, dtype: str) -> int:
+    """Bytes that autograd keeps between forward and backward, parameters and inputs left out."""
+    known = {part.untyped_storage().data_ptr() for part in [*module.parameters(), *module.buffers(), x]}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), precision(dtype):
+        output = module(x.requires_grad_())
+    del output
+    return sum(kept.values())
 
 
 def precision(dtype: str) -> Any:
@@ -133,74 +150,40 @@ def floors(width: int, x: torch.Tensor, dtype: str) -> dict[str, float]:
 
 
 def measure(mode: str, dtype: str, width: int, batch: int, length: int, repeats: int) -> dict[str, Any] | None:
-    """One row: milliseconds by contender and ratios to attention and textbook; None where it takes too long."""
-    if batch * length > MOST_POSITIONS.get(mode, batch * length):
+    """One row: milliseconds by contender (of a token in decode) and ratios; None where it takes too long."""
+    if batch * length > MOST_POSITIONS[mode]:
         return None
-    modules = contenders(width, length)
+    context = DECODED if mode == "decode" else 0
+    made = contenders(width, length + context)
+    modules = {name: module for name, module in made.items() if fits(name, mode, dtype, length)}
+    x = torch.randn(batch, length + context, width, generator=torch.Generator().manual_seed(1))
+    row: dict[str, Any] = {"mode": mode, "dtype": dtype, "D": width, "B": batch, "L": length}
+    turns = []
+    for turn in range(repeats + 1):
+        taken: dict[str, Any] = {}
+        for name, module in modules.items():
+            with core(name):
+                taken[name] = {"prefill": prefill, "training": training, "decode": decode}[mode](module, x, dtype)  # type: ignore[operator]
+        if turn:  # the first warms up
+            turns.append(taken)
     if mode == "decode":
-        del modules["textbook"]  # it has no state
-    elif length > QUADRATIC_LIMIT:
-        for name in [name for name in modules if name.startswith(("hyena-heads", "hyena-power"))]:
-            del modules[name]
-    x = torch.randn(batch, length, width, generator=torch.Generator().manual_seed(1))
-    for name, module in modules.items():
-        run(name, mode, module, x, dtype)
-    turns = [{name: run(name, mode, module, x, dtype) for name, module in modules.items()} for _ in range(repeats)]
-    ours = [name for name in modules if name.startswith("hyena")]
-    row: dict[str, Any] = {"mode": mode, "dtype": dtype, "D": width, "B": batch, "L": length, "floors": {}}
+        row["worst"] = {
+            name: statistics.median(max(t[name]) / statistics.mean(t[name]) for t in turns) for name in modules
+        }
+        turns = [{name: statistics.mean(t[name]) for name in modules} for t in turns]
     row["ms"] = {name: 1e3 * statistics.median(turn[name] for turn in turns) for name in modules}
     for rival in ("attention", "textbook"):
+        ours = [name for name in modules if name not in ("attention", "textbook")]
         if rival in modules:
             row[f"vs_{rival}"] = {name: statistics.median(t[rival] / t[name] for t in turns) for name in ours}
     if mode == "prefill":
         row["floors"] = floors(width, x, dtype)
+    if mode == "training":
+        row["saved_mb"] = {}
+        for name, module in modules.items():
+            with core(name):
+                row["saved_mb"][name] = saved_bytes(module, x.clone(), dtype) / 2**20
     return row
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown: milliseconds of the rivals, and how many times faster ours are."""
-    lines = [
-        "| mode | dtype | D | B | L | attention ms | textbook ms | hyena-2 vs attention | vs textbook "
-        "| native vs attention | vs textbook | heads vs attention | power vs attention |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in rows:
-        ratio, textbook = row["vs_attention"], row.get("vs_textbook", {})
-        cells = [f"{row['ms'][name]:.2f}" if name in row["ms"] else "-" for name in ("attention", "textbook")]
-        for name in ("hyena-2", f"hyena-2{SUFFIX}"):
-            cells += [_times(ratio.get(name)), _times(textbook.get(name))]
-        cells += [_times(ratio.get(name)) for name in ("hyena-heads", "hyena-power")]
-        lead = [row["mode"], row["dtype"], row["D"], row["B"], row["L"]]
-        lines.append("| " + " | ".join(map(str, [*lead, *cells])) + " |")
-    return "\n".join(lines)
-
-
-def _times(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}x"
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Speed over attention by length, a panel for every mode, at the largest width and batch 1."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    width = max(row["D"] for row in rows)
-    figure, panels = pyplot.subplots(1, len(MODES), figsize=(13, 4), sharey=True)
-    for panel, mode in zip(panels, MODES, strict=True):
-        mine = [row for row in rows if (row["mode"], row["D"], row["B"]) == (mode, width, 1)]
-        for dtype, style in (("float32", "-"), ("bfloat16", "--")):
-            for name in ("hyena-2", f"hyena-2{SUFFIX}", "hyena-heads", "hyena-power"):
-                points = [
-                    (r["L"], r["vs_attention"][name]) for r in mine if r["dtype"] == dtype and name in r["vs_attention"]
-                ]
-                if points:
-                    panel.plot(*zip(*points, strict=True), style, marker="o", label=f"{name} {dtype}")
-        panel.axhline(1.0, color="black", linewidth=0.8)
-        panel.set(title=f"{mode}, D {width}, B 1", xlabel="positions", xscale="log", yscale="log")
-        panel.legend(fontsize=7)
-    panels[0].set_ylabel("times as fast as attention")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -210,8 +193,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for mode in options.modes:
-        dtypes = ["float32"] if mode == "decode" else ["float32", "bfloat16"]
-        for dtype in dtypes:
+        for dtype in ["float32"] if mode == "decode" else ["float32", "bfloat16"]:
             for width in options.widths:
                 for batch in options.batches:
                     for length in options.lengths:
@@ -221,7 +203,7 @@ def main() -> None:
                         if row is not None:
                             rows.append(row)
                             print(json.dumps(row), flush=True)
-    (options.out / "operators.json").write_text(json.dumps(rows, indent=1))
+                            (options.out / "operators.json").write_text(json.dumps(rows, indent=1))
     (options.out / "operators.md").write_text(table(rows) + "\n")
     plot(rows, options.out / "operators.png")
     print(table(rows))
@@ -231,12 +213,15 @@ def _options() -> argparse.Namespace:
     def numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
 
+    def words(text: str) -> list[str]:
+        return text.split(",")
+
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.operators", description=__doc__)
-    parser.add_argument("--modes", type=lambda text: text.split(","), default=list(MODES), help=", ".join(MODES))
+    parser.add_argument("--modes", type=words, default=list(MOST_POSITIONS), help=", ".join(MOST_POSITIONS))
     parser.add_argument("--widths", type=numbers, default=[128, 512])
     parser.add_argument("--batches", type=numbers, default=[1, 8])
     parser.add_argument("--lengths", type=numbers, default=list(LENGTHS))
-    parser.add_argument("--repeats", type=int, default=9, help="turns of all contenders; a third from 8k positions on")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of all contenders; a third from 8k positions on")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench", help="folder for JSON, table and plot")
     return parser.parse_args()
 

@@ -3,17 +3,21 @@
 Shapes: B batch, H heads, K key width, V value width, L positions.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from operators import forms
 from operators.chunked import mix_chunked
-from operators.config import HyenaConfig
+from operators.config import HyenaConfig, ModalFilterConfig
+from operators.forms import form_of
 from operators.head_states import chunk_of, extend, first_state, freeze, modal_bases, step
 from operators.mixing import mix, mix_reference
 from operators.modes import Modes
+from operators.registry import build
 from operators.smooth import residual, smooth_bases
 from tests.benchmarks.contenders import Attention
 from tests.operators.cases import close, draw, generator, hyena
@@ -151,3 +155,68 @@ def test_the_residual_is_the_error_of_outputs_for_white_inputs() -> None:
 def test_rough_filters_have_a_large_residual() -> None:
     assert residual(draw(2, 200).double(), 16) > 0.1
     assert residual(torch.zeros(2, 200).double(), 16) == 0.0
+
+
+def never() -> bool:
+    raise AssertionError("the filters' smoothness does not matter here")
+
+
+@pytest.mark.parametrize(
+    ("form", "length", "dtype", "degree", "states", "fits"),
+    [
+        ("masked", 256, torch.bfloat16, None, 4, never),
+        ("masked", 1500, torch.bfloat16, None, 8, never),
+        ("recurrence", 1600, torch.bfloat16, None, 8, never),
+        ("recurrence", 1300, torch.float32, None, 8, never),
+        ("masked", 2048, torch.float32, None, 16, never),
+        ("recurrence", 8192, torch.float32, None, 16, never),
+        ("masked", 8192, torch.bfloat16, 4, 8, never),
+        ("masked", 8192, torch.bfloat16, 4, None, never),
+        ("masked", 8192, torch.float32, None, None, never),
+        ("masked", 1024, torch.bfloat16, None, None, never),
+        ("smooth", 2048, torch.bfloat16, None, None, lambda: True),
+        ("masked", 2048, torch.bfloat16, None, None, lambda: False),
+    ],
+)
+def test_the_rule(form: str, length: int, dtype: torch.dtype, degree: Any, states: Any, fits: Any) -> None:
+    assert form_of(length, 64, dtype, degree, states, fits) == form
+
+
+@pytest.mark.parametrize("form", ["recurrence", "smooth", "masked"])
+def test_all_forms_mix_alike(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forms, "form_of", lambda *_: form)
+    monkeypatch.setattr(forms, "functions_for", lambda _: 8)
+    q, k, v = (x.to(torch.bfloat16) for x in parts(700))
+    decays = Modes(-torch.tensor([[0.002], [0.004], [0.008]]), torch.ones(3, 1))
+    h_HT = decays.at(torch.arange(700))
+    if form == "smooth":
+        monkeypatch.setattr(forms, "form_of", lambda *task: form if task[-1]() else "masked")
+    outputs = forms.mix_fastest(q, k, v, h_HT, decays if form == "recurrence" else None, None)
+    close(outputs.float(), mix(q.float(), k.float(), v.float(), h_HT), 0.02)
+
+
+HEDGEHOG = ModalFilterConfig(positive=True)
+MODAL = {
+    "identity": HyenaConfig(heads=3, init="random", key_gate=True),
+    "hedgehog": HyenaConfig(heads=3, init="random", feature_map="hedgehog", normalise=True, filter=HEDGEHOG),
+}
+
+
+@pytest.mark.parametrize(("case", "positive"), [("identity", True), ("identity", False), ("hedgehog", True)])
+def test_heads_with_modes_train_and_decode_as_their_history_does(case: str, positive: bool) -> None:
+    config = replace(MODAL[case], filter=ModalFilterConfig(modes=3, positive=positive))
+    operator: Any = build(config, 12, 700)
+    operator.initialise(None, generator())
+    operator, x_BLD = operator.double(), draw(2, 700, 12).double()
+    history = operator.extend(x_BLD, operator.init_state(2, "direct"))[0].detach()  # in the form that the rule names
+    mask_BL = torch.ones(2, 700, dtype=torch.bool)
+    for splits in ([690, *[1] * 10], [1] * 5 + [300, 395], [700]):
+        state, outputs = operator.init_state(2), []
+        assert state.mode == "modal"
+        with torch.no_grad():
+            for part, seen in zip(x_BLD.split(splits, 1), mask_BL.split(splits, 1), strict=True):
+                outputs.append(operator.extend(part, state, seen if splits[0] == 1 else None)[0])
+        close(torch.cat(outputs, 1), history, 1e-10)
+        assert not {"key", "value"} & set(state.histories)
+    state.select(torch.tensor([1]))
+    assert state.memory["heads"].shape[0] == 1
