@@ -7,11 +7,11 @@
 
 namespace layerswap {
 
-// The projections (batch, (order + 1) width, length): x_0, the gates, v. Strides are in numbers; positions touch.
+// The projections (batch, (order + 1) width, length): x_0, the gates, v. Strides are in numbers.
 template <class T>
 struct Projections {
   const T* data;
-  int64_t batch_stride, row_stride;
+  int64_t batch_stride, channel_stride, position_stride;
   int64_t batch, width, length, order, taps;
   const float *weight, *bias;  // ((order + 1) width, taps), ((order + 1) width)
   const float* mask;           // (batch, length) or null
@@ -20,7 +20,8 @@ struct Projections {
   int64_t lanes(int64_t block) const { return std::min(kLanes, width - block * kLanes); }
   int64_t row(int64_t part, int64_t block) const { return part * width + block * kLanes; }
   Rows<const T> rows(int64_t sequence, int64_t part, int64_t block) const {
-    return {data + sequence * batch_stride + row(part, block) * row_stride, row_stride, lanes(block)};
+    return {data + sequence * batch_stride + row(part, block) * channel_stride, channel_stride, position_stride,
+            lanes(block)};
   }
   const float* mask_of(int64_t sequence) const { return mask ? mask + sequence * length : nullptr; }
   // The taps and, last, the bias of every part of a block: (order + 1) (taps + 1) vectors.
@@ -110,10 +111,10 @@ void forward_block(const Projections<T>& p, int64_t sequence, int64_t block, int
 // What a block's backward reads and fills besides the projections.
 template <class T>
 struct Gradients {
-  const T* grad;            // (batch, width, length) of y, strides as those of projections
-  int64_t batch_stride, row_stride;
+  const T* grad;            // (batch, width, length) of y
+  int64_t batch_stride, channel_stride, position_stride;
   const float *h, *direct;  // (convolutions width, length), (convolutions width)
-  T* dp;                    // (batch, (order + 1) width, length)
+  T* dp;                    // strides as those of the projections
   float *dweight, *dbias, *dh, *ddirect;
 };
 
@@ -155,7 +156,7 @@ void backward_block(const Projections<T>& p, const Gradients<T>& g, int64_t bloc
   std::fill_n(sums, size * convolutions, Complex{});
   for (int64_t i = 0; i < convolutions; ++i) {
     const int64_t row = p.row(i, block);
-    filter_spectrum({g.h + row * length, length, lanes}, length, g.direct + row, size, spectra + i * size);
+    filter_spectrum({g.h + row * length, length, 1, lanes}, length, g.direct + row, size, spectra + i * size);
   }
   const auto output_of = [&](int64_t i) { return i == 0 ? u + p.order * room : y + (i - 1) * size; };
   const auto gate_of = [&](int64_t i) { return u + (p.order - 1 - i) * room; };
@@ -172,7 +173,8 @@ void backward_block(const Projections<T>& p, const Gradients<T>& g, int64_t bloc
       clear_tail();
       through_spectrum(z, a, size, KeepAndMultiply{spectra + i * size, inputs + i * size}, output_of(i + 1));
     }
-    const Rows<const T> grad{g.grad + sequence * g.batch_stride + block * kLanes * g.row_stride, g.row_stride, lanes};
+    const Rows<const T> grad{g.grad + sequence * g.batch_stride + block * kLanes * g.channel_stride, g.channel_stride,
+                             g.position_stride, lanes};
     const Vec* last = output_of(convolutions);
     for (int64_t t = 0; t < length; t += kLanes) {
       Vec dy[16];
@@ -198,7 +200,8 @@ void backward_block(const Projections<T>& p, const Gradients<T>& g, int64_t bloc
       Vec* du = u + part * room;
       if (p.mask)
         for (int64_t t = 0; t < length; ++t) du[t] *= p.mask_of(sequence)[t];
-      const Rows<T> dp{g.dp + (sequence * parts * p.width + p.row(part, block)) * length, length, lanes};
+      const Rows<T> dp{g.dp + sequence * p.batch_stride + p.row(part, block) * p.channel_stride, p.channel_stride,
+                       p.position_stride, lanes};
       short_conv_backward(p.stream(sequence, part, block, taps, window), du, length, taps + part * per_part, p.taps, dp,
                           dtaps + part * per_part);
     }
@@ -213,7 +216,7 @@ void backward_block(const Projections<T>& p, const Gradients<T>& g, int64_t bloc
     through_spectrum(z, a, size, Take{sums + i * size}, y);
     for (int64_t t = 0; t < length; ++t) z[t] = y[length - 1 - t] * (1.0f / size);
     for (int64_t t = 0; t < length; t += kLanes)
-      store_tile(Rows<float>{g.dh + row * length, length, lanes}, t, std::min(kLanes, length - t), z + t);
+      store_tile(Rows<float>{g.dh + row * length, length, 1, lanes}, t, std::min(kLanes, length - t), z + t);
     scatter(z, 1, lanes, 1, g.ddirect + row);
   }
 }

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
 
 #include "step.h"
@@ -14,6 +15,7 @@ using at::Tensor;
 using namespace layerswap;
 
 bool touching(const Tensor& t) { return t.size(-1) == 1 || t.stride(-1) == 1; }
+bool either_way(const Tensor& t) { return t.dim() == 3 && (t.stride(1) == 1 || touching(t)); }
 
 void check_float(const Tensor& t, const char* name) {
   TORCH_CHECK(t.is_cpu() && t.scalar_type() == at::kFloat && t.is_contiguous(), name, " must be contiguous float32");
@@ -28,13 +30,13 @@ void check_ahead(const Tensor& ahead, int64_t batch, int64_t convolutions, int64
 template <class T, class U>
 Projections<T> projections(const Tensor& p, const std::optional<Tensor>& mask, const Tensor& weight, const Tensor& bias,
                            int64_t width) {
-  TORCH_CHECK(p.dim() == 3 && touching(p) && p.size(1) % width == 0, "projections must be (B, parts D, L)");
+  TORCH_CHECK(either_way(p) && p.size(1) % width == 0, "projections must be (B, parts D, L)");
   check_float(weight, "short weight");
   check_float(bias, "short bias");
   TORCH_CHECK(weight.size(0) == p.size(1) && bias.size(0) == p.size(1), "a row of taps for every projection");
   Projections<T> q;
   q.data = reinterpret_cast<const T*>(p.const_data_ptr<U>());
-  q.batch_stride = p.stride(0), q.row_stride = p.stride(1);
+  q.batch_stride = p.stride(0), q.channel_stride = p.stride(1), q.position_stride = p.stride(2);
   q.batch = p.size(0), q.width = width, q.length = p.size(2), q.order = p.size(1) / width - 1, q.taps = weight.size(1);
   q.weight = weight.const_data_ptr<float>(), q.bias = bias.const_data_ptr<float>();
   q.mask = nullptr;
@@ -66,7 +68,7 @@ Tensor spectrum(const Tensor& h, const std::optional<Tensor>& direct, int64_t wi
   Complex* to = reinterpret_cast<Complex*>(out.mutable_data_ptr<float>());
   each(convolutions * blocks, [&](int64_t item) {
     const int64_t block = item % blocks, row = item / blocks * width + block * kLanes;
-    const Rows<const float> rows{h.const_data_ptr<float>() + row * h.stride(0), h.stride(0),
+    const Rows<const float> rows{h.const_data_ptr<float>() + row * h.stride(0), h.stride(0), 1,
                                  std::min(kLanes, width - block * kLanes)};
     const float* now = direct ? direct->const_data_ptr<float>() + row : nullptr;
     filter_spectrum(rows, std::min(length, h.size(1)), now, size, to + item * size);
@@ -87,19 +89,21 @@ Tensor convolve_as(const Tensor& p, const std::optional<Tensor>& mask, const Ten
   TORCH_CHECK(size >= q.length + window, "spectra are too short for the window");
   if (ahead) check_ahead(*ahead, q.batch, convolutions, padded);
   float* windows = ahead ? ahead->mutable_data_ptr<float>() : nullptr;
-  Tensor y = at::empty({q.batch, width, q.length}, p.options());
+  Tensor y = p.stride(1) == 1 ? at::empty({q.batch, q.length, width}, p.options()).transpose(1, 2)
+                              : at::empty({q.batch, width, q.length}, p.options());
   T* out = reinterpret_cast<T*>(y.template mutable_data_ptr<U>());
   each(q.batch * blocks, [&](int64_t item) {
     const int64_t sequence = item % q.batch, block = item / q.batch, lanes = q.lanes(block);
     const auto history = [&](int64_t i) -> Rows<float> {
-      if (histories.empty()) return {nullptr, 0, 0};
+      if (histories.empty()) return {nullptr, 0, 0, 0};
       const Tensor& z = histories[i];
-      return {z.mutable_data_ptr<float>() + sequence * z.stride(0) + block * kLanes * z.stride(1), z.stride(1), lanes};
+      return {z.mutable_data_ptr<float>() + sequence * z.stride(0) + block * kLanes * z.stride(1), z.stride(1), 1,
+              lanes};
     };
     const auto ahead_of = [&](int64_t i) {
       return windows + (sequence * convolutions + i) * window * padded + block * kLanes;
     };
-    const Rows<T> rows{out + (sequence * width + block * kLanes) * q.length, q.length, lanes};
+    const Rows<T> rows{out + sequence * y.stride(0) + block * kLanes * y.stride(1), y.stride(1), y.stride(2), lanes};
     forward_block(q, sequence, block, size, complexes(spectra) + block * size, blocks * size, rows, history, ahead_of,
                   window, padded);
   });
@@ -123,13 +127,13 @@ Five backward_as(const Tensor& grad, const Tensor& p, const std::optional<Tensor
   const auto q = projections<T, U>(p, mask, weight, bias, width);
   check_float(h, "h");
   check_float(direct, "direct");
-  TORCH_CHECK(grad.sizes() == at::IntArrayRef({q.batch, width, q.length}) && touching(grad), "gradient does not fit");
+  TORCH_CHECK(grad.sizes() == at::IntArrayRef({q.batch, width, q.length}) && either_way(grad), "gradient does not fit");
   TORCH_CHECK(h.size(0) == (q.order - 1) * width && h.size(1) == q.length, "filters do not fit");
-  Tensor dp = at::empty(p.sizes(), p.options()), dweight = at::empty_like(weight), dbias = at::empty_like(bias);
+  Tensor dp = at::empty_strided(p.sizes(), p.strides(), p.options()), dweight = at::empty_like(weight), dbias = at::empty_like(bias);
   Tensor dh = at::empty_like(h), ddirect = at::empty_like(direct);
   Gradients<T> g;
   g.grad = reinterpret_cast<const T*>(grad.const_data_ptr<U>());
-  g.batch_stride = grad.stride(0), g.row_stride = grad.stride(1);
+  g.batch_stride = grad.stride(0), g.channel_stride = grad.stride(1), g.position_stride = grad.stride(2);
   g.h = h.const_data_ptr<float>(), g.direct = direct.const_data_ptr<float>();
   g.dp = reinterpret_cast<T*>(dp.template mutable_data_ptr<U>());
   g.dweight = dweight.mutable_data_ptr<float>(), g.dbias = dbias.mutable_data_ptr<float>();
@@ -159,7 +163,7 @@ void fold(at::TensorList histories, int64_t seen, const Tensor& spectra, const T
     const int64_t block = item % blocks, i = item / blocks % convolutions, sequence = item / (blocks * convolutions);
     const Tensor& z = histories[i];
     const float* rows = z.const_data_ptr<float>() + sequence * z.stride(0) + block * kLanes * z.stride(1);
-    fold_block({rows, z.stride(1), std::min(kLanes, width - block * kLanes)}, seen,
+    fold_block({rows, z.stride(1), 1, std::min(kLanes, width - block * kLanes)}, seen,
                complexes(spectra) + (i * blocks + block) * size, size,
                windows + (sequence * convolutions + i) * window * padded + block * kLanes, window, padded);
   });

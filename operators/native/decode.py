@@ -1,8 +1,8 @@
 """Decoding of channel-wise Hyena by the core: one call for all between the projections of a position.
 
 A window of outputs to come holds what the history adds to them. It opens with the prompt, whose convolution computes it
-along with the outputs, up to the next power of two at least `ROOM` positions away, and opens anew where it ends or where
-something else than a step came between. Inside, the work of every step is bounded (`step.h`).
+along with the outputs, up to the next power of two that leaves room for a quarter of the prompt. It opens anew where it
+ends or where something else than a step came between. Inside, the work of every step is bounded (`step.h`).
 
 Shapes: B batch, C filters (N of them per channel), D channels, P channels in whole vectors, W positions of the window.
 """
@@ -18,13 +18,14 @@ from operators.decode import Filters
 from operators.native.channels import spectra_of, transform_size
 from operators.state import State
 
-LANES, NEAR, ROOM = 16, 32, 64
+LANES, NEAR, LEAST_ROOM = 16, 32, 64
 AHEAD = "native"
 
 
 def open_window(state: State, seen: int, channels: int, convolutions: int) -> Tensor | None:
     """Room for what `seen` positions add to those behind, (B, N, W, P), to be filled; None where none can follow."""
-    stop = min(transform_size(min(seen + ROOM, state.max_length)), state.max_length)
+    room = max(LEAST_ROOM, seen // 4)
+    stop = min(transform_size(min(seen + room, state.max_length)), state.max_length)
     if stop == seen:
         return None
     padded = -(-channels // LANES) * LANES
@@ -33,9 +34,7 @@ def open_window(state: State, seen: int, channels: int, convolutions: int) -> Te
     return state.ahead[AHEAD]
 
 
-def step(
-    x_B1D: Tensor, p_B1E: Tensor, weight_EK: Tensor, bias_E: Tensor, filters: Filters, state: State
-) -> Tensor:
+def step(x_B1D: Tensor, p_B1E: Tensor, weight_EK: Tensor, bias_E: Tensor, filters: Filters, state: State) -> Tensor:
     """Outputs (B, 1, D) before the last projection at the state's next position, in the dtype of projections `p`.
 
     Writes the position to the state's histories but does not move its length.
