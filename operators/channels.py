@@ -7,7 +7,7 @@ Shapes: as in `hyena`.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from operators import native
 from operators.config import HyenaConfig
@@ -16,7 +16,8 @@ from operators.decode import Filters
 from operators.filters import draw_uniform
 from operators.hyena import Hyena, outside_autocast
 from operators.native.channels import convolve, convolve_trained
-from operators.native.decode import open_window, step
+from operators.native.decode import open_window, step, takes
+from operators.native.projection import project
 from operators.state import State
 from operators.transfer import AttentionWeights
 
@@ -65,6 +66,10 @@ class ChannelHyena(Hyena):
         self.in_proj.weight[-self.d_model :] = attention.value
         self.in_proj.bias[-self.d_model :] = attention.bias_of("value")
 
+    def project(self, linear: nn.Linear, x_BDL: Tensor) -> Tensor:
+        """See `Hyena.project`; the core has channels last."""
+        return project(linear, x_BDL) if native.serves(x_BDL) else super().project(linear, x_BDL)
+
     def whole(self, p_BEL: Tensor, mask_BL: Tensor | None, h_CL: Tensor | None, state: State | None) -> Tensor:
         """See `Hyena.whole`; without gradients all that happens to a block of channels happens while it is in the
         cache."""
@@ -101,11 +106,10 @@ class ChannelHyena(Hyena):
 
     def between(self, x_B1D: Tensor, p_B1E: Tensor, state: State) -> Tensor | None:
         """See `Hyena.between`."""
-        like_x = state.histories["input"].dtype == x_B1D.dtype
-        if not (native.serves(p_B1E) and like_x and state.max_length <= native.LONGEST):
+        if not takes(state, x_B1D, p_B1E):
             return None
         assert state.filters is not None
-        return step(x_B1D.contiguous(), p_B1E, self.short_weight, self.short_bias, state.filters, state)
+        return step(x_B1D, p_B1E, self.short_weight, self.short_bias, state.filters, state)
 
     def _convolve_block(
         self, u_BPDL: Tensor, block: slice, spectrum_CF: Tensor, histories: list[Tensor], y_BDL: Tensor

@@ -21,6 +21,7 @@ from operators.config import HyenaConfig
 from operators.hyena import Hyena
 from operators.low_rank import centred_products
 from operators.mixing import mix, mix_reference, mix_step
+from operators.native.decode import step_heads, takes
 from operators.state import State
 from operators.transfer import AttentionWeights
 
@@ -64,6 +65,14 @@ class HeadHyena(Hyena):
                 return self._finish(mix_step(q_BHKL, k_BHKT, v_BHVT, reversed_HT, self.degree), u_BEL)
             h_CT = filters.h_CL[:, : k_BHKT.shape[-1]]
         return self._finish(mix(q_BHKL, k_BHKT, v_BHVT, h_CT, self.degree), u_BEL)
+
+    def between(self, x_B1D: Tensor, p_B1E: Tensor, state: State) -> Tensor | None:
+        """See `Hyena.between`."""
+        if self.hedgehog is not None or not takes(state, x_B1D, p_B1E):
+            return None
+        how = {"degree": self.degree or 0, "gated": self.config.key_gate, "normalised": self.config.normalise}
+        limits = {"scale": self.scale, "largest_gate": LARGEST_GATE, "smallest_sum": SMALLEST_SUM}
+        return step_heads(x_B1D, p_B1E, self.short_weight, self.short_bias, self.direct, state, **how, **limits)
 
     def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
         """See `Hyena.combine_reference`."""

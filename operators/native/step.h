@@ -18,8 +18,7 @@ constexpr int64_t kFirstBlock = kNear / 2;
 inline int64_t spectra_before(int64_t block) { return 2 * (block - kFirstBlock); }
 
 struct Decoder {
-  int64_t batch, width, order, taps, lags;  // lags: of the filters
-  const float *weight, *bias;               // of the short convolution
+  int64_t batch, width, order, lags;        // lags: of the filters
   const float* h;                           // (convolutions width, lags), the direct term at lag 0
   const float* near;                        // (convolutions, kNear, padded width): h by lag
   Complex* spectra;                         // (convolutions blocks, spectra of all levels), filled when first needed
