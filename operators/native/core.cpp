@@ -54,27 +54,26 @@ Tensor convolve_as(const Tensor& p, const std::optional<Tensor>& mask, const Ten
   TORCH_CHECK(size >= q.length && spectra.size(0) == convolutions && spectra.size(1) == blocks, "spectra do not fit");
   TORCH_CHECK(histories.empty() || int64_t(histories.size()) == convolutions, "a history for every convolution");
   for (const Tensor& z : histories) TORCH_CHECK(z.scalar_type() == at::kFloat && touching(z), "history");
-  const int64_t window = ahead ? ahead->size(2) : 0, padded = blocks * kLanes;
-  TORCH_CHECK(size >= q.length + window, "spectra are too short for the window");
-  if (ahead) check_ahead(*ahead, q.batch, convolutions, padded);
-  float* windows = ahead ? ahead->mutable_data_ptr<float>() : nullptr;
   Tensor y = p.stride(1) == 1 ? at::empty({q.batch, q.length, width}, p.options()).transpose(1, 2)
                               : at::empty({q.batch, width, q.length}, p.options());
-  T* out = reinterpret_cast<T*>(y.template mutable_data_ptr<U>());
-  each(q.batch * blocks, [&](int64_t item) {
-    const int64_t sequence = item % q.batch, block = item / q.batch, lanes = q.lanes(block);
-    const auto history = [&](int64_t i) -> Rows<float> {
-      if (histories.empty()) return {nullptr, 0, 0, 0};
-      const Tensor& z = histories[i];
-      return {z.mutable_data_ptr<float>() + sequence * z.stride(0) + block * kLanes * z.stride(1), z.stride(1), 1,
-              lanes};
-    };
-    const auto ahead_of = [&](int64_t i) {
-      return windows + (sequence * convolutions + i) * window * padded + block * kLanes;
-    };
-    const Rows<T> rows{out + sequence * y.stride(0) + block * kLanes * y.stride(1), y.stride(1), y.stride(2), lanes};
-    forward_block(q, sequence, block, size, complexes(spectra) + block * size, blocks * size, rows, history, ahead_of,
-                  window, padded);
+  Outputs<T> o;
+  o.y = reinterpret_cast<T*>(y.template mutable_data_ptr<U>());
+  o.batch_stride = y.stride(0), o.channel_stride = y.stride(1), o.position_stride = y.stride(2);
+  o.spectra = complexes(spectra), o.size = size;
+  o.window = ahead ? ahead->size(2) : 0, o.ahead = nullptr;
+  TORCH_CHECK(size >= q.length + o.window, "spectra are too short for the window");
+  if (ahead) {
+    check_ahead(*ahead, q.batch, convolutions, blocks * kLanes);
+    o.ahead = ahead->mutable_data_ptr<float>();
+  }
+  for (const Tensor& z : histories) {
+    o.histories.push_back({z.mutable_data_ptr<float>(), z.stride(1), 1, width});
+    o.history_batch_stride.push_back(z.stride(0));
+  }
+  const int64_t groups = (blocks + kGroup<T> - 1) / kGroup<T>;
+  each(q.batch * groups, [&](int64_t item) {
+    const int64_t block = item / q.batch * kGroup<T>;
+    forward_group(q, o, item % q.batch, block, std::min(kGroup<T>, blocks - block));
   });
   return y;
 }
