@@ -7,7 +7,7 @@ Shapes: as in `hyena`.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from operators.config import HyenaConfig
 from operators.convolution import compute_dtype, long_conv_reference
@@ -15,9 +15,10 @@ from operators.decode import Filters
 from operators.filters import draw_uniform
 from operators.gated import Inputs, gated, gated_trained
 from operators.hyena import Hyena, outside_autocast
-from operators.native import LONGEST, serves
+from operators.native import serves
 from operators.native.channels import convolve, convolve_trained
-from operators.native.decode import open_window, step
+from operators.native.decode import open_window, step, takes
+from operators.native.projection import project
 from operators.state import State
 from operators.steps import STEP_MODES
 from operators.transfer import AttentionWeights
@@ -69,6 +70,10 @@ class ChannelHyena(Hyena):
         self.in_proj.bias.fill_(1.0)
         self.in_proj.weight[-self.d_model :] = attention.value
         self.in_proj.bias[-self.d_model :] = attention.bias_of("value")
+
+    def project(self, linear: nn.Linear, x_BDL: Tensor) -> Tensor:
+        """See `Hyena.project`; the core has channels last."""
+        return project(linear, x_BDL) if serves(x_BDL) else super().project(linear, x_BDL)
 
     def whole(self, p_BEL: Tensor, mask_BL: Tensor | None, h_CL: Tensor | None, state: State | None) -> Tensor:
         """See `Hyena.whole`: one pass, `gated` or the compiled core's."""
@@ -124,11 +129,10 @@ class ChannelHyena(Hyena):
 
     def between(self, x_B1D: Tensor, p_B1E: Tensor, state: State) -> Tensor | None:
         """See `Hyena.between`."""
-        fits = state.mode == "tiled" and state.croppable and state.max_length <= LONGEST
-        if not (fits and serves(p_B1E) and state.histories["input"].dtype == x_B1D.dtype):
+        if state.mode != "tiled" or not takes(state, x_B1D, p_B1E):
             return None
         assert state.filters is not None
-        return step(x_B1D.contiguous(), p_B1E, self.short_weight, self.short_bias, state.filters, state)
+        return step(x_B1D, p_B1E, self.short_weight, self.short_bias, state.filters, state)
 
     def _named(self, index: int) -> tuple[str, slice]:
         """What a convolution is called in a state, and its filters."""

@@ -26,6 +26,7 @@ from operators.hyena import Hyena, outside_autocast
 from operators.low_rank import centred_products
 from operators.mixing import mix, mix_reference, mix_step
 from operators.modes import Modes
+from operators.native.decode import step_heads, takes
 from operators.recompute import recomputed
 from operators.state import State
 from operators.transfer import AttentionWeights
@@ -127,6 +128,14 @@ class HeadHyena(Hyena):
             assert filters.modes is not None
             self._frozen_modes = (filters, freeze(filters.modes))
         return self._frozen_modes[1]
+
+    def between(self, x_B1D: Tensor, p_B1E: Tensor, state: State) -> Tensor | None:
+        """See `Hyena.between`."""
+        if state.mode != "direct" or self.hedgehog is not None or not takes(state, x_B1D, p_B1E):
+            return None
+        how = {"degree": self.degree or 0, "gated": self.config.key_gate, "normalised": self.config.normalise}
+        limits = {"scale": self.scale, "largest_gate": LARGEST_GATE, "smallest_sum": SMALLEST_SUM}
+        return step_heads(x_B1D, p_B1E, self.short_weight, self.short_bias, self.direct, state, **how, **limits)
 
     def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
         """See `Hyena.combine_reference`."""

@@ -109,7 +109,7 @@ class Hyena(nn.Module, ABC):
             ValueError: the sequence is longer than `max_length`.
         """
         h_CL = self._trained_filters(x_BLD.shape[1])
-        p_BEL = _masked(project(self.in_proj, x_BLD.transpose(1, 2)), mask_BL)
+        p_BEL = _masked(self.project(self.in_proj, x_BLD.transpose(1, 2)), mask_BL)
         return self._project_out(self.whole(p_BEL, mask_BL, h_CL, None))
 
     def reference(self, x_BLD: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ class Hyena(nn.Module, ABC):
         if new == 1 and start >= self.config.short_taps and mask_BL is None and state.recent_projections is not None:
             return self._step(x_BLD, state), state
         if start == 0:
-            p_BEL = _masked(project(self.in_proj, state.keep_input("input", x_BLD.transpose(1, 2))), mask_BL)
+            p_BEL = _masked(self.project(self.in_proj, state.keep_input("input", x_BLD.transpose(1, 2))), mask_BL)
             _append_mask(state, mask_BL, x_BLD)
             y_BDn = self.whole(p_BEL, mask_BL, self._trained_filters(stop), state)
         else:
@@ -230,9 +230,9 @@ class Hyena(nn.Module, ABC):
         mask_BT = _append_mask(state, mask_BL, x_BLD)
         if state.recent_projections is None:
             mask_window = None if mask_BT is None else mask_BT[:, start - before :]
-            p_BEL = _masked(project(self.in_proj, seen_BDT[..., start - before :]), mask_window)
+            p_BEL = _masked(self.project(self.in_proj, seen_BDT[..., start - before :]), mask_window)
         else:
-            p_BEn = _masked(project(self.in_proj, x_BDn), mask_BL)
+            p_BEn = _masked(self.project(self.in_proj, x_BDn), mask_BL)
             p_BEL = torch.cat([state.recent_projections, p_BEn], dim=-1)
         mask_Bn = None if mask_BT is None else mask_BT[:, -x_BDn.shape[-1] :]
         u_BEn = short_conv(p_BEL, self.short_weight, self.short_bias)[..., before:]
@@ -271,6 +271,10 @@ class Hyena(nn.Module, ABC):
         state.length += 1
         return y_B1D
 
+    def project(self, linear: nn.Linear, x_BDL: Tensor) -> Tensor:
+        """`linear` at every position, (B, E, L), in the ambient precision."""
+        return project(linear, x_BDL)
+
     def between(self, x_B1D: Tensor, p_B1E: Tensor, state: State) -> Tensor | None:
         """What lies between the projections of a step, (B, 1, D), where the compiled core computes it: the position
         written to the state's histories, but its length not moved. None, and nothing done, where it does not."""
@@ -282,7 +286,7 @@ class Hyena(nn.Module, ABC):
     def _project_out(self, y_BDL: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(y_BDL.device.type):
             y_BDL = y_BDL.to(self.out_proj.weight.dtype)
-        return project(self.out_proj, y_BDL).transpose(1, 2)
+        return self.project(self.out_proj, y_BDL).transpose(1, 2)
 
 
 def _masked(x_BEL: Tensor, mask_BL: Tensor | None) -> Tensor:

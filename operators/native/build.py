@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-SOURCES = ("fft.h", "rows.h", "conv.h", "step.h", "core.cpp")
+HEADERS = ("fft.h", "rows.h", "conv.h", "step.h", "heads.h", "tensors.h")
+SOURCES = ("core.cpp", "decode.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi")
 PATIENCE = 900  # seconds that a build, or another process's, may take
 
@@ -27,7 +28,7 @@ def library() -> Path:
     here, digest = Path(__file__).parent, hashlib.sha256()
     for part in (torch.__version__, _processor(), compiler(), *FLAGS):
         digest.update(f"{part}\n".encode())
-    for name in SOURCES:
+    for name in HEADERS + SOURCES:
         digest.update((here / name).read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return cache / "layerswap" / "native" / digest.hexdigest()[:20] / "core.so"
@@ -60,7 +61,7 @@ def _compile(target: Path) -> None:
 
     unfinished = target.with_suffix(".part")
     command = [compiler(), *FLAGS, *(f"-I{path}" for path in include_paths()), "-o", str(unfinished)]
-    command += [str(Path(__file__).parent / "core.cpp"), *(f"-L{path}" for path in library_paths())]
+    command += [*(str(Path(__file__).parent / name) for name in SOURCES), *(f"-L{path}" for path in library_paths())]
     command += ["-lc10", "-ltorch", "-ltorch_cpu"]
     if shutil.which(command[0]) is None:
         raise FileNotFoundError(f"no C++ compiler {command[0]!r}")

@@ -41,7 +41,7 @@ def convolve(
     """
     width, length = _width(p_BEL, filters.h_CL), p_BEL.shape[-1]
     spectra = spectra_of(filters, width, length + (0 if ahead is None else ahead.shape[2]))
-    inputs = (_last_touching(p_BEL), _floats(mask_BL), weight_EK.float(), bias_E.float())
+    inputs = (_dense(p_BEL), _floats(mask_BL), weight_EK.float(), bias_E.float())
     return cast(Tensor, torch.ops.layerswap.convolve(*inputs, spectra, width, rooms, ahead))
 
 
@@ -84,7 +84,7 @@ class _Convolve(torch.autograd.Function):
         direct_C: Tensor,
         rooms: list[Tensor],
     ) -> Tensor:
-        p_BEL, mask_BL, h_CL = _last_touching(p_BEL), _floats(mask_BL), h_CL.contiguous()
+        p_BEL, mask_BL, h_CL = _dense(p_BEL), _floats(mask_BL), h_CL.contiguous()
         ctx.save_for_backward(p_BEL, mask_BL, weight_EK, bias_E, h_CL, direct_C)
         width = _width(p_BEL, h_CL)
         spectra = torch.ops.layerswap.spectrum(h_CL, direct_C, width, p_BEL.shape[-1])
@@ -95,9 +95,7 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BDL: Tensor) -> tuple[Tensor | None, ...]:
-        dp, dweight, dbias, dh, ddirect = torch.ops.layerswap.convolve_backward(
-            _last_touching(grad_BDL), *ctx.saved_tensors
-        )
+        dp, dweight, dbias, dh, ddirect = torch.ops.layerswap.convolve_backward(_dense(grad_BDL), *ctx.saved_tensors)
         return dp, None, dweight, dbias, dh, ddirect, None
 
 
@@ -106,8 +104,10 @@ def _width(p_BEL: Tensor, h_CL: Tensor) -> int:
     return (p_BEL.shape[1] - h_CL.shape[0]) // 2
 
 
-def _last_touching(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _dense(x_BEL: Tensor) -> Tensor:
+    """In a layout that the core reads: the positions of a channel touch, or the channels of a position."""
+    dense = x_BEL.is_contiguous() or x_BEL.transpose(1, 2).is_contiguous()
+    return x_BEL if dense else x_BEL.contiguous()
 
 
 def _floats(mask_BL: Tensor | None) -> Tensor | None:

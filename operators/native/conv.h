@@ -3,15 +3,20 @@
 // projections.
 #pragma once
 
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <new>
+
 #include "rows.h"
 
 namespace layerswap {
 
-// The projections (batch, (order + 1) width, length): x_0, the gates, v. Strides are in numbers; positions touch.
+// The projections (batch, (order + 1) width, length): x_0, the gates, v. Strides are in numbers.
 template <class T>
 struct Projections {
   const T* data;
-  int64_t batch_stride, row_stride;
+  int64_t batch_stride, channel_stride, position_stride;
   int64_t batch, width, length, order, taps;
   const float *weight, *bias;  // ((order + 1) width, taps), ((order + 1) width)
   const float* mask;           // (batch, length) or null
@@ -20,7 +25,8 @@ struct Projections {
   int64_t lanes(int64_t block) const { return std::min(kLanes, width - block * kLanes); }
   int64_t row(int64_t part, int64_t block) const { return part * width + block * kLanes; }
   Rows<const T> rows(int64_t sequence, int64_t part, int64_t block) const {
-    return {data + sequence * batch_stride + row(part, block) * row_stride, row_stride, lanes(block)};
+    return {data + sequence * batch_stride + row(part, block) * channel_stride, channel_stride, position_stride,
+            lanes(block)};
   }
   const float* mask_of(int64_t sequence) const { return mask ? mask + sequence * length : nullptr; }
   // The taps and, last, the bias of every part of a block: (order + 1) (taps + 1) vectors.
@@ -37,18 +43,36 @@ struct Projections {
   int64_t window() const { return taps + 15; }
 };
 
-// Memory of a thread, kept from call to call and handed out piece by piece.
+// Memory of a thread, kept from call to call and handed out piece by piece; on large pages where there are any.
 class Arena {
  public:
   explicit Arena(int64_t vectors) {
-    static thread_local std::vector<Vec> pool;
-    if (int64_t(pool.size()) < vectors) pool.resize(vectors);
-    next_ = pool.data();
+    static thread_local Pool pool;
+    pool.grow(vectors);
+    next_ = pool.data;
   }
   Vec* take(int64_t vectors) { return std::exchange(next_, next_ + vectors); }
   Complex* take_complex(int64_t numbers) { return reinterpret_cast<Complex*>(take(2 * numbers)); }
 
  private:
+  static constexpr size_t kPage = 2 << 20;
+  struct Pool {
+    Vec* data = nullptr;
+    size_t bytes = 0;
+    void grow(int64_t vectors) {
+      const size_t wanted = (vectors * sizeof(Vec) + kPage - 1) / kPage * kPage;
+      if (wanted <= bytes) return;
+      std::free(data);
+      data = static_cast<Vec*>(std::aligned_alloc(kPage, wanted));
+      bytes = data ? wanted : 0;
+      if (!data) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+      madvise(data, bytes, MADV_HUGEPAGE);
+#endif
+    }
+    ~Pool() { std::free(data); }
+  };
+
   Vec* next_;
 };
 
@@ -69,51 +93,83 @@ inline void filter_spectrum(Rows<const float> h, int64_t length, const float* di
   through_spectrum(taps.data(), spectrum, size, Scale{1.0f / size});
 }
 
-// y = x_0 (h * (gate .. (h * (gate v)))) of a block. `spectra` by convolution, `spectrum_stride` apart. `history`, where
-// there is one, takes what goes into convolution i; `ahead`, where there are such, what comes out of it behind the
-// sequence, `window` positions `ahead_stride` apart.
-template <class T, class History, class Ahead>
-void forward_block(const Projections<T>& p, int64_t sequence, int64_t block, int64_t size, const Complex* spectra,
-                   int64_t spectrum_stride, Rows<T> out, const History& history, const Ahead& ahead, int64_t window,
-                   int64_t ahead_stride) {
-  const int64_t convolutions = p.order - 1, parts = p.order + 1;
-  Arena arena(size * 3 + parts * (p.taps + 1) + 2 * p.window());
-  Vec *z = arena.take(size), *taps = arena.take(parts * (p.taps + 1));
-  Vec *inputs = arena.take(p.window()), *gate_inputs = arena.take(p.window());
+// What forward reads and fills besides the projections.
+template <class T>
+struct Outputs {
+  T* y;  // (batch, width, length)
+  int64_t batch_stride, channel_stride, position_stride;
+  const Complex* spectra;  // (convolutions, blocks, size)
+  int64_t size;
+  std::vector<Rows<float>> histories;        // of the first sequence's channels, or none: what goes into a convolution
+  std::vector<int64_t> history_batch_stride;
+  float* ahead;  // (batch, convolutions, window, channels in whole vectors), what comes out behind the sequence
+  int64_t window;
+};
+
+// Blocks that go through the projections together, two cache lines of a position wide.
+template <class T>
+constexpr int64_t kGroup = 128 / (kLanes * sizeof(T));
+
+// y = x_0 (h * (gate .. (h * (gate v)))) of `group` blocks from `block` on.
+template <class T>
+void forward_group(const Projections<T>& p, const Outputs<T>& o, int64_t sequence, int64_t block, int64_t group) {
+  const int64_t convolutions = p.order - 1, parts = p.order + 1, size = o.size, per_block = parts * (p.taps + 1);
+  Arena arena(2 * size + group * (size + per_block + 2 * p.window()));
+  Vec *z = arena.take(group * size), *taps = arena.take(group * per_block), *windows = arena.take(2 * group * p.window());
   Complex* a = arena.take_complex(size);
-  p.gather_taps(block, taps);
+  for (int64_t g = 0; g < group; ++g) p.gather_taps(block + g, taps + g * per_block);
+  const auto streams = [&](int64_t part, int64_t half) {
+    std::vector<ShortConv<T>> made;
+    for (int64_t g = 0; g < group; ++g)
+      made.push_back(p.stream(sequence, part, block + g, taps + g * per_block, windows + (2 * g + half) * p.window()));
+    return made;
+  };
+  const auto rows_of = [&](auto* data, int64_t channel, int64_t position, int64_t g) {
+    return Rows<std::remove_pointer_t<decltype(data)>>{data + (block + g) * kLanes * channel, channel, position,
+                                                       p.lanes(block + g)};
+  };
   Vec u[16];
-  auto value = p.stream(sequence, p.order, block, taps, inputs);
+  auto values = streams(p.order, 0);
   for (int64_t i = 0; i < convolutions; ++i) {
-    auto gate = p.stream(sequence, p.order - 1 - i, block, taps, gate_inputs);
-    const auto rows = history(i);
-    for (int64_t t = 0; t < p.length; t += kLanes) {
-      const int64_t count = gate.count();
-      if (i == 0) value.next(z + t);
-      gate.next(u);
-      for (int j = 0; j < 16; ++j) z[t + j] = j < count ? z[t + j] * u[j] : Vec{};
-      if (rows.data) store_tile(rows, t, count, z + t);
+    auto gates = streams(p.order - 1 - i, 1);
+    for (int64_t t = 0; t < p.length; t += kLanes)
+      for (int64_t g = 0; g < group; ++g) {
+        const int64_t count = gates[g].count();
+        Vec* to = z + g * size + t;
+        if (i == 0) values[g].next(to);
+        gates[g].next(u);
+        for (int j = 0; j < 16; ++j) to[j] = j < count ? to[j] * u[j] : Vec{};
+        if (o.histories.empty()) continue;
+        const Rows<float>& rows = o.histories[i];
+        float* data = rows.data + sequence * o.history_batch_stride[i];
+        store_tile(rows_of(data, rows.channel, rows.position, g), t, count, to);
+      }
+    for (int64_t g = 0; g < group; ++g) {
+      Vec* to = z + g * size;
+      std::fill(to + rounded_up(p.length), to + size, Vec{});
+      through_spectrum(to, a, size, Multiply{o.spectra + (i * p.blocks() + block + g) * size}, to);
+      const int64_t padded = p.blocks() * kLanes;
+      float* ahead = o.ahead + (sequence * convolutions + i) * o.window * padded + (block + g) * kLanes;
+      for (int64_t t = 0; t < o.window; ++t) write(ahead + t * padded, to[p.length + t]);
     }
-    for (int64_t t = rounded_up(p.length); t < size; ++t) z[t] = Vec{};
-    through_spectrum(z, a, size, Multiply{spectra + i * spectrum_stride}, z);
-    for (int64_t t = 0; t < window; ++t) write(ahead(i) + t * ahead_stride, z[p.length + t]);
   }
-  auto first = p.stream(sequence, 0, block, taps, inputs);
-  for (int64_t t = 0; t < p.length; t += kLanes) {
-    const int64_t count = first.count();
-    first.next(u);
-    for (int j = 0; j < 16; ++j) u[j] *= z[t + j];
-    store_tile(out, t, count, u);
-  }
+  auto firsts = streams(0, 0);
+  for (int64_t t = 0; t < p.length; t += kLanes)
+    for (int64_t g = 0; g < group; ++g) {
+      const int64_t count = firsts[g].count();
+      firsts[g].next(u);
+      for (int j = 0; j < 16; ++j) u[j] *= z[g * size + t + j];
+      store_tile(rows_of(o.y + sequence * o.batch_stride, o.channel_stride, o.position_stride, g), t, count, u);
+    }
 }
 
 // What a block's backward reads and fills besides the projections.
 template <class T>
 struct Gradients {
-  const T* grad;            // (batch, width, length) of y, strides as those of projections
-  int64_t batch_stride, row_stride;
+  const T* grad;            // (batch, width, length) of y
+  int64_t batch_stride, channel_stride, position_stride;
   const float *h, *direct;  // (convolutions width, length), (convolutions width)
-  T* dp;                    // (batch, (order + 1) width, length)
+  T* dp;                    // strides as those of the projections
   float *dweight, *dbias, *dh, *ddirect;
 };
 
@@ -155,7 +211,7 @@ void backward_block(const Projections<T>& p, const Gradients<T>& g, int64_t bloc
   std::fill_n(sums, size * convolutions, Complex{});
   for (int64_t i = 0; i < convolutions; ++i) {
     const int64_t row = p.row(i, block);
-    filter_spectrum({g.h + row * length, length, lanes}, length, g.direct + row, size, spectra + i * size);
+    filter_spectrum({g.h + row * length, length, 1, lanes}, length, g.direct + row, size, spectra + i * size);
   }
   const auto output_of = [&](int64_t i) { return i == 0 ? u + p.order * room : y + (i - 1) * size; };
   const auto gate_of = [&](int64_t i) { return u + (p.order - 1 - i) * room; };
@@ -172,7 +228,8 @@ void backward_block(const Projections<T>& p, const Gradients<T>& g, int64_t bloc
       clear_tail();
       through_spectrum(z, a, size, KeepAndMultiply{spectra + i * size, inputs + i * size}, output_of(i + 1));
     }
-    const Rows<const T> grad{g.grad + sequence * g.batch_stride + block * kLanes * g.row_stride, g.row_stride, lanes};
+    const Rows<const T> grad{g.grad + sequence * g.batch_stride + block * kLanes * g.channel_stride, g.channel_stride,
+                             g.position_stride, lanes};
     const Vec* last = output_of(convolutions);
     for (int64_t t = 0; t < length; t += kLanes) {
       Vec dy[16];
@@ -198,7 +255,8 @@ void backward_block(const Projections<T>& p, const Gradients<T>& g, int64_t bloc
       Vec* du = u + part * room;
       if (p.mask)
         for (int64_t t = 0; t < length; ++t) du[t] *= p.mask_of(sequence)[t];
-      const Rows<T> dp{g.dp + (sequence * parts * p.width + p.row(part, block)) * length, length, lanes};
+      const Rows<T> dp{g.dp + sequence * p.batch_stride + p.row(part, block) * p.channel_stride, p.channel_stride,
+                       p.position_stride, lanes};
       short_conv_backward(p.stream(sequence, part, block, taps, window), du, length, taps + part * per_part, p.taps, dp,
                           dtaps + part * per_part);
     }
@@ -213,7 +271,7 @@ void backward_block(const Projections<T>& p, const Gradients<T>& g, int64_t bloc
     through_spectrum(z, a, size, Take{sums + i * size}, y);
     for (int64_t t = 0; t < length; ++t) z[t] = y[length - 1 - t] * (1.0f / size);
     for (int64_t t = 0; t < length; t += kLanes)
-      store_tile(Rows<float>{g.dh + row * length, length, lanes}, t, std::min(kLanes, length - t), z + t);
+      store_tile(Rows<float>{g.dh + row * length, length, 1, lanes}, t, std::min(kLanes, length - t), z + t);
     scatter(z, 1, lanes, 1, g.ddirect + row);
   }
 }

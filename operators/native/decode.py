@@ -1,29 +1,35 @@
-"""Decoding of channel-wise Hyena by the core: one call for all between the projections of a position.
+"""Decoding by the core: one call for all that lies between the projections of a position.
 
-A window of outputs to come holds what the history adds to them. It opens with the prompt, whose convolution computes it
-along with the outputs, up to the next power of two at least `ROOM` positions away, and opens anew where it ends or
-where something else than a step came between. Inside, the work of every step is bounded (`step.h`).
+Channel-wise, a window of outputs to come holds what the history adds to them. It opens with the prompt, whose
+convolution computes it along with the outputs, up to the next power of two that leaves room for a quarter of the text.
+It opens anew where it ends or where something else than a step came between. Inside, the work of every step is bounded
+(`step.h`).
 
-Shapes: B batch, C filters (N of them per channel), D channels, P channels in whole vectors, W positions of the window.
+Heads read their history of keys and values as in torch.
+
+Shapes: B batch, E rows of the projection, D model width, H heads, L lags, N convolutions, P channels in whole vectors,
+T positions with the new one, W positions of the window.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from operators.decode import Filters
+from operators.native import LONGEST, serves
 from operators.native.channels import spectra_of, transform_size
 from operators.state import CoreWindow, State
 
-LANES, NEAR, ROOM = 16, 32, 64
+LANES, NEAR, LEAST_ROOM = 16, 32, 64
 
 
 def open_window(state: State, seen: int, channels: int, convolutions: int) -> Tensor | None:
     """Room for what `seen` positions add to those behind, (B, N, W, P), to be filled; None where none can follow."""
-    stop = min(transform_size(min(seen + ROOM, state.max_length)), state.max_length)
+    room = max(LEAST_ROOM, seen // 4)
+    stop = min(transform_size(min(seen + room, state.max_length)), state.max_length)
     if stop == seen:
         return None
     padded = -(-channels // LANES) * LANES
@@ -37,26 +43,52 @@ def step(x_B1D: Tensor, p_B1E: Tensor, weight_EK: Tensor, bias_E: Tensor, filter
     Writes the position to the state's histories but does not move its length.
     """
     width, position = x_B1D.shape[-1], state.length
-    names = ["input", *(f"gated_{i}" for i in range(filters.h_CL.shape[0] // width))]
-    if state.histories["input"].shape[-1] <= position:
-        for name in names:
-            state.room(name, state.histories[name][..., :1])
-    histories = [state.histories[name] for name in names]
+    histories = _histories(state, ["input", *(f"gated_{i}" for i in range(filters.h_CL.shape[0] // width))])
     core = state.core
     if core is None or core.position != position or position == core.first + core.sums.shape[2]:
-        open_window(state, position, width, len(names) - 1)
+        open_window(state, position, width, len(histories) - 1)
         assert state.core is not None
         core = state.core
         spectra = spectra_of(filters, width, position + core.sums.shape[2])
         torch.ops.layerswap.fold(histories[1:], position, spectra, core.sums)
-    assert state.recent_projections is not None
-    state.recent_projections = state.recent_projections.contiguous()
     weights = (weight_EK.float(), bias_E.float(), filters.h_CL, *_tables(filters, width))
     y_B1D = torch.ops.layerswap.step(
-        p_B1E, state.recent_projections, *weights, x_B1D, histories, core.sums, position, core.first
+        p_B1E, _recent(state), *weights, x_B1D.contiguous(), histories, core.sums, position, core.first
     )
     core.position = position + 1
     return cast(Tensor, y_B1D)
+
+
+def step_heads(
+    x_B1D: Tensor, p_B1E: Tensor, weight_EK: Tensor, bias_E: Tensor, direct_D: Tensor, state: State, **how: Any
+) -> Tensor:
+    """`step` of heads; `how` are the last arguments of the core's `heads_step`."""
+    histories = _histories(state, ["input", "key", "value"])
+    assert state.filters is not None
+    weights = (weight_EK.float(), bias_E.float(), state.filters.reversed(state.length + 1), direct_D.float())
+    inputs = (p_B1E, _recent(state), *weights, x_B1D.contiguous(), histories, state.length)
+    return cast(Tensor, torch.ops.layerswap.heads_step(*inputs, **how))
+
+
+def takes(state: State, x_B1D: Tensor, p_B1E: Tensor) -> bool:
+    """Whether the core computes this step."""
+    if not (serves(p_B1E) and state.croppable and state.max_length <= LONGEST):
+        return False
+    return state.histories["input"].dtype == x_B1D.dtype
+
+
+def _histories(state: State, names: list[str]) -> list[Tensor]:
+    """Buffers that have room for the next position."""
+    for name in names:
+        if state.histories[name].shape[-1] <= state.length:
+            state.room(name, state.histories[name][..., :1])
+    return [state.histories[name] for name in names]
+
+
+def _recent(state: State) -> Tensor:
+    assert state.recent_projections is not None
+    state.recent_projections = state.recent_projections.contiguous()
+    return state.recent_projections
 
 
 def _tables(filters: Filters, width: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-// Sixteen channels, stored as rows of positions, as vectors of sixteen channels and back, and their short convolution.
+// Sixteen channels as vectors of sixteen and back, stored either way, and their short convolution.
 #pragma once
 
 #include <algorithm>
@@ -34,13 +34,15 @@ FORCED void write(BFloat* to, Vec v) {  // to the nearest, ties to even; what is
   std::memcpy(to, &h, sizeof h);
 }
 
-// Up to sixteen rows of numbers, `stride` apart.
+// Up to sixteen channels of a sequence. Either the positions of a channel touch, or the channels of a position.
 template <class T>
 struct Rows {
   T* data;
-  int64_t stride;
+  int64_t channel, position;  // strides
   int64_t lanes;
 };
+
+constexpr int64_t kPrefetch = 24;  // positions: where the channels of a position touch, each lies on a page of its own
 
 template <int Step, size_t... J>
 FORCED void exchange(Vec& a, Vec& b, std::index_sequence<J...>) {
@@ -65,13 +67,27 @@ FORCED void transpose(Vec* v) {
 // Positions start to start + count, at most sixteen, each as a vector of channels; zeros where there is nothing.
 template <class T>
 inline void load_tile(Rows<const T> rows, int64_t start, int64_t count, Vec* tile) {
+  if (rows.channel == 1) {
+    const T* from = rows.data + start * rows.position;
+    for (int64_t k = 0; k < kLanes; ++k, from += rows.position) {
+      if (k < count && rows.lanes == kLanes) {
+        __builtin_prefetch(from + kPrefetch * rows.position);
+        tile[k] = read(from);
+      } else {
+        T part[16] = {};
+        if (k < count) std::memcpy(part, from, rows.lanes * sizeof(T));
+        tile[k] = read(part);
+      }
+    }
+    return;
+  }
   Vec v[16] = {};
   if (count == kLanes && rows.lanes == kLanes) {
-    for (int lane = 0; lane < 16; ++lane) v[lane] = read(rows.data + lane * rows.stride + start);
+    for (int lane = 0; lane < 16; ++lane) v[lane] = read(rows.data + lane * rows.channel + start);
   } else {
     for (int64_t lane = 0; lane < rows.lanes; ++lane) {
       T part[16] = {};
-      std::memcpy(part, rows.data + lane * rows.stride + start, count * sizeof(T));
+      std::memcpy(part, rows.data + lane * rows.channel + start, count * sizeof(T));
       v[lane] = read(part);
     }
   }
@@ -81,17 +97,26 @@ inline void load_tile(Rows<const T> rows, int64_t start, int64_t count, Vec* til
 
 template <class T>
 inline void store_tile(Rows<T> rows, int64_t start, int64_t count, const Vec* tile) {
+  if (rows.channel == 1) {
+    T* to = rows.data + start * rows.position;
+    for (int64_t k = 0; k < count; ++k, to += rows.position) {
+      T part[16];
+      if (rows.lanes == kLanes) write(to, tile[k]);
+      else write(part, tile[k]), std::memcpy(to, part, rows.lanes * sizeof(T));
+    }
+    return;
+  }
   Vec v[16];
   for (int k = 0; k < 16; ++k) v[k] = tile[k];
   transpose(v);
   if (count == kLanes && rows.lanes == kLanes) {
-    for (int lane = 0; lane < 16; ++lane) write(rows.data + lane * rows.stride + start, v[lane]);
+    for (int lane = 0; lane < 16; ++lane) write(rows.data + lane * rows.channel + start, v[lane]);
     return;
   }
   for (int64_t lane = 0; lane < rows.lanes; ++lane) {
     T part[16];
     write(part, v[lane]);
-    std::memcpy(rows.data + lane * rows.stride + start, part, count * sizeof(T));
+    std::memcpy(rows.data + lane * rows.channel + start, part, count * sizeof(T));
   }
 }
 

@@ -18,8 +18,7 @@ constexpr int64_t kFirstBlock = kNear / 2;
 inline int64_t spectra_before(int64_t block) { return 2 * (block - kFirstBlock); }
 
 struct Decoder {
-  int64_t batch, width, order, taps, lags;  // lags: of the filters
-  const float *weight, *bias;               // of the short convolution
+  int64_t batch, width, order, lags;        // lags: of the filters
   const float* h;                           // (convolutions width, lags), the direct term at lag 0
   const float* near;                        // (convolutions, kNear, padded width): h by lag
   Complex* spectra;                         // (convolutions blocks, spectra of all levels), filled when first needed
@@ -82,7 +81,7 @@ inline void prepare_level(const Decoder& d, int64_t inputs, int level, int64_t c
   uint8_t& ready = d.ready[level * d.convolutions() * d.blocks() + chain];
   if (ready) return;
   const int64_t size = 2 * inputs, block = chain % d.blocks(), row = chain / d.blocks() * d.width + block * kLanes;
-  const Rows<const float> rows{d.h + row * d.lags + size, d.lags, std::min(kLanes, d.width - block * kLanes)};
+  const Rows<const float> rows{d.h + row * d.lags + size, d.lags, 1, std::min(kLanes, d.width - block * kLanes)};
   Complex* spectrum = d.spectra + chain * d.spectra_stride + spectra_before(inputs);
   filter_spectrum(rows, std::min(size, d.lags - size), nullptr, size, spectrum);
   ready = 1;
@@ -102,7 +101,7 @@ inline void level_step(const Decoder& d, int64_t inputs, int64_t item, int64_t e
   const float* rows = d.history[convolution] + sequence * d.sequence_stride[convolution] +
                       block * kLanes * d.row_stride[convolution] + d.origin + end - inputs;
   for (int64_t t = 0; t < inputs; t += kLanes)
-    load_tile(Rows<const float>{rows, d.row_stride[convolution], lanes}, t, kLanes, z + t);
+    load_tile(Rows<const float>{rows, d.row_stride[convolution], 1, lanes}, t, kLanes, z + t);
   std::fill(z + inputs, z + size, Vec{});
   through_spectrum(z, a, size, Multiply{spectrum}, z, wrapped);
   float* to = d.ahead_of(sequence, convolution, first) + block * kLanes;

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,18 @@ from operators import native
 from operators.config import HyenaConfig
 from operators.native import build
 from tests.operators import test_contract, test_decode
-from tests.operators.cases import CASES, MAX, B, D, attention, close, draw, generator, hyena, make
+from tests.operators.cases import MAX, B, D, attention, close, draw, generator, hyena, make
 
-CHANNELS = [name for name, config in CASES.items() if isinstance(config, HyenaConfig) and config.heads is None]
+HEADS = ("heads", "power, full", "power of eight, full", "gated", "hedgehog, signed")  # of these the steps alone
+CHANNELS = ("order 2", "order 3", "order 4", "linear window", "modal, order 2", "fir, order 2")  # taps 3, 3, 1 and 4
+ELSEWHERE = (
+    "registered",
+    "gradients_equal",
+    "every_window",
+    "filters_are",
+    "every_input_meets",
+    "no_step_transforms",
+)  # float64, or no operator
 
 
 @pytest.fixture(scope="session")
@@ -44,18 +52,15 @@ def core(compiled: None) -> Iterator[None]:
 
 def contract() -> Iterator[Any]:
     """Every test of the contract and of decoding with each of its arguments, channel-wise cases only."""
-    for module in (test_contract, test_decode):
-        for name, test in vars(module).items():
-            if not name.startswith("test_") or "registered" in name or "monkeypatch" in signature(test).parameters:
-                continue
-            marks = [mark.args for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
-            names, values = [args[0] for args in marks], [args[1] for args in marks]
-            if names == ["change"]:
-                continue
-            for chosen in itertools.product(*values):
-                arguments = dict(zip(names, chosen, strict=True))
-                if arguments.get("case", CHANNELS[0]) in CHANNELS:
-                    yield pytest.param(test, arguments, id=f"{name.removeprefix('test_')}-{list(chosen)}")
+    for name, test in [*vars(test_contract).items(), *vars(test_decode).items()]:
+        if not name.startswith("test_") or any(part in name for part in ELSEWHERE):
+            continue
+        marks = [mark.args for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
+        for chosen in itertools.product(*(values for _, values in marks)):
+            arguments = dict(zip((key for key, _ in marks), chosen, strict=True))
+            steps = "splits" in arguments or "state" in name or "cropping" in name or "bfloat16_model" in name
+            if arguments.get("case", CHANNELS[0]) in (CHANNELS + HEADS if steps else CHANNELS):
+                yield pytest.param(test, arguments, id=f"{name.removeprefix('test_')} {list(chosen)}")
 
 
 @pytest.mark.parametrize(("test", "arguments"), list(contract()))
@@ -116,6 +121,40 @@ def test_results_do_not_depend_on_the_number_of_threads(core: None) -> None:
         results.append([y_BDL, *torch.autograd.grad(y_BDL.sum(), [p_BEL, h_CL, operator.short_weight])])
     torch.set_num_threads(before)
     assert x_BLD.shape[0] == B and all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+LONG = 620  # levels up to 128 inputs, windows of every kind
+
+
+@pytest.mark.parametrize(("order", "width"), [(2, 40), (3, 8)])
+@pytest.mark.parametrize("splits", [[1] * LONG, [100] + [1] * 520, [512] + [1] * 108, [611] + [1] * 9, [200, 1, 10]])
+def test_every_level_and_window_is_exact(order: int, width: int, splits: list[int], core: None) -> None:
+    operator, splits = operator_of(order, 3, width, LONG), splits + [1] * (LONG - sum(splits))
+    x_BLD = draw(B, LONG, width)
+    with torch.no_grad():
+        close(test_contract.extended(operator, x_BLD, splits), operator(x_BLD), 1e-6)
+
+
+@torch.no_grad()
+def test_decoding_goes_on_when_the_core_is_switched(core: None) -> None:
+    operator, x_BLD = operator_of(2, 3, 8, 200), draw(B, 200, 8)
+    state = operator.extend(x_BLD[:, :50], operator.init_state(B))[1]
+    steps = []
+    for t in range(50, 200):
+        native.use(t // 7 % 2 == 0)
+        steps.append(operator.extend(x_BLD[:, t : t + 1], state)[0])
+    close(torch.cat(steps, dim=1), operator(x_BLD)[:, 50:])
+
+
+@torch.no_grad()
+def test_steps_in_bfloat16_and_of_many_sequences_agree_with_torch(core: None) -> None:
+    operator, x_BLD = operator_of(2, 3, 24, 150), draw(20, 150, 24)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = test_contract.extended(operator, x_BLD, [60] + [1] * 90)
+        native.use(False)
+        theirs = test_contract.extended(operator, x_BLD, [60] + [1] * 90)
+    assert ours.dtype == theirs.dtype
+    close(ours.float(), theirs.float(), 0.03)
 
 
 def test_training_keeps_the_projections_in_their_dtype_and_little_else(core: None) -> None:

@@ -1,0 +1,162 @@
+// Decoding in torch.ops.layerswap, on the CPU: checks and threads around step.h and heads.h.
+#include "heads.h"
+#include "tensors.h"
+
+namespace {
+
+using namespace layerswap;
+
+// What the first `seen` positions of histories add to those behind, into ahead.
+void fold(at::TensorList histories, int64_t seen, const Tensor& spectra, const Tensor& ahead) {
+  const int64_t convolutions = histories.size(), batch = ahead.size(0), width = histories[0].size(1);
+  const int64_t blocks = spectra.size(1), size = spectra.size(2), window = ahead.size(2), padded = blocks * kLanes;
+  check_float(spectra, "spectra");
+  check_ahead(ahead, batch, convolutions, padded);
+  TORCH_CHECK(spectra.size(0) == convolutions && size >= seen + window, "spectra do not fit");
+  float* windows = ahead.mutable_data_ptr<float>();
+  each(batch * convolutions * blocks, [&](int64_t item) {
+    const int64_t block = item % blocks, i = item / blocks % convolutions, sequence = item / (blocks * convolutions);
+    const Tensor& z = histories[i];
+    const float* rows = z.const_data_ptr<float>() + sequence * z.stride(0) + block * kLanes * z.stride(1);
+    fold_block({rows, z.stride(1), 1, std::min(kLanes, width - block * kLanes)}, seen,
+               complexes(spectra) + (i * blocks + block) * size, size,
+               windows + (sequence * convolutions + i) * window * padded + block * kLanes, window, padded);
+  });
+}
+
+// Writes x (B, 1, D) to a position of its history (B, D, positions).
+template <class Bits>
+void remember(const Tensor& x, const Tensor& history, int64_t position) {
+  TORCH_CHECK(x.element_size() == sizeof(Bits) && touching(history) && history.size(2) > position, "history of inputs");
+  const Bits* from = static_cast<const Bits*>(x.const_data_ptr());
+  const int64_t width = x.size(-1), stride = history.stride(1);
+  for (int64_t sequence = 0; sequence < x.size(0); ++sequence, from += width) {
+    Bits* to = static_cast<Bits*>(history.mutable_data_ptr()) + sequence * history.stride(0) + position;
+    for (int64_t c = 0; c < width; ++c) to[c * stride] = from[c];
+  }
+}
+
+// Short convolutions of p (B, 1, E), in its dtype as `recent` (B, E, K - 1), to u (B, E).
+void short_conv_of(const Tensor& p, const Tensor& recent, const Tensor& weight, const Tensor& bias, float* u) {
+  const int64_t rows = weight.size(0), taps = weight.size(1), batch = p.numel() / rows;
+  TORCH_CHECK(p.is_contiguous() && recent.is_contiguous() && p.scalar_type() == recent.scalar_type(), "projections");
+  TORCH_CHECK(p.numel() == batch * rows && recent.numel() == batch * rows * (taps - 1), "recent projections do not fit");
+  const float *w = weight.const_data_ptr<float>(), *b = bias.const_data_ptr<float>();
+  for (int64_t i = 0; i < batch; ++i, u += rows) {
+    const int64_t at = i * rows, before = at * (taps - 1);
+    if (p.scalar_type() == at::kFloat) {
+      short_conv_step(p.const_data_ptr<float>() + at, recent.mutable_data_ptr<float>() + before, w, b, rows, taps, u);
+    } else {
+      const auto* from = reinterpret_cast<const BFloat*>(p.const_data_ptr<at::BFloat16>());
+      auto* kept = reinterpret_cast<BFloat*>(recent.mutable_data_ptr<at::BFloat16>());
+      short_conv_step(from + at, kept + before, w, b, rows, taps, u);
+    }
+  }
+}
+
+template <class T>
+void step_sequences(const Decoder& d, const float* u, T* y, int64_t position) {
+  const int64_t rows = (d.order + 1) * d.width;
+  std::vector<float> z(d.padded());
+  for (int64_t sequence = 0; sequence < d.batch; ++sequence, u += rows) {
+    std::copy_n(u + d.order * d.width, d.width, z.data());
+    for (int64_t i = 0; i < d.convolutions(); ++i) {
+      const float* gate = u + (d.order - 1 - i) * d.width;
+      for (int64_t c = 0; c < d.width; ++c) z[c] *= gate[c];
+      near_step(d, sequence, i, position, z.data(), z.data());
+    }
+    for (int64_t c = 0; c < d.width; ++c) z[c] *= u[c];
+    store_row(z.data(), d.width, y + sequence * d.width);
+  }
+}
+
+// One position; histories are that of the inputs x, then those of the convolutions.
+Tensor step(const Tensor& p, const Tensor& recent, const Tensor& weight, const Tensor& bias, const Tensor& h,
+            const Tensor& near, const Tensor& spectra, const Tensor& ready, const Tensor& x, at::TensorList histories,
+            const Tensor& ahead, int64_t position, int64_t origin) {
+  Decoder d;
+  d.width = x.size(-1), d.batch = p.size(0), d.order = int64_t(histories.size());
+  check_float(weight, "short weight");
+  check_float(bias, "short bias");
+  check_float(h, "h");
+  check_float(near, "near");
+  check_float(spectra, "spectra");
+  check_ahead(ahead, d.batch, d.convolutions(), d.padded());
+  TORCH_CHECK(x.is_contiguous() && p.numel() == d.batch * (d.order + 1) * d.width, "projections do not fit");
+  TORCH_CHECK(x.scalar_type() == histories[0].scalar_type() && x.numel() == d.batch * d.width, "inputs do not fit");
+  d.h = h.const_data_ptr<float>(), d.lags = h.size(1), d.near = near.const_data_ptr<float>();
+  d.spectra = reinterpret_cast<Complex*>(spectra.mutable_data_ptr<float>());
+  d.spectra_stride = spectra.size(1), d.ready = ready.mutable_data_ptr<uint8_t>();
+  d.ahead = ahead.mutable_data_ptr<float>(), d.origin = origin, d.window = ahead.size(2);
+  TORCH_CHECK(position >= origin && position - origin < d.window, "position ", position, " lies outside of the window");
+  for (const Tensor& z : histories.slice(1)) {
+    TORCH_CHECK(z.scalar_type() == at::kFloat && touching(z) && z.size(2) > position, "history");
+    d.history.push_back(z.mutable_data_ptr<float>());
+    d.sequence_stride.push_back(z.stride(0)), d.row_stride.push_back(z.stride(1));
+  }
+  if (x.element_size() == 4) remember<uint32_t>(x, histories[0], position);
+  else remember<uint16_t>(x, histories[0], position);
+  Tensor y = at::empty({d.batch, 1, d.width}, p.options());
+  std::vector<float> u(p.numel());
+  short_conv_of(p, recent, weight, bias, u.data());
+  if (p.scalar_type() == at::kFloat) step_sequences(d, u.data(), y.mutable_data_ptr<float>(), position);
+  else step_sequences(d, u.data(), reinterpret_cast<BFloat*>(y.mutable_data_ptr<at::BFloat16>()), position);
+  levels_step(d, position - origin, [](int64_t count, const auto& work) { each(count, work); });
+  return y;
+}
+
+// One position of multi-head Hyena; histories are those of inputs x, of keys (B, H, K, positions) and of values.
+Tensor heads_step(const Tensor& p, const Tensor& recent, const Tensor& weight, const Tensor& bias, const Tensor& lags,
+                  const Tensor& direct, const Tensor& x, at::TensorList histories, int64_t position, int64_t degree,
+                  bool gated, bool normalised, double scale, double largest_gate, double smallest_sum) {
+  TORCH_CHECK(histories.size() == 3, "histories of inputs, keys and values");
+  const Tensor &key = histories[1], &value = histories[2];
+  const int64_t batch = x.size(0), width = x.size(-1), heads = key.size(1), rows = weight.size(0);
+  const HeadStep step{heads, key.size(2), width / heads, degree, gated, normalised,
+                      float(scale), float(largest_gate), float(smallest_sum)};
+  check_float(weight, "short weight");
+  check_float(bias, "short bias");
+  check_float(direct, "direct");
+  for (const Tensor* t : {&key, &value})
+    TORCH_CHECK(t->scalar_type() == at::kFloat && t->is_contiguous() && t->size(3) > position, "histories do not fit");
+  TORCH_CHECK(value.size(2) == step.stored() && rows == 2 * heads * step.keys + width + (gated ? heads : 0), "rows");
+  TORCH_CHECK(lags.scalar_type() == at::kFloat && touching(lags) && lags.size(1) == position + 1, "lags do not fit");
+  TORCH_CHECK(x.is_contiguous() && x.scalar_type() == histories[0].scalar_type(), "inputs do not fit");
+  if (x.element_size() == 4) remember<uint32_t>(x, histories[0], position);
+  else remember<uint16_t>(x, histories[0], position);
+  std::vector<float> u(batch * rows), y(batch * width);
+  short_conv_of(p, recent, weight, bias, u.data());
+  const auto history = [](const Tensor& t, int64_t item) {
+    return History{t.mutable_data_ptr<float>() + item * t.size(2) * t.size(3), t.size(3)};
+  };
+  each(batch * heads, [&](int64_t item) {
+    const int64_t head = item % heads, sequence = item / heads;
+    const float *q = u.data() + sequence * rows, *k = q + heads * step.keys, *v = k + heads * step.keys;
+    head_step(step, q + head * step.keys, k + head * step.keys, v + head * step.values, gated ? v[width + head] : 0.0f,
+              direct.const_data_ptr<float>() + head * step.values, history(key, item), history(value, item),
+              lags.const_data_ptr<float>() + head * lags.stride(0), position, y.data() + item * step.values);
+  });
+  Tensor out = at::empty({batch, 1, width}, p.options());
+  if (p.scalar_type() == at::kFloat) store_row(y.data(), batch * width, out.mutable_data_ptr<float>());
+  else store_row(y.data(), batch * width, reinterpret_cast<BFloat*>(out.mutable_data_ptr<at::BFloat16>()));
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(layerswap, library) {
+  library.def("fold(Tensor[] histories, int seen, Tensor spectra, Tensor(a!) ahead) -> ()");
+  library.def(
+      "step(Tensor p, Tensor(a!) recent, Tensor weight, Tensor bias, Tensor h, Tensor near, Tensor(b!) spectra, "
+      "Tensor(c!) ready, Tensor x, Tensor(d!)[] histories, Tensor(e!) ahead, int position, int origin) -> Tensor");
+  library.def(
+      "heads_step(Tensor p, Tensor(a!) recent, Tensor weight, Tensor bias, Tensor lags, Tensor direct, Tensor x, "
+      "Tensor(b!)[] histories, int position, int degree, bool gated, bool normalised, float scale, float largest_gate, "
+      "float smallest_sum) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(layerswap, CPU, library) {
+  library.impl("fold", fold);
+  library.impl("step", step);
+  library.impl("heads_step", heads_step);
+}

@@ -1,0 +1,94 @@
+// One position of multi-head Hyena: a query against the keys of its head, weighed by lag, and the values gathered.
+#pragma once
+
+#include "rows.h"
+
+namespace layerswap {
+
+struct HeadStep {
+  int64_t heads, keys, values;  // widths of a head's query and key, and of its value
+  int64_t degree;               // of the power, a power of two; 0 for q . k itself
+  bool gated, normalised;
+  float scale, largest_gate, smallest_sum;
+
+  int64_t stored() const { return values + normalised; }  // rows of a head's values, the last counts them
+};
+
+// A head's history: rows `stride` apart, positions touch.
+struct History {
+  float* data;
+  int64_t stride;
+};
+
+FORCED Vec read_some(const float* from, int64_t count) {
+  if (count >= kLanes) return read(from);
+  float part[16] = {};
+  std::memcpy(part, from, count * sizeof(float));
+  return read(part);
+}
+
+FORCED void write_some(float* to, Vec v, int64_t count) {
+  float part[16];
+  write(part, v);
+  std::memcpy(to, part, std::min(kLanes, count) * sizeof(float));
+}
+
+// scores[s] = f(q . k_s) h(last - s) of `length` positions; `lags` is h reversed, its last entry that of lag 0.
+inline void score(const HeadStep& step, const float* q, History key, const float* lags, int64_t length, float* scores) {
+  for (int64_t s = 0; s < length; s += 4 * kLanes) {
+    const int64_t left = length - s;
+    Vec sum[4] = {};
+    for (int64_t k = 0; k < step.keys; ++k) {
+      const float* row = key.data + k * key.stride + s;
+      const float weight = q[k];
+      if (left >= 4 * kLanes) {
+        for (int j = 0; j < 4; ++j) sum[j] += weight * read(row + j * kLanes);
+      } else {
+        for (int64_t j = 0; j * kLanes < left; ++j) sum[j] += weight * read_some(row + j * kLanes, left - j * kLanes);
+      }
+    }
+    for (int64_t j = 0; j < 4 && j * kLanes < left; ++j) {
+      Vec base = sum[j];
+      if (step.degree) {
+        base = 1.0f + base * (1.0f / step.degree);
+        for (int64_t power = 1; power < step.degree; power *= 2) base *= base;
+      }
+      const int64_t count = left - j * kLanes;
+      write_some(scores + s + j * kLanes, base * read_some(lags + s + j * kLanes, count), count);
+    }
+  }
+}
+
+inline float dot(const float* a, const float* b, int64_t length) {
+  Vec sum[4] = {};
+  int64_t s = 0;
+  for (; s + 4 * kLanes <= length; s += 4 * kLanes)
+    for (int j = 0; j < 4; ++j) sum[j] += read(a + s + j * kLanes) * read(b + s + j * kLanes);
+  for (; s < length; s += kLanes) sum[0] += read_some(a + s, length - s) * read_some(b + s, length - s);
+  const Vec all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  float total = 0;
+  for (int lane = 0; lane < 16; ++lane) total += all[lane];
+  return total;
+}
+
+// A head's outputs y for query q and value v, both after the short convolution, at `position`, whose key and value
+// go to the histories first.
+inline void head_step(const HeadStep& step, const float* q, const float* k, const float* v, float gate,
+                      const float* direct, History key, History value, const float* lags, int64_t position, float* y) {
+  static thread_local std::vector<float> scores, query;
+  scores.resize(position + 1);
+  query.assign(q, q + step.keys);
+  for (float& number : query) number *= step.scale;
+  const float counted = step.gated ? std::exp(std::min(gate, step.largest_gate)) : 1.0f;
+  for (int64_t row = 0; row < step.keys; ++row) key.data[row * key.stride + position] = k[row];
+  for (int64_t row = 0; row < step.values; ++row) value.data[row * value.stride + position] = v[row] * counted;
+  if (step.normalised) value.data[step.values * value.stride + position] = counted;
+  score(step, query.data(), key, lags, position + 1, scores.data());
+  float sum = 1.0f;
+  if (step.normalised)
+    sum = dot(scores.data(), value.data + step.values * value.stride, position + 1) + step.smallest_sum;
+  for (int64_t row = 0; row < step.values; ++row)
+    y[row] = dot(scores.data(), value.data + row * value.stride, position + 1) / sum + direct[row] * v[row];
+}
+
+}  // namespace layerswap
