@@ -76,7 +76,6 @@ def connected(cluster: Cluster) -> Iterator[tuple[Node, ...]]:
     Raises `ClusterError` where there is no cluster at the address.
     """
     os.environ.update(QUIET)
-    import ray
 
     with ExitStack() as stack:
         folder = str(stack.enter_context(temporary_directory("ray")))
@@ -92,7 +91,7 @@ def connected(cluster: Cluster) -> Iterator[tuple[Node, ...]]:
                 "_temp_dir": folder,
             }
         stack.enter_context(guarded(folder))
-        stack.callback(ray.shutdown)
+        stack.callback(_shut_down)
         with _own_sigterm():
             _connect(cluster.address, local)
         stack.enter_context(watched("raylet", "gcs_server"))  # of an instance started here; others are not our children
@@ -105,6 +104,23 @@ def _writable(folder: Path) -> bool:
             return True
     except OSError:
         return False
+
+
+def _shut_down() -> None:
+    """`ray.shutdown`, with a first signal held back: what interrupts it half way ends the process at once, with code 1
+    and without a word."""
+    import ray
+
+    arrived: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, lambda number, _: arrived.append(number)) for number in numbers}
+    try:
+        ray.shutdown()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if arrived:
+        signal.raise_signal(arrived[0])
 
 
 @contextmanager

@@ -48,11 +48,24 @@ def end(scene: Scene) -> None:
     scene.wait_gone()
 
 
+def wait_still(pid: int) -> None:
+    """Wait until every thread of a process that was told to stop has: one that waits for the disk is late."""
+    deadline = time.monotonic() + 5.0
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            states = [
+                path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{pid}/task").glob("*/stat")
+            ]
+            if set(states) <= {"T", "t", "Z", "X"}:
+                return
+        time.sleep(0.01)
+
+
 def freeze(stage: Stage) -> bool:
     """Stop the process of a stage; False, and all goes on, where the stage is finished meanwhile."""
     if stage.pid is None or not signal_to(stage.pid, STOP):
         return False
-    time.sleep(0.05)  # a stop is not at once: what the process was writing is then written
+    wait_still(stage.pid)
     if (stage.folder / "DONE.json").exists() or not (stage.folder / "work").is_dir():
         signal_to(stage.pid, CONTINUE)
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from unittest import mock
 
 import psutil
 import pytest
+import ray
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
@@ -48,6 +50,19 @@ def spec(threads: int = 1, ranks: int = 1) -> Spec:
         vocabulary=300), token_budget=64, batch_size=8, sequence_length=8, optimizer=Optimizer(),
         numerics=Numerics(threads=threads, world_size=ranks), seed=0,
     )  # fmt: skip
+
+
+def test_a_signal_waits_until_ray_is_shut_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+
+    def shutdown() -> None:
+        signal.raise_signal(signal.SIGINT)
+        told.append("down")
+
+    monkeypatch.setattr(ray, "shutdown", shutdown)
+    with pytest.raises(KeyboardInterrupt):
+        module._shut_down()
+    assert told == ["down"]
 
 
 @pytest.mark.parametrize(
