@@ -114,40 +114,32 @@ def add_taps(u: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None)
     return y
 
 
-class _ShortConv(torch.autograd.Function):
-    """Shift, scale and add: for a few taps faster than a grouped conv1d, and so is its backward.
-
-    Inputs and outputs in bfloat16 are widened block by block, while they are in the cache.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, u_BEL: Tensor, weight_EK: Tensor, bias_E: Tensor) -> Tensor:
-        ctx.save_for_backward(u_BEL, weight_EK)
-        y_BEL, dtype = torch.empty_like(u_BEL, memory_format=torch.contiguous_format), weight_EK.dtype
-        for rows in blocks_of(u_BEL.shape[1], u_BEL.shape[0] * u_BEL.shape[-1]):
-            if u_BEL.dtype == dtype:
-                add_taps(u_BEL[:, rows], weight_EK[rows], bias_E[rows], y_BEL[:, rows])
-            else:
-                y_BEL[:, rows] = add_taps(u_BEL[:, rows].to(dtype), weight_EK[rows], bias_E[rows])
-        return y_BEL
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BEL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        u_BEL, weight_EK = ctx.saved_tensors
-        dtype = weight_EK.dtype
+def convolve_taps(u_BEL: Tensor, weight_EK: Tensor, bias_E: Tensor) -> Tensor:
+    """`short_conv` in u's precision without gradients; bfloat16 is widened block by block, while it is in the cache."""
+    y_BEL, dtype = torch.empty_like(u_BEL, memory_format=torch.contiguous_format), weight_EK.dtype
+    for rows in blocks_of(u_BEL.shape[1], u_BEL.shape[0] * u_BEL.shape[-1]):
         if u_BEL.dtype == dtype:
-            return _short_conv_backward(grad_BEL, u_BEL, weight_EK)
-        du_BEL = torch.empty_like(u_BEL)
-        dweight_EK, dbias_E = torch.empty_like(weight_EK), torch.empty_like(weight_EK[:, 0])
-        for rows in blocks_of(u_BEL.shape[1], u_BEL.shape[0] * u_BEL.shape[-1]):
-            du_BEL[:, rows], dweight_EK[rows], dbias_E[rows] = _short_conv_backward(
-                grad_BEL[:, rows].to(dtype), u_BEL[:, rows].to(dtype), weight_EK[rows]
-            )
-        return du_BEL, dweight_EK, dbias_E
+            add_taps(u_BEL[:, rows], weight_EK[rows], bias_E[rows], y_BEL[:, rows])
+        else:
+            y_BEL[:, rows] = add_taps(u_BEL[:, rows].to(dtype), weight_EK[rows], bias_E[rows])
+    return y_BEL
 
 
-def _short_conv_backward(grad_BEL: Tensor, u_BEL: Tensor, weight_EK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def convolve_taps_backward(grad_BEL: Tensor, u_BEL: Tensor, weight_EK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of u, weights and biases of `convolve_taps`."""
+    dtype = weight_EK.dtype
+    if u_BEL.dtype == dtype:
+        return _taps_backward(grad_BEL, u_BEL, weight_EK)
+    du_BEL = torch.empty_like(u_BEL, memory_format=torch.contiguous_format)
+    dweight_EK, dbias_E = torch.empty_like(weight_EK), torch.empty_like(weight_EK[:, 0])
+    for rows in blocks_of(u_BEL.shape[1], u_BEL.shape[0] * u_BEL.shape[-1]):
+        du_BEL[:, rows], dweight_EK[rows], dbias_E[rows] = _taps_backward(
+            grad_BEL[:, rows].to(dtype), u_BEL[:, rows].to(dtype), weight_EK[rows]
+        )
+    return du_BEL, dweight_EK, dbias_E
+
+
+def _taps_backward(grad_BEL: Tensor, u_BEL: Tensor, weight_EK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     du_BEL = grad_BEL * weight_EK[:, -1:]
     dweight_EK = torch.zeros_like(weight_EK)
     dweight_EK[:, -1] = (grad_BEL * u_BEL).sum((0, 2))
@@ -155,6 +147,20 @@ def _short_conv_backward(grad_BEL: Tensor, u_BEL: Tensor, weight_EK: Tensor) -> 
         du_BEL[..., :-lag].addcmul_(grad_BEL[..., lag:], weight_EK[:, -1 - lag, None])
         dweight_EK[:, -1 - lag] = (grad_BEL[..., lag:] * u_BEL[..., :-lag]).sum((0, 2))
     return du_BEL, dweight_EK, grad_BEL.sum((0, 2))
+
+
+class _ShortConv(torch.autograd.Function):
+    """Shift, scale and add: for a few taps faster than a grouped conv1d, and so is its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, u_BEL: Tensor, weight_EK: Tensor, bias_E: Tensor) -> Tensor:
+        ctx.save_for_backward(u_BEL, weight_EK)
+        return convolve_taps(u_BEL, weight_EK, bias_E)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BEL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return convolve_taps_backward(grad_BEL, *ctx.saved_tensors)
 
 
 def short_conv(u_BEL: Tensor, weight_EK: Tensor, bias_E: Tensor, *, narrow: bool = False) -> Tensor:
