@@ -155,7 +155,7 @@ class _Chunks:
         return states
 
 
-def _forward(q_GKL: Tensor, k_GKL: Tensor, v_GVL: Tensor, bases: Bases) -> Tensor:
+def chunked_forward(q_GKL: Tensor, k_GKL: Tensor, v_GVL: Tensor, bases: Bases) -> Tensor:
     """Mixed values (G, V, L) of some heads of a sequence."""
     it = _Chunks([q_GKL, k_GKL, v_GVL], bases)
     y = torch.zeros_like(it.v)
@@ -169,7 +169,7 @@ def _forward(q_GKL: Tensor, k_GKL: Tensor, v_GVL: Tensor, bases: Bases) -> Tenso
     return _in_line(y, q_GKL.shape[-1])
 
 
-def _backward(parts: list[Tensor], bases: Bases) -> tuple[list[Tensor], Bases]:
+def chunked_backward(parts: list[Tensor], bases: Bases) -> tuple[list[Tensor], Bases]:
     """Gradients of q, k and v, and those of the bases, from q, k, v and the gradient of the outputs."""
     it = _Chunks(parts, bases)
     q, k, v, dy = it.q, it.k, it.v, it.rest[0]
@@ -210,13 +210,18 @@ def _backward_far(it: _Chunks, dq: Tensor, dk: Tensor, dv: Tensor, dbases: Bases
     return dbases._replace(carry=dcarry)
 
 
+def heads_at_a_time(key_width: int, length: int, bases: Bases) -> Iterator[slice]:
+    """As many as fill the scratch."""
+    heads, rows, _ = bases.into_HRC.shape
+    width = max(1, SCRATCH // (rows * key_width * length))
+    for start in range(0, heads, width):
+        yield slice(start, min(start + width, heads))
+
+
 def _groups(q_BHKL: Tensor, bases: Bases) -> Iterator[tuple[int, slice, Bases]]:
-    """A sequence, some of its heads, and their bases: as many as fill the scratch."""
-    heads, rows = q_BHKL.shape[1], bases.into_HRC.shape[1]
-    width = max(1, SCRATCH // (rows * q_BHKL.shape[2] * q_BHKL.shape[3]))
+    """A sequence, some of its heads, and their bases."""
     for sequence in range(q_BHKL.shape[0]):
-        for start in range(0, heads, width):
-            some = slice(start, min(start + width, heads))
+        for some in heads_at_a_time(q_BHKL.shape[2], q_BHKL.shape[3], bases):
             yield sequence, some, Bases(*(basis[some] for basis in bases))
 
 
@@ -227,7 +232,7 @@ class _Chunked(torch.autograd.Function):
         y_BHVL = torch.empty_like(v_BHVL, memory_format=torch.contiguous_format)
         for sequence, some, theirs in _groups(q_BHKL, Bases(*bases)):
             q_GKL, k_GKL, v_GVL = (x[sequence, some] for x in (q_BHKL, k_BHKL, v_BHVL))
-            y_BHVL[sequence, some] = _forward(q_GKL, k_GKL, v_GVL, theirs)
+            y_BHVL[sequence, some] = chunked_forward(q_GKL, k_GKL, v_GVL, theirs)
         return y_BHVL
 
     @staticmethod
@@ -239,7 +244,7 @@ class _Chunked(torch.autograd.Function):
         dbases = Bases(*(torch.zeros_like(basis) for basis in bases))
         with torch.autocast(grad_BHVL.device.type, enabled=False):
             for sequence, some, theirs in _groups(q, bases):
-                parts, dtheirs = _backward([x[sequence, some] for x in (q, k, v, grad_BHVL)], theirs)
+                parts, dtheirs = chunked_backward([x[sequence, some] for x in (q, k, v, grad_BHVL)], theirs)
                 for grad, part in zip(grads, parts, strict=True):
                     grad[sequence, some] = part
                 for dbasis, dtheir in zip(dbases, dtheirs, strict=True):

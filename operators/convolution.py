@@ -126,37 +126,43 @@ def add_taps_adjoint(grad: Tensor, u: Tensor, weight: Tensor) -> tuple[Tensor, T
     return du, dweight, grad.sum(axes)
 
 
-class _ShortConv(torch.autograd.Function):
-    """Shift, scale and add: for a few taps faster than a grouped conv1d, and so is its backward.
+def convolve_taps(u_BEL: Tensor, weight_EK: Tensor, bias_E: Tensor) -> Tensor:
+    """`short_conv` in u's precision without gradients; bfloat16 is widened block by block, while it is in the cache."""
+    y_BEL, dtype = torch.empty_like(u_BEL, memory_format=torch.contiguous_format), weight_EK.dtype
+    for rows in blocks_of(u_BEL.shape[1], u_BEL.shape[0] * u_BEL.shape[-1]):
+        if u_BEL.dtype == dtype:
+            add_taps(u_BEL[:, rows], weight_EK[rows], bias_E[rows], y_BEL[:, rows])
+        else:
+            y_BEL[:, rows] = add_taps(u_BEL[:, rows].to(dtype), weight_EK[rows], bias_E[rows])
+    return y_BEL
 
-    Inputs and outputs in bfloat16 are widened block by block, while they are in the cache.
-    """
+
+def convolve_taps_backward(grad_BEL: Tensor, u_BEL: Tensor, weight_EK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of u, weights and biases of `convolve_taps`."""
+    dtype = weight_EK.dtype
+    if u_BEL.dtype == dtype:
+        return add_taps_adjoint(grad_BEL, u_BEL, weight_EK)
+    du_BEL = torch.empty_like(u_BEL, memory_format=torch.contiguous_format)
+    dweight_EK, dbias_E = torch.empty_like(weight_EK), torch.empty_like(weight_EK[:, 0])
+    for rows in blocks_of(u_BEL.shape[1], u_BEL.shape[0] * u_BEL.shape[-1]):
+        du_BEL[:, rows], dweight_EK[rows], dbias_E[rows] = add_taps_adjoint(
+            grad_BEL[:, rows].to(dtype), u_BEL[:, rows].to(dtype), weight_EK[rows]
+        )
+    return du_BEL, dweight_EK, dbias_E
+
+
+class _ShortConv(torch.autograd.Function):
+    """Shift, scale and add: for a few taps faster than a grouped conv1d, and so is its backward."""
 
     @staticmethod
     def forward(ctx: Any, u_BEL: Tensor, weight_EK: Tensor, bias_E: Tensor) -> Tensor:
         ctx.save_for_backward(u_BEL, weight_EK)
-        y_BEL, dtype = torch.empty_like(u_BEL, memory_format=torch.contiguous_format), weight_EK.dtype
-        for rows in blocks_of(u_BEL.shape[1], u_BEL.shape[0] * u_BEL.shape[-1]):
-            if u_BEL.dtype == dtype:
-                add_taps(u_BEL[:, rows], weight_EK[rows], bias_E[rows], y_BEL[:, rows])
-            else:
-                y_BEL[:, rows] = add_taps(u_BEL[:, rows].to(dtype), weight_EK[rows], bias_E[rows])
-        return y_BEL
+        return convolve_taps(u_BEL, weight_EK, bias_E)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BEL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        u_BEL, weight_EK = ctx.saved_tensors
-        dtype = weight_EK.dtype
-        if u_BEL.dtype == dtype:
-            return add_taps_adjoint(grad_BEL, u_BEL, weight_EK)
-        du_BEL = torch.empty_like(u_BEL)
-        dweight_EK, dbias_E = torch.empty_like(weight_EK), torch.empty_like(weight_EK[:, 0])
-        for rows in blocks_of(u_BEL.shape[1], u_BEL.shape[0] * u_BEL.shape[-1]):
-            du_BEL[:, rows], dweight_EK[rows], dbias_E[rows] = add_taps_adjoint(
-                grad_BEL[:, rows].to(dtype), u_BEL[:, rows].to(dtype), weight_EK[rows]
-            )
-        return du_BEL, dweight_EK, dbias_E
+        return convolve_taps_backward(grad_BEL, *ctx.saved_tensors)
 
 
 def short_conv(u_BEL: Tensor, weight_EK: Tensor, bias_E: Tensor, *, narrow: bool = False) -> Tensor:

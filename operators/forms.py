@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from operators.chunked import mix_chunked
+from operators.chunked import Bases, mix_chunked
 from operators.head_states import chunk_of, modal_bases, real_states
 from operators.mixing import mix
 from operators.modes import Modes
@@ -49,22 +49,30 @@ def form_of(
     return "smooth" if dtype == torch.bfloat16 and length > SMOOTH_FROM and fits() else "masked"
 
 
-def mix_fastest(
-    q_BHKL: Tensor, k_BHKL: Tensor, v_BHVL: Tensor, h_HL: Tensor, modes: Modes | None, degree: int | None
-) -> Tensor:
-    """`mixing.mix` of whole sequences in the form that `form_of` names; `modes` are those of h, where it has any."""
+def weights_for(
+    length: int, key_width: int, dtype: torch.dtype, h_HL: Tensor, modes: Modes | None, degree: int | None
+) -> tuple[Tensor] | Bases:
+    """What the form that `form_of` names mixes with: bases, or h alone; `modes` are those of h, where it has any."""
     functions: list[int | None] = []
 
     def fits() -> bool:
         functions.append(functions_for(h_HL))
         return functions[0] is not None
 
-    states, dtype = None if modes is None else real_states(modes), q_BHKL.dtype
-    form = form_of(q_BHKL.shape[-1], q_BHKL.shape[2], dtype, degree, states, fits)
+    form = form_of(length, key_width, dtype, degree, None if modes is None else real_states(modes), fits)
     if form == "recurrence":
         assert modes is not None
-        return mix_chunked(q_BHKL, k_BHKL, v_BHVL, modal_bases(modes, chunk_of(dtype)))
+        return modal_bases(modes, chunk_of(dtype))
     if form == "smooth":
         assert functions[0] is not None
-        return mix_chunked(q_BHKL, k_BHKL, v_BHVL, smooth_bases(h_HL, CHUNK, functions[0]))
-    return mix(q_BHKL, k_BHKL, v_BHVL, h_HL, degree)
+        return smooth_bases(h_HL, CHUNK, functions[0])
+    return (h_HL,)
+
+
+def mix_fastest(
+    q_BHKL: Tensor, k_BHKL: Tensor, v_BHVL: Tensor, weights: tuple[Tensor] | Bases, degree: int | None
+) -> Tensor:
+    """`mixing.mix` of whole sequences with what `weights_for` gave."""
+    if isinstance(weights, Bases):
+        return mix_chunked(q_BHKL, k_BHKL, v_BHVL, weights)
+    return mix(q_BHKL, k_BHKL, v_BHVL, weights[0], degree)

@@ -17,10 +17,12 @@ import math
 import torch
 from torch import Tensor, nn
 
+from operators.chunked import Bases
 from operators.config import HyenaConfig
 from operators.convolution import compute_dtype, short_conv
 from operators.decode import Filters
-from operators.forms import mix_fastest
+from operators.forms import mix_fastest, weights_for
+from operators.fused import mix_fused
 from operators.head_states import Recurrence, extend, first_state, freeze, step
 from operators.hyena import Hyena, outside_autocast
 from operators.low_rank import centred_products
@@ -64,6 +66,11 @@ class HeadHyena(Hyena):
         """See `Hyena.whole`; under autocast to bfloat16 what is mixed is so too, and computed again for backward."""
         if p_BEL.dtype != torch.bfloat16 or not torch.is_autocast_enabled(p_BEL.device.type):
             return super().whole(p_BEL, mask_BL, h_CL, state)
+        if self._plain and mask_BL is None and state is None:
+            h_HL = self.frozen().h_CL[:, : p_BEL.shape[-1]] if h_CL is None else h_CL
+            with outside_autocast(p_BEL.device.type):
+                weights = self._weights(self.key_dim, torch.bfloat16, h_HL)
+                return mix_fused(p_BEL, self.short_weight, self.short_bias, self.direct, weights, self.degree)
 
         def convolved() -> Tensor:
             u_BEL = short_conv(p_BEL, self.short_weight, self.short_bias, narrow=True)
@@ -100,16 +107,26 @@ class HeadHyena(Hyena):
         """See `Hyena.step_modes`: of modal filters "modal", where the features of queries and keys are at hand."""
         return ("modal", "direct") if self.config.filter.kind == "modal" and self.degree is None else ("direct",)
 
-    def _mix(self, q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor) -> Tensor:
-        modes, h_HT = self.filter.modes(), h_HT[:, : self.filter.lags]
-        if q_BHKQ.dtype == torch.bfloat16:  # scaling the filters spares a copy of the queries
-            h_HT = self._scaled(h_HT)
+    @property
+    def _plain(self) -> bool:
+        """Whether queries, keys and values are rows of the short convolution as they are."""
+        return self.hedgehog is None and not self.config.normalise and not self.config.key_gate
+
+    def _weights(self, key_width: int, dtype: torch.dtype, h_HL: Tensor) -> tuple[Tensor] | Bases:
+        """Of whole sequences; in bfloat16 scaled, which spares a copy of the queries."""
+        modes = self.filter.modes()
+        if dtype == torch.bfloat16:
+            h_HL = self._scaled(h_HL)
             modes = None if modes is None else Modes(modes.log_poles_CS, self._scaled(modes.residues_CS))
-        else:
-            q_BHKQ = self._scaled(q_BHKQ)
+        weights = weights_for(h_HL.shape[1], key_width, dtype, h_HL, modes, self.degree)
+        return weights if isinstance(weights, Bases) else (h_HL[:, : self.filter.lags],)
+
+    def _mix(self, q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor) -> Tensor:
+        scaled_BHKQ = q_BHKQ if q_BHKQ.dtype == torch.bfloat16 else self._scaled(q_BHKQ)
         if q_BHKQ.shape[-1] == k_BHKT.shape[-1]:
-            return mix_fastest(q_BHKQ, k_BHKT, v_BHVT, h_HT, modes, self.degree)
-        return mix(q_BHKQ, k_BHKT, v_BHVT, h_HT, self.degree)
+            weights = self._weights(q_BHKQ.shape[2], q_BHKQ.dtype, h_HT)
+            return mix_fastest(scaled_BHKQ, k_BHKT, v_BHVT, weights, self.degree)
+        return mix(self._scaled(q_BHKQ), k_BHKT, v_BHVT, h_HT[:, : self.filter.lags], self.degree)
 
     def _continue(self, q_BHKn: Tensor, k_BHKn: Tensor, v_BHVn: Tensor, state: State) -> Tensor:
         """New positions after a memory of constant size."""

@@ -105,13 +105,20 @@ def _groups(q_BHKQ: Tensor, keys: int) -> Iterator[tuple[slice, slice]]:
     if q_BHKQ.dtype != torch.bfloat16:
         yield slice(0, batch), slice(0, heads)
         return
-    width = max(1, SCRATCH // (min(queries, ROWS_BFLOAT16) * keys))
     for sequence in range(batch):
-        for start in range(0, heads, width):
-            yield slice(sequence, sequence + 1), slice(start, min(start + width, heads))
+        for some in heads_at_a_time(heads, queries, keys):
+            yield slice(sequence, sequence + 1), some
 
 
-def _forward(q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor, degree: int | None) -> Tensor:
+def heads_at_a_time(heads: int, queries: int, keys: int) -> Iterator[slice]:
+    """As many as fill the scratch, in bfloat16."""
+    width = max(1, SCRATCH // (min(queries, ROWS_BFLOAT16) * keys))
+    for start in range(0, heads, width):
+        yield slice(start, min(start + width, heads))
+
+
+def masked_forward(q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor, degree: int | None) -> Tensor:
+    """`mix` without gradients."""
     h_HT = h_HT.to(q_BHKQ.dtype) if degree is None else h_HT
     y_BHVQ = q_BHKQ.new_empty(*v_BHVT.shape[:3], q_BHKQ.shape[-1])
     for rows, keys in _blocks(q_BHKQ.shape[-1], k_BHKT.shape[-1], h_HT.shape[-1], q_BHKQ.dtype):
@@ -122,7 +129,7 @@ def _forward(q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor, degre
     return y_BHVQ
 
 
-def _backward(parts: list[Tensor], h_HT: Tensor, degree: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def masked_backward(parts: list[Tensor], h_HT: Tensor, degree: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and h, from q, k, v and the gradient of the outputs."""
     q_BHKQ, k_BHKT, v_BHVT, grad_BHVQ = parts
     dtype, dq = q_BHKQ.dtype, torch.empty_like(q_BHKQ, memory_format=torch.contiguous_format)
@@ -153,7 +160,7 @@ class _Mix(torch.autograd.Function):
         ctx.degree = degree
         y_BHVQ = q_BHKQ.new_empty(*v_BHVT.shape[:3], q_BHKQ.shape[-1])
         for some in _groups(q_BHKQ, k_BHKT.shape[-1]):
-            y_BHVQ[some] = _forward(q_BHKQ[some], k_BHKT[some], v_BHVT[some], h_HT[some[1]], degree)
+            y_BHVQ[some] = masked_forward(q_BHKQ[some], k_BHKT[some], v_BHVT[some], h_HT[some[1]], degree)
         return y_BHVQ
 
     @staticmethod
@@ -165,7 +172,7 @@ class _Mix(torch.autograd.Function):
         with torch.autocast(grad_BHVQ.device.type, enabled=False):
             for some in _groups(q_BHKQ, k_BHKT.shape[-1]):
                 parts = [x[some] for x in (q_BHKQ, k_BHKT, v_BHVT, grad_BHVQ)]
-                dq[some], dk[some], dv[some], dtheirs = _backward(parts, h_HT[some[1]], ctx.degree)
+                dq[some], dk[some], dv[some], dtheirs = masked_backward(parts, h_HT[some[1]], ctx.degree)
                 dh[some[1]] += dtheirs
         return dq, dk, dv, dh, None
 

@@ -31,13 +31,16 @@ class _Project(torch.autograd.Function):
     def backward(ctx: Any, grad_BEL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x_BIL, weight_EI = ctx.saved_tensors
         weight, dweight_EI = _cast(weight_EI, x_BIL.dtype), torch.zeros_like(weight_EI)
-        dx_BLI = torch.empty_like(x_BIL.transpose(1, 2), memory_format=torch.contiguous_format)
+        dx_BIL = torch.empty_like(x_BIL)  # laid out as x is
         with torch.autocast(grad_BEL.device.type, enabled=False):
-            for x_IL, grad_EL, dx_LI in zip(x_BIL, grad_BEL, dx_BLI, strict=True):
-                torch.mm(grad_EL.t(), weight, out=dx_LI)
+            for x_IL, grad_EL, dx_IL in zip(x_BIL, grad_BEL, dx_BIL, strict=True):
+                if dx_IL.is_contiguous():
+                    torch.mm(weight.t(), grad_EL, out=dx_IL)
+                else:
+                    torch.mm(grad_EL.t(), weight, out=dx_IL.t())
                 dweight_EI += grad_EL @ x_IL.t()
             dbias_E = grad_BEL.sum(2).sum(0, dtype=dweight_EI.dtype)
-        return dx_BLI.transpose(1, 2), dweight_EI, dbias_E
+        return dx_BIL, dweight_EI, dbias_E
 
 
 def _cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:

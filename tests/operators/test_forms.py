@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from operators import forms
-from operators.chunked import mix_chunked
+from operators import forms, mixing
+from operators.chunked import Bases, mix_chunked
 from operators.config import HyenaConfig, ModalFilterConfig
+from operators.convolution import short_conv
 from operators.forms import form_of
+from operators.fused import mix_fused
 from operators.head_states import chunk_of, extend, first_state, freeze, modal_bases, step
 from operators.mixing import mix, mix_reference
 from operators.modes import Modes
@@ -191,7 +193,8 @@ def test_all_forms_mix_alike(form: str, monkeypatch: pytest.MonkeyPatch) -> None
     h_HT = decays.at(torch.arange(700))
     if form == "smooth":
         monkeypatch.setattr(forms, "form_of", lambda *task: form if task[-1]() else "masked")
-    outputs = forms.mix_fastest(q, k, v, h_HT, decays if form == "recurrence" else None, None)
+    weights = forms.weights_for(700, 5, q.dtype, h_HT, decays if form == "recurrence" else None, None)
+    outputs = forms.mix_fastest(q, k, v, weights, None)
     close(outputs.float(), mix(q.float(), k.float(), v.float(), h_HT), 0.02)
 
 
@@ -220,3 +223,26 @@ def test_heads_with_modes_train_and_decode_as_their_history_does(case: str, posi
         assert not {"key", "value"} & set(state.histories)
     state.select(torch.tensor([1]))
     assert state.memory["heads"].shape[0] == 1
+
+
+@pytest.mark.parametrize("form", ["masked", "recurrence", "power"])
+def test_the_fused_pass_equals_its_parts(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    length, leaves = 300, [draw(2, 3 * 12, 300).bfloat16(), draw(36, 3, seed=2), draw(36, seed=3), draw(12, seed=4)]
+    weights: Any = (0.98 ** torch.arange(length).expand(3, -1),)
+    if form == "recurrence":
+        weights = modal_bases(Modes(*(x.float() for x in modes(kind="real"))), 128)
+    degree, found = 4 if form == "power" else None, []
+    monkeypatch.setattr(mixing, "SCRATCH", 128 * length)  # one head at a time
+    for fused in (True, False):
+        inputs = [x.clone().requires_grad_() for x in [*leaves, *weights]]
+        p_BEL, taps_ET, bias_E, direct_D, *rest = inputs
+        if fused:
+            y_BDL = mix_fused(*inputs[:4], Bases(*rest) if form == "recurrence" else (rest[0],), degree)
+        else:
+            u_BEL = short_conv(p_BEL, taps_ET, bias_E, narrow=True)
+            q, k, v = (x.unflatten(1, (3, -1)) for x in u_BEL.chunk(3, 1))
+            mixed = mix_chunked(q, k, v, Bases(*rest)) if form == "recurrence" else mix(q, k, v, rest[0], degree)
+            y_BDL = mixed.flatten(1, 2) + v.flatten(1, 2) * direct_D[:, None].bfloat16()
+        found.append([y_BDL, *gradients(y_BDL, inputs)])
+    for ours, theirs in zip(*found, strict=True):
+        close(ours.float(), theirs.float(), 0.02)
