@@ -16,7 +16,7 @@ from operators.decode import Filters
 from operators.filters import draw_uniform
 from operators.hyena import Hyena, outside_autocast
 from operators.native.channels import convolve, convolve_trained
-from operators.native.decode import open_window, step, takes
+from operators.native.decode import open_window, reserve, step, takes
 from operators.native.projection import project
 from operators.state import State
 from operators.transfer import AttentionWeights
@@ -103,6 +103,11 @@ class ChannelHyena(Hyena):
                 ahead = open_window(state, p_BEL.shape[-1], self.d_model, self.convolutions)
             return convolve(*inputs, self.frozen(), rooms, ahead)
         return convolve_trained(*inputs, h_CL, self.direct, rooms)
+
+    def reserve(self, x_BLD: Tensor, state: State) -> None:
+        """See `Hyena.reserve`."""
+        if native.serves(x_BLD.transpose(1, 2)) and not torch.is_grad_enabled() and not state.histories:
+            reserve(state, x_BLD, self.convolutions)
 
     def between(self, x_B1D: Tensor, p_B1E: Tensor, state: State) -> Tensor | None:
         """See `Hyena.between`."""

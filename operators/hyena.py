@@ -142,6 +142,7 @@ class Hyena(nn.Module, ABC):
         if new == 1 and start >= self.config.short_taps and mask_BL is None and state.recent_projections is not None:
             return self._step(x_BLD, state), state
         if start == 0:
+            self.reserve(x_BLD, state)
             p_BEL = _masked(self.project(self.in_proj, state.append("input", x_BLD.transpose(1, 2))), mask_BL)
             _append_mask(state, mask_BL, x_BLD)
             y_BDn = self.whole(p_BEL, mask_BL, self._trained_filters(stop), state)
@@ -234,6 +235,9 @@ class Hyena(nn.Module, ABC):
         if x_BDL.shape[-1] <= FEW_POSITIONS:
             return nn.functional.linear(x_BDL.transpose(1, 2), linear.weight, linear.bias).transpose(1, 2)
         return torch.baddbmm(linear.bias[:, None], linear.weight.expand(x_BDL.shape[0], -1, -1), x_BDL)
+
+    def reserve(self, x_BLD: Tensor, state: State) -> None:
+        """Make room in the state for what follows a prompt, where the compiled core wants some."""
 
     def between(self, x_B1D: Tensor, p_B1E: Tensor, state: State) -> Tensor | None:
         """What lies between the projections of a step, (B, 1, D), where the compiled core computes it: the position

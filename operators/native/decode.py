@@ -29,14 +29,27 @@ AHEAD = "native"
 
 def open_window(state: State, seen: int, channels: int, convolutions: int) -> Tensor | None:
     """Room for what `seen` positions add to those behind, (B, N, W, P), to be filled; None where none can follow."""
-    room = max(LEAST_ROOM, seen // 4)
-    stop = min(transform_size(min(seen + room, state.max_length)), state.max_length)
+    stop = _window_stop(state, seen)
     if stop == seen:
         return None
     padded = -(-channels // LANES) * LANES
     state.ahead[AHEAD] = torch.empty(state.batch, convolutions, stop - seen, padded)
     state.native = (seen, seen)
     return state.ahead[AHEAD]
+
+
+def reserve(state: State, x_BLD: Tensor, convolutions: int) -> None:
+    """Make histories for a prompt that last as long as its window, so that no step has to copy them."""
+    batch, length, width = x_BLD.shape
+    shape = (batch, width, _window_stop(state, length))
+    state.histories.setdefault("input", x_BLD.new_zeros(shape))
+    for i in range(convolutions):
+        state.histories.setdefault(f"gated_{i}", x_BLD.new_zeros(shape, dtype=torch.float32))
+
+
+def _window_stop(state: State, seen: int) -> int:
+    room = max(LEAST_ROOM, seen // 4)
+    return min(transform_size(min(seen + room, state.max_length)), state.max_length)
 
 
 def step(x_B1D: Tensor, p_B1E: Tensor, weight_EK: Tensor, bias_E: Tensor, filters: Filters, state: State) -> Tensor:
