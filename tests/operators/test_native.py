@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,17 @@ def test_every_level_and_window_is_exact(order: int, width: int, splits: list[in
 
 
 @torch.no_grad()
+def test_no_step_of_a_window_copies_the_history(core: None) -> None:
+    operator, x_BLD = operator_of(2, 3, 8, 1000), draw(B, 600, 8)
+    state = operator.extend(x_BLD[:, :300], operator.init_state(B))[1]
+    before = {name: buffer.data_ptr() for name, buffer in state.histories.items()}
+    for t in range(300, 512):
+        operator.extend(x_BLD[:, t : t + 1], state)
+    assert {name: buffer.data_ptr() for name, buffer in state.histories.items()} == before
+    assert state.core is not None and (state.core.first, state.core.position) == (300, 512)
+
+
+@torch.no_grad()
 def test_decoding_goes_on_when_the_core_is_switched(core: None) -> None:
     operator, x_BLD = operator_of(2, 3, 8, 200), draw(B, 200, 8)
     state = operator.extend(x_BLD[:, :50], operator.init_state(B))[1]
@@ -235,3 +247,14 @@ def test_a_killed_build_blocks_nobody(fresh: pytest.MonkeyPatch, tmp_path: Path)
     assert build.build() == target and target.read_text() == "done\n"
     compiler.write_text("#!/bin/sh\nexit 1\n")
     assert build.build() == target
+
+
+def test_many_builds_at_once_compile_once(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler, log = tmp_path / "compiler", tmp_path / "log"
+    script = f'#!/bin/sh\necho run >> {log}; sleep 0.2\nwhile [ "$1" != -o ]; do shift; done\necho done > "$2"\n'
+    compiler.write_text(script)
+    compiler.chmod(0o755)
+    fresh.setenv("CXX", str(compiler))
+    with ThreadPoolExecutor(4) as pool:
+        built = list(pool.map(lambda _: build.build(), range(4)))
+    assert len(set(built)) == 1 and log.read_text() == "run\n"
