@@ -4,6 +4,6 @@ from operators.native.build import build
 
 if __name__ == "__main__":
     try:
-        print(build())
+        print(f"compiled core: {build()}")
     except RuntimeError as error:
-        raise SystemExit(f"No compiled core: {error}. Everything works without it, in torch.") from error
+        raise SystemExit(f"no compiled core, everything runs in torch: {error}") from error

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from operators import native
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.losses import next_token_loss
 from orchestrator.distill.models import load_teacher
@@ -29,16 +30,18 @@ def measure_throughput(spec: ThroughputSpec, place: Workplace) -> dict[str, Any]
 
     Returns:
         train_tokens_per_s and train_ratio; prefill_tokens_per_s, prefill_ratio, decode_tokens_per_s and decode_ratio as
-        mappings from length; train_peak_mb, the process's peak memory in a training step; with `teacher_*` beside them.
+        mappings from length; train_peak_mb, the process's peak memory in a training step; with `teacher_*` beside them;
+        core, what prefill and decode ran through: the compiled one where there is one ("native"), else "torch".
     """
     prepare(spec.numerics)
     device = place.context.device
+    core = "native" if native.use(device == "cpu" and native.available()) else "torch"
     teacher = load_teacher(place.inputs["teacher"]).to(device)
     student = load_teacher(place.inputs["teacher"])
     swap(student, spec.layers, spec.operator, torch.Generator().manual_seed(0))
     student.to(device)
     settings = spec.throughput
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = {"core": core}
     longest = teacher.config.max_position_embeddings
     batch, size = settings.batch_size, (spec.train_batch_size, spec.sequence_length)
     for length in settings.lengths:
@@ -58,6 +61,7 @@ def measure_throughput(spec: ThroughputSpec, place: Workplace) -> dict[str, Any]
         for name, (tokens, timed) in measured.items():
             for key, value in _compare(timed, tokens, teacher, student, settings.repeats).items():
                 result.setdefault(key.format(name), {})[str(length)] = value
+    native.use(spec.numerics.core == "native")
     train = _compare(lambda m: _train(m, *size, spec, device), size[0] * size[1], teacher, student, settings.repeats)
     result |= {key.format("train"): value for key, value in train.items()}
     _reset_peak(device)

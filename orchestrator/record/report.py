@@ -20,8 +20,13 @@ LEGEND = (
     "swapped: attention layers replaced. tokens: trained by the student so far. ratio: perplexity over the teacher's.\n"
     "agree: top-1 equal to the teacher's. hit, miss: nats per token on tokens that complete a trigram already in the\n"
     "window, and on the others. copied: greedy tokens equal to the teacher's. prefill, decode: speed over the\n"
-    "teacher's at {length} tokens, one sequence; the teacher's own row shows the noise of that measurement."
+    "teacher's at {length} tokens, one sequence{core}; the teacher's own row shows the noise of that measurement."
 )
+
+
+def _legend(records: list[Record], length: str) -> str:
+    compiled = any(row["metrics"].get("core") == "native" for row in records)
+    return LEGEND.format(length=length, core=", students by the compiled core" if compiled else "")
 
 
 def write_report(plan: Plan, records: list[Record], run: dict[str, Any], folder: Path) -> dict[str, Path]:
@@ -50,7 +55,7 @@ def answer(plan: Plan, records: list[Record], run: dict[str, Any], commands: lis
             "",
         ]
     lines += [text_table(table(_ends(records), length, "trial")), ""] if len(_ends(records)) > 1 else []
-    lines += [LEGEND.format(length=length), "", resources(run), "", *commands]
+    lines += [_legend(records, length), "", resources(run), "", *commands]
     return "\n".join(lines)
 
 
@@ -73,7 +78,7 @@ def markdown(plan: Plan, records: list[Record], run: dict[str, Any]) -> str:
     parts += ["## Quality against speed", "![Pareto picture](pareto.png)"]
     front = pareto_front(records, "prefill_ratio", length)
     parts += [pipe_table(table(front, length))] if front else []
-    parts += ["## Every stage", pipe_table(table(stages, length)), LEGEND.format(length=length)]
+    parts += ["## Every stage", pipe_table(table(stages, length)), _legend(records, length)]
     parts += ["## Cost", resources(run)]
     return "\n\n".join(parts) + "\n"
 
