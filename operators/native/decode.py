@@ -39,9 +39,12 @@ def open_window(state: State, seen: int, channels: int, convolutions: int) -> Te
 
 
 def reserve(state: State, x_BLD: Tensor, convolutions: int) -> None:
-    """Make histories for a prompt that last as long as its window, so that no step has to copy them."""
+    """Make histories for a prompt that last as long as its window, so that no step has to copy them.
+
+    Their rows are not a power of two apart: a step writes to every row, and those would share few places of a cache.
+    """
     batch, length, width = x_BLD.shape
-    shape = (batch, width, _window_stop(state, length))
+    shape = (batch, width, _window_stop(state, length) + LANES)
     state.histories.setdefault("input", x_BLD.new_zeros(shape))
     for i in range(convolutions):
         state.histories.setdefault(f"gated_{i}", x_BLD.new_zeros(shape, dtype=torch.float32))
