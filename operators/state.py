@@ -22,6 +22,7 @@ from operators.ahead import Ahead
 from operators.decode import Filters
 
 MIN_CAPACITY = 64
+PADDING = 16  # rows a power of two apart would share few places of a cache, and a step writes to every row
 MARKS = 2
 
 
@@ -101,7 +102,7 @@ class State:
         buffer = self.histories.get(name)
         if buffer is None or buffer.shape[-1] < stop:
             capacity = min(self.max_length, max(2 * stop, MIN_CAPACITY))
-            grown = like.new_empty(*like.shape[:-1], capacity)
+            grown = like.new_empty(*like.shape[:-1], capacity + PADDING)
             if buffer is not None and start > 0:
                 grown[..., :start] = buffer[..., :start]
             self.histories[name] = buffer = grown

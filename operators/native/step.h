@@ -37,18 +37,18 @@ struct Decoder {
   }
 };
 
-// Short convolution of one position (rows,); `recent` (rows, taps - 1) moves on by it.
-template <class T>
-void short_conv_step(const T* p, T* recent, const float* weight, const float* bias, int64_t rows, int64_t taps, float* u) {
-  const auto number = [](T x) {
-    if constexpr (sizeof(T) == 4) return x;
-    else {
-      const uint32_t bits = uint32_t(x.bits) << 16;
-      float wide;
-      std::memcpy(&wide, &bits, sizeof wide);
-      return wide;
-    }
-  };
+inline float number(float x) { return x; }
+inline float number(BFloat x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+// Short convolution of one position (rows,); `recent` (rows, taps - 1) moves on by it. Fixed: taps, or 0 for any.
+template <int Fixed, class T>
+void short_conv_step(const T* p, T* recent, const float* weight, const float* bias, int64_t rows, int64_t any, float* u) {
+  const int64_t taps = Fixed ? Fixed : any;
   for (int64_t row = 0; row < rows; ++row) {
     T* before = recent + row * (taps - 1);
     const float* w = weight + row * taps;
@@ -60,6 +60,11 @@ void short_conv_step(const T* p, T* recent, const float* weight, const float* bi
   }
 }
 
+template <class T>
+void short_conv_step(const T* p, T* recent, const float* weight, const float* bias, int64_t rows, int64_t taps, float* u) {
+  (taps == 3 ? short_conv_step<3, T> : short_conv_step<0, T>)(p, recent, weight, bias, rows, taps, u);
+}
+
 // z of one position and convolution: y = what was ahead + h(0) z, z to the history, and to the outputs that are near.
 // `z` and `y` hold padded width, with zeros behind the width, and may be the same.
 inline void near_step(const Decoder& d, int64_t sequence, int64_t convolution, int64_t position, const float* z, float* y) {
@@ -67,12 +72,12 @@ inline void near_step(const Decoder& d, int64_t sequence, int64_t convolution, i
   const float* near = d.near + convolution * kNear * padded;
   float* to = d.history[convolution] + sequence * d.sequence_stride[convolution] + position;
   for (int64_t channel = 0; channel < d.width; ++channel) to[channel * d.row_stride[convolution]] = z[channel];
-  for (int64_t block = 0; block < padded; block += kLanes) {
-    const Vec now = read(z + block);
-    float* row = d.ahead_of(sequence, convolution, place) + block;
-    for (int64_t lag = 1; lag < lags; ++lag)
-      write(row + lag * padded, read(row + lag * padded) + now * read(near + lag * padded + block));
-    write(y + block, read(row) + now * read(near + block));
+  float* row = d.ahead_of(sequence, convolution, place);
+  for (int64_t lag = lags - 1; lag >= 0; --lag) {  // the present last: it takes the place of z
+    const float* by = near + lag * padded;
+    float* into = lag > 0 ? row + lag * padded : y;
+    for (int64_t block = 0; block < padded; block += kLanes)
+      write(into + block, read(row + lag * padded + block) + read(z + block) * read(by + block));
   }
 }
 
