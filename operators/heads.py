@@ -134,7 +134,7 @@ class HeadHyena(Hyena):
         """The modes as they are at the filters that the state goes on with."""
         if state.filters is None or self._frozen_modes is None or self._frozen_modes[0] is not state.filters:
             modes = self.modes()
-            assert modes is not None
+            assert modes is not None and self.degree is None
             self._frozen_modes = (state.filters, freeze(modes))
         return self._frozen_modes[1]
 
