@@ -59,8 +59,12 @@ def _spread(x_GNKC: Tensor, basis_GRC: Tensor) -> Tensor:
 
 def _collect(x_GNTC: Tensor, basis_GRC: Tensor) -> Tensor:
     """Adjoint of `_spread` in its first argument, (G, N, K, C)."""
-    products: Tensor = x_GNTC.unflatten(2, (basis_GRC.shape[1], -1)) * basis_GRC[:, None, :, None]
-    return products.sum(2)
+    parts_GNKC = x_GNTC.unflatten(2, (basis_GRC.shape[1], -1)).unbind(2)
+    first_G1C, *others = basis_GRC[:, None, None].unbind(3)
+    collected: Tensor = parts_GNKC[0] * first_G1C
+    for part_GNKC, function_G1C in zip(parts_GNKC[1:], others, strict=True):
+        collected.addcmul_(part_GNKC, function_G1C)
+    return collected
 
 
 def _weigh_basis(x_GNTC: Tensor, rows_GNKC: Tensor) -> Tensor:

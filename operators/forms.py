@@ -31,7 +31,7 @@ def form_of(
         masked       every product, `mixing`          everything else, powers of any length among it
 
     The first bound is where two products of every state with every position are fewer than those of half the positions
-    with every position, and the chunks' own on top. Polynomials fit to 1e-4 only, which float32 would show.
+    with every position, and the chunks' own on top. Polynomials fit to 1e-3 only, which float32 would show.
 
     Args:
         length: positions L.

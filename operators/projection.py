@@ -20,7 +20,7 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BIL: Tensor, weight_EI: Tensor, bias_E: Tensor) -> Tensor:
         ctx.save_for_backward(x_BIL, weight_EI)
-        weight, bias = _cast(weight_EI, x_BIL.dtype), _cast(bias_E, x_BIL.dtype)
+        weight, bias = as_dtype(weight_EI, x_BIL.dtype), as_dtype(bias_E, x_BIL.dtype)
         y_BEL = x_BIL.new_empty(x_BIL.shape[0], weight.shape[0], x_BIL.shape[2])
         for x_IL, y_EL in zip(x_BIL, y_BEL, strict=True):
             torch.addmm(bias[:, None], weight, x_IL, out=y_EL)
@@ -30,7 +30,7 @@ class _Project(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BEL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x_BIL, weight_EI = ctx.saved_tensors
-        weight, dweight_EI = _cast(weight_EI, x_BIL.dtype), torch.zeros_like(weight_EI)
+        weight, dweight_EI = as_dtype(weight_EI, x_BIL.dtype), torch.zeros_like(weight_EI)
         dx_BIL = torch.empty_like(x_BIL)  # laid out as x is
         with torch.autocast(grad_BEL.device.type, enabled=False):
             for x_IL, grad_EL, dx_IL in zip(x_BIL, grad_BEL, dx_BIL, strict=True):
@@ -43,7 +43,7 @@ class _Project(torch.autograd.Function):
         return dx_BIL, dweight_EI, dbias_E
 
 
-def _cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+def as_dtype(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     """A parameter's value in another dtype, cast again when it has changed."""
     value = parameter.detach()
     stamp = (value.data_ptr(), 0 if parameter.is_inference() else parameter._version, dtype)
