@@ -83,25 +83,9 @@ class HeadHyena(Hyena):
     def combine(self, u_BEL: Tensor, mask_BL: Tensor | None, h_CT: Tensor | None, state: State | None) -> Tensor:
         """See `Hyena.combine`."""
         q_BHKL, k_BHKL, v_BHVL = self._parts(u_BEL, mask_BL)
-        constant = state is not None and state.mode == "modal"
-        if state is not None and constant:
-            if h_CT is None:
-                return self._finish(self._continue(q_BHKL, k_BHKL, v_BHVL, state), u_BEL)
-            with torch.no_grad():
-                self._continue(q_BHKL, k_BHKL, v_BHVL, state)
-        k_BHKT = k_BHKL if state is None or constant else state.append("key", k_BHKL)
-        v_BHVT = v_BHVL if state is None or constant else state.append("value", v_BHVL)
-        q_BHKL = q_BHKL.to(k_BHKT.dtype)
-        if h_CT is None:
-            filters = self.frozen() if state is None or state.filters is None else state.filters
-            if state is not None and state.length > 0 and q_BHKL.shape[-1] == 1:
-                seen = slice(max(0, k_BHKT.shape[-1] - filters.taps), None)
-                k_BHKT, v_BHVT = k_BHKT[..., seen], v_BHVT[..., seen]
-                reversed_HT = filters.reversed(k_BHKT.shape[-1])
-                y_BHV1 = mix_step(self._scaled(q_BHKL), k_BHKT, v_BHVT, reversed_HT, self.degree)
-                return self._finish(y_BHV1, u_BEL)
-            h_CT = filters.h_CL[:, : k_BHKT.shape[-1]]
-        return self._finish(self._mix(q_BHKL, k_BHKT, v_BHVT, h_CT), u_BEL)
+        if state is not None and state.mode == "modal":
+            return self._finish(self._from_memory(q_BHKL, k_BHKL, v_BHVL, h_CT, state), u_BEL)
+        return self._finish(self._from_history(q_BHKL, k_BHKL, v_BHVL, h_CT, state), u_BEL)
 
     def step_modes(self) -> tuple[str, ...]:
         """See `Hyena.step_modes`: of modal filters "modal", where the features of queries and keys are at hand."""
@@ -128,15 +112,31 @@ class HeadHyena(Hyena):
             return mix_fastest(scaled_BHKQ, k_BHKT, v_BHVT, weights, self.degree)
         return mix(self._scaled(q_BHKQ), k_BHKT, v_BHVT, h_HT[:, : self.filter.lags], self.degree)
 
-    def _continue(self, q_BHKn: Tensor, k_BHKn: Tensor, v_BHVn: Tensor, state: State) -> Tensor:
-        """New positions after a memory of constant size."""
+    def _from_history(
+        self, q_BHKn: Tensor, k_BHKn: Tensor, v_BHVn: Tensor, h_HT: Tensor | None, state: State | None
+    ) -> Tensor:
+        k_BHKT = k_BHKn if state is None else state.append("key", k_BHKn)
+        v_BHVT = v_BHVn if state is None else state.append("value", v_BHVn)
+        q_BHKn = q_BHKn.to(k_BHKT.dtype)
+        if h_HT is not None:
+            return self._mix(q_BHKn, k_BHKT, v_BHVT, h_HT)
+        filters = self.frozen() if state is None or state.filters is None else state.filters
+        if state is None or state.length == 0 or q_BHKn.shape[-1] > 1:
+            return self._mix(q_BHKn, k_BHKT, v_BHVT, filters.h_CL[:, : k_BHKT.shape[-1]])
+        seen = slice(max(0, k_BHKT.shape[-1] - filters.taps), None)
+        k_BHKT, v_BHVT = k_BHKT[..., seen], v_BHVT[..., seen]
+        return mix_step(self._scaled(q_BHKn), k_BHKT, v_BHVT, filters.reversed(k_BHKT.shape[-1]), self.degree)
+
+    def _from_memory(self, q_BHKn: Tensor, k_BHKn: Tensor, v_BHVn: Tensor, h_HT: Tensor | None, state: State) -> Tensor:
+        """New positions after a memory of constant size; with filters to differentiate they are the first."""
         recurrence = self._recurrence(state)
         if "heads" not in state.memory:
             state.memory["heads"] = first_state(state.batch, recurrence, k_BHKn.shape[2], v_BHVn.shape[2])
         go_on = step if q_BHKn.shape[-1] == 1 else extend
-        y_BHVn, later = go_on(self._scaled(q_BHKn), k_BHKn, v_BHVn, state.memory["heads"], recurrence)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and h_HT is None):
+            y_BHVn, later = go_on(self._scaled(q_BHKn), k_BHKn, v_BHVn, state.memory["heads"], recurrence)
         state.memory["heads"] = later.detach()
-        return y_BHVn
+        return y_BHVn if h_HT is None else self._mix(q_BHKn, k_BHKn, v_BHVn, h_HT)
 
     def _recurrence(self, state: State) -> Recurrence:
         """The modes of the filters that the state goes on with."""
