@@ -95,15 +95,18 @@ def main() -> None:
     late = scaled(ROOT / "studies/late-stage.yaml", out, options.late_scale)
     finer = scaled(ROOT / "studies/late-stage.yaml", out, options.late_scale, "finer", {"recipe.joint.0.losses": FINER})
     given = prepare([default, late, finer], out / "given")
-    alone = one_study(default, given, out / "default")
-    first = one_study(late, given, out / "late")
-    both = first + one_study(finer, given, out / "late")
-    result: dict[str, Any] = {
-        "scale": {"default": options.scale, "late stage": options.late_scale},
-        "comparisons": {"default": alone.told(), "late stage": first.told(), "two studies": both.told()},
-        "start": start_up(default, given, out / "default" / "home", out / "start"),
-        "parallel": parallel(late, given, out / "parallel", options.repeats),
-    }
+    result: dict[str, Any] = {"scale": {"default": options.scale, "late stage": options.late_scale}, "comparisons": {}}
+    compared = result["comparisons"]
+    if "default" in options.parts:
+        compared["default"] = one_study(default, given, out / "default").told()
+    if "late" in options.parts:
+        first = one_study(late, given, out / "late")
+        both = first + one_study(finer, given, out / "late")
+        compared |= {"late stage": first.told(), "two studies": both.told()}
+    if "start" in options.parts:
+        result["start"] = start_up(default, given, out / "default" / "home", out / "start")
+    if "parallel" in options.parts:
+        result["parallel"] = parallel(late, given, out / "parallel", options.repeats)
     write_json(out / "tree.json", result)
     (out / "tree.md").write_text(table(result) + "\n")
     print(table(result))
@@ -242,6 +245,7 @@ def start_up(study: Path, given: Path, finished: Path, out: Path) -> dict[str, f
     (store / plan.tokens.key[:2]).mkdir(parents=True)
     (store / plan.tokens.key[:2] / plan.tokens.key).symlink_to(given / plan.tokens.key[:2] / plan.tokens.key)
     command = [sys.executable, "-m", "orchestrator.cli", "run", str(study), "--home"]
+    measured([*command, str(finished)], out / "finish.log")  # if it is not yet
     began = time.monotonic()
     process = subprocess.Popen([*command, str(out)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     journal = store / plan.teacher.train.key[:2] / plan.teacher.train.key / "journal.jsonl"
@@ -303,16 +307,18 @@ def table(result: dict[str, Any]) -> str:
         ratio = told["ratio"]
         cells = " | ".join(f"{ratio[key]:.2f}x" for key in ("stages", "tokens", "core_seconds", "busy_seconds"))
         lines.append(f"| {name} | ratio | {cells} | {ratio['wall_seconds']:.2f}x |")
-    start, both = result["start"], result["parallel"]
-    overheads = ", ".join(f"{name} {told['overhead']:.1%}" for name, told in result["comparisons"].items())
-    lines += [
-        "",
-        "- same student bits on both sides for every stage of every trial: yes (checked by digest)",
-        f"- overhead, 1 - core-seconds in stages / busy seconds of all processes: {overheads}",
-        f"- two stages at a time against one after the other: {both['ratio']:.2f}x",
-        f"- from the command to the first training step: {start['first_step_seconds']:.1f} s",
-        f"- run with nothing to do: {start['nothing_to_do_seconds']:.1f} s",
-    ]
+    lines.append("")
+    if result["comparisons"]:
+        overheads = ", ".join(f"{name} {told['overhead']:.1%}" for name, told in result["comparisons"].items())
+        lines += [
+            "- same student bits on both sides for every stage of every trial: yes (checked by digest)",
+            f"- overhead, 1 - core-seconds in stages / busy seconds of all processes: {overheads}",
+        ]
+    if "parallel" in result:
+        lines.append(f"- two stages at a time against one after the other: {result['parallel']['ratio']:.2f}x")
+    if "start" in result:
+        lines.append(f"- from the command to the first training step: {result['start']['first_step_seconds']:.1f} s")
+        lines.append(f"- run with nothing to do: {result['start']['nothing_to_do_seconds']:.1f} s")
     return "\n".join(lines)
 
 
@@ -320,6 +326,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.tree", description=__doc__)
     parser.add_argument("--scale", type=float, default=0.1, help="factor on every token budget of the default study")
     parser.add_argument("--late-scale", type=float, default=0.1, help="factor on those of the other two")
+    parser.add_argument("--parts", default="default,late,start,parallel", help="which to measure, by comma")
     parser.add_argument("--repeats", type=int, default=3, help="pairs of the parallel measurement")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench-tree", help="folder to write, emptied first")
     return parser.parse_args()
