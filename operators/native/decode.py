@@ -88,8 +88,12 @@ def step_heads(
 
 
 def takes(state: State, x_B1D: Tensor, p_B1E: Tensor) -> bool:
-    """Whether the core computes this step."""
-    fits = state.max_length <= native.LONGEST and state.histories["input"].dtype == x_B1D.dtype
+    """Whether the core computes this step: none that anybody differentiates."""
+    fits = (
+        not torch.is_grad_enabled()
+        and state.max_length <= native.LONGEST
+        and state.histories["input"].dtype == x_B1D.dtype
+    )
     return fits and native.serves(p_B1E)
 
 
