@@ -121,7 +121,8 @@ class HeadHyena(Hyena):
         if h_HT is not None:
             return self._mix(q_BHKn, k_BHKT, v_BHVT, h_HT)
         filters = self.frozen() if state is None or state.filters is None else state.filters
-        if state is None or state.length == 0 or q_BHKn.shape[-1] > 1:
+        differentiated = torch.is_grad_enabled() and q_BHKn.requires_grad
+        if state is None or state.length == 0 or q_BHKn.shape[-1] > 1 or differentiated:
             return self._mix(q_BHKn, k_BHKT, v_BHVT, filters.h_CL[:, : k_BHKT.shape[-1]])
         seen = slice(max(0, k_BHKT.shape[-1] - filters.taps), None)
         k_BHKT, v_BHVT = k_BHKT[..., seen], v_BHVT[..., seen]
@@ -135,7 +136,7 @@ class HeadHyena(Hyena):
         go_on = step if q_BHKn.shape[-1] == 1 else extend
         with torch.set_grad_enabled(torch.is_grad_enabled() and h_HT is None):
             y_BHVn, later = go_on(self._scaled(q_BHKn), k_BHKn, v_BHVn, state.memory["heads"], recurrence)
-        state.memory["heads"] = later.detach()
+        state.memory["heads"] = later.detach().clone() if later.requires_grad else later
         return y_BHVn if h_HT is None else self._mix(q_BHKn, k_BHKn, v_BHVn, h_HT)
 
     def _recurrence(self, state: State) -> Recurrence:

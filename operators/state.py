@@ -81,10 +81,14 @@ class State:
         """Write `new` (B, ..., n) behind the positions seen; returns the history (B, ..., length + n).
 
         `length` does not move: the operator moves it once, when all of its histories are written. With no
-        position seen yet the result is `new` itself, so a prefill is differentiable.
+        position seen yet the result is `new` itself, and where `new` is differentiated it is part of a copy.
         """
         self.room(name, new).copy_(new.detach())
-        return new if self.length == 0 else self.histories[name][..., : self.length + new.shape[-1]]
+        if self.length == 0:
+            return new
+        if torch.is_grad_enabled() and new.requires_grad:
+            return torch.cat([self.histories[name][..., : self.length], new], dim=-1)
+        return self.histories[name][..., : self.length + new.shape[-1]]
 
     def keep_input(self, name: str, new: Tensor) -> Tensor:
         """`append` to what only crops need: `new` itself where the state is not croppable."""

@@ -71,8 +71,8 @@ def step_heads(
 
 
 def takes(state: State, x_B1D: Tensor, p_B1E: Tensor) -> bool:
-    """Whether the core computes this step."""
-    if not (serves(p_B1E) and state.croppable and state.max_length <= LONGEST):
+    """Whether the core computes this step: none that anybody differentiates."""
+    if torch.is_grad_enabled() or not (serves(p_B1E) and state.croppable and state.max_length <= LONGEST):
         return False
     return state.histories["input"].dtype == x_B1D.dtype
 

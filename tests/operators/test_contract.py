@@ -239,6 +239,26 @@ def test_a_prefill_is_differentiable(case: str) -> None:
 
 
 @every_case
+@pytest.mark.parametrize("new", [1, 7])
+def test_positions_after_a_state_are_differentiable(case: str, new: int) -> None:
+    operator, x_BLD = make(case).double(), draw(B, 30, D).double()
+    grads = []
+    for stepwise in (True, False):
+        inputs = x_BLD[:, 20 : 20 + new].clone().requires_grad_()
+        with torch.no_grad():
+            _, state = operator.extend(x_BLD[:, :20], operator.init_state(B))
+        if stepwise:
+            y_BnD, _ = operator.extend(inputs, state)
+            with torch.no_grad():
+                operator.extend(x_BLD[:, 29:], state)
+        else:
+            y_BnD = operator.reference(torch.cat([x_BLD[:, :20], inputs], dim=1))[:, 20:]
+        grads.append(torch.autograd.grad(y_BnD.square().sum(), inputs)[0] if y_BnD.requires_grad else None)
+    if case != "skip":
+        close(*grads, 1e-10)
+
+
+@every_case
 def test_initialise_sets_everything_from_its_generator(case: str) -> None:
     operators: list[Any] = [make(case), build(CASES[case], D, MAX)]
     for parameter in operators[1].parameters():

@@ -147,6 +147,18 @@ def test_no_step_of_a_window_copies_the_history(core: None) -> None:
     assert state.core is not None and (state.core.first, state.core.position) == (300, 512)
 
 
+def test_a_step_has_the_gradients_of_torch(core: None) -> None:
+    operator, x_BLD, grads = make("order 3"), draw(B, 41, D), []
+    for on in (True, False):
+        native.use(on)
+        operator.zero_grad()
+        with torch.no_grad():
+            _, state = operator.extend(x_BLD[:, :40], operator.init_state(B))
+        operator.extend(x_BLD[:, 40:], state)[0].sum().backward()
+        grads.append(operator.in_proj.weight.grad)
+    close(*grads)
+
+
 @torch.no_grad()
 def test_decoding_goes_on_when_the_core_is_switched(core: None) -> None:
     operator, x_BLD = operator_of(2, 3, 8, 200), draw(B, 200, 8)
