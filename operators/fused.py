@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from operators import chunked, mixing
-from operators.chunked import Bases
+from operators.chunked import Bases, chunked_backward, chunked_forward
+from operators.chunked import heads_at_a_time as chunked_heads
 from operators.convolution import convolve_taps, convolve_taps_backward
+from operators.mixing import heads_at_a_time as masked_heads
+from operators.mixing import masked_backward, masked_forward
 
 
 class _Group(NamedTuple):
@@ -40,10 +42,8 @@ def _groups(p_BEL: Tensor, d_model: int, weights: tuple[Tensor, ...]) -> Iterato
     heads, (batch, inner, length) = weights[0].shape[0], p_BEL.shape
     key, value = (inner - d_model) // 2 // heads, d_model // heads
     for sequence in range(batch):
-        if len(weights) == 1:
-            some = mixing.heads_at_a_time(heads, length, length)
-        else:
-            some = chunked.heads_at_a_time(key, length, Bases(*weights))
+        masked = len(weights) == 1
+        some = masked_heads(heads, length, length) if masked else chunked_heads(key, length, Bases(*weights))
         for part in some:
             keys = slice(part.start * key, part.stop * key)
             values = slice(part.start * value, part.stop * value)
@@ -69,9 +69,9 @@ class _Fused(torch.autograd.Function):
         for group in _groups(p_BEL, len(direct_D), weights):
             q, k, v = group.convolved(p_BEL, taps_ET, bias_E)
             if len(weights) == 1:
-                y = mixing.masked_forward(q, k, v, group.weights[0], degree)
+                y = masked_forward(q, k, v, group.weights[0], degree)
             else:
-                y = chunked.chunked_forward(q[0], k[0], v[0], Bases(*group.weights))[None]
+                y = chunked_forward(q[0], k[0], v[0], Bases(*group.weights))[None]
             direct = direct_D[group.values, None].to(y.dtype)
             torch.addcmul(y.flatten(1, 2), v.flatten(1, 2), direct, out=y_BDL[group.sequence, group.values])
         return y_BDL
@@ -105,9 +105,9 @@ def _mix_backward(
 ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """Gradients of queries, keys and values, and of the weights."""
     if len(weights) == 1:
-        *grads, dh = mixing.masked_backward(parts, weights[0], degree)
+        *grads, dh = masked_backward(parts, weights[0], degree)
         return grads, (dh,)
-    grads, dbases = chunked.chunked_backward([part[0] for part in parts], Bases(*weights))
+    grads, dbases = chunked_backward([part[0] for part in parts], Bases(*weights))
     return [grad[None] for grad in grads], dbases
 
 
