@@ -26,7 +26,7 @@ from operators.convolution import fft_size
 from operators.decode import Filters
 
 BLOCK = 32
-PORTION = 2**13  # numbers transformed at once, if they are one channel at least
+PORTION = 2**15  # numbers transformed at once, or those of one channel
 FIRST_WINDOW = 64
 
 

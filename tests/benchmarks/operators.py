@@ -63,10 +63,10 @@ def contenders(width: int, length: int) -> dict[str, Any]:
 
 def fits(name: str, mode: str, dtype: str, length: int) -> bool:
     """Whether a contender is measured: the textbook has no state, and what is quadratic takes too long."""
-    if mode == "decode":
-        return name != "textbook"
-    quadratic = name in ("heads", "power") or (name == "heads smooth" and dtype == "float32")
-    return name != f"power{NATIVE}" and not (quadratic and length > QUADRATIC_LIMIT)
+    quadratic = name in ("heads", "power", f"power{NATIVE}") or (name == "heads smooth" and dtype == "float32")
+    if quadratic and length > QUADRATIC_LIMIT:
+        return False
+    return name != ("textbook" if mode == "decode" else f"power{NATIVE}")
 
 
 @contextlib.contextmanager

@@ -66,6 +66,7 @@ def test_every_input_meets_every_later_output_once(prompt: int, monkeypatch: pyt
 
 @torch.no_grad()
 def test_no_step_transforms_much_more_than_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "PORTION", 2**13)
     filters, z_BDT = Filters(draw(64, 4096)), draw(1, 64, 4096)
     sums, worked = Ahead(filters, slice(0, 64), z_BDT[..., :1000]), [0] * 4096
     add = Ahead._add
