@@ -61,10 +61,10 @@ def contenders(width: int, length: int) -> dict[str, Any]:
     return found
 
 
-def fits(name: str, mode: str, dtype: str, length: int) -> bool:
+def fits(name: str, mode: str, dtype: str, batch: int, length: int) -> bool:
     """Whether a contender is measured: the textbook has no state, and what is quadratic takes too long."""
     quadratic = name in ("heads", "power", f"power{NATIVE}") or (name == "heads smooth" and dtype == "float32")
-    if quadratic and length > QUADRATIC_LIMIT:
+    if quadratic and (length > QUADRATIC_LIMIT or batch * length > 2 * QUADRATIC_LIMIT):
         return False
     return name != ("textbook" if mode == "decode" else f"power{NATIVE}")
 
@@ -155,7 +155,7 @@ def measure(mode: str, dtype: str, width: int, batch: int, length: int, repeats:
         return None
     context = DECODED if mode == "decode" else 0
     made = contenders(width, length + context)
-    modules = {name: module for name, module in made.items() if fits(name, mode, dtype, length)}
+    modules = {name: module for name, module in made.items() if fits(name, mode, dtype, batch, length)}
     x = torch.randn(batch, length + context, width, generator=torch.Generator().manual_seed(1))
     row: dict[str, Any] = {"mode": mode, "dtype": dtype, "D": width, "B": batch, "L": length}
     turns = []
