@@ -57,10 +57,8 @@ class Ahead:
         self.filters, self.channels, self.longest = filters, channels, filters.h_CL.shape[1]
         self.origin = self.position = past_BDT.shape[-1]
         window = min(FIRST_WINDOW, self.longest - self.origin) if known_BDW is None else known_BDW.shape[-1]
-        self.window = (
-            self.origin,
-            self.origin + window,
-        )  # of outputs that have all that was there before the first step
+        # Of outputs that have all that was there before the first step.
+        self.window = (self.origin, self.origin + window)
         self.jobs: list[Job] = []
         self.sums_BDW = past_BDT.new_zeros(*past_BDT.shape[:2], window) if known_BDW is None else known_BDW
         if known_BDW is None:

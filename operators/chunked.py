@@ -261,7 +261,7 @@ def mix_chunked(q_BHKL: Tensor, k_BHKL: Tensor, v_BHVL: Tensor, bases: Bases) ->
 
     Args:
         q_BHKL, k_BHKL, v_BHVL: queries, keys and values, bfloat16, float32 or float64.
-        bases: from `modal` or `smooth`, in float32 or float64; differentiable.
+        bases: from `head_states` or `smooth`, in float32 or float64; differentiable.
 
     Returns:
         (B, H, V, L), in the inputs' dtype; run it outside autocast.

@@ -1,11 +1,10 @@
-"""What operators are measured against: a Hyena straight from the textbook, and attention with a key-value cache; and
-heads whose filters are given modes.
+"""What operators are measured against: a Hyena straight from the textbook, and attention with a key-value cache.
 
-None of them is used elsewhere. The first regenerates its filter at every call, copies for every change of layout and
+Neither is used anywhere else: the first regenerates its filter at every call, copies for every change of layout and
 convolves with twice the length, as one writes it from the paper; the second is torch's own attention between its
 projections, and decodes with a cache that is there from the start.
 
-Shapes: B batch, L positions, D model width, T positions seen, H heads, S modes.
+Shapes: B batch, L positions, D model width, T positions seen.
 """
 
 from __future__ import annotations
