@@ -1,8 +1,8 @@
 """Ctrl-C and SIGTERM: the first asks running stages to stop at their next checkpoint, the second ends all at once.
 
 Place in the flow: the command listens, training looks for the stop file (`RunContext.stop`), the sweep waits for it.
-Invariant: the first signal ends in `KeyboardInterrupt`, for Ray drops any other exception of a handler; the second ends
-the process where it stands, and the guard (`guard.py`) what it started.
+Invariant: the first signal ends in a `KeyboardInterrupt`, for Ray drops any other exception of a handler; the second
+ends the process where it stands, and the guard (`guard.py`) what it started.
 """
 
 from __future__ import annotations
@@ -15,6 +15,14 @@ from types import TracebackType
 
 TOLD = "stopping at the next checkpoint; once more stops at once"
 AT_ONCE = "stopped at once; nothing finished is lost, go on with the same command"
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal arrived.
+
+    A class of its own, for Python remembers that a plain `KeyboardInterrupt` left an `exec` of a string, as dataclasses
+    are made by, and kills itself with SIGINT at the end whatever its exit code (`python -m`).
+    """
 
 
 class Interrupt:
@@ -49,7 +57,7 @@ class Interrupt:
             os._exit(128 + self.number)
         self.number = number
         self._ask()
-        raise KeyboardInterrupt
+        raise Interrupted
 
     def _ask(self) -> None:
         if self.stop is None:

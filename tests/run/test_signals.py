@@ -197,6 +197,21 @@ def test_sigterm_stops_before_anything_began(long: Long) -> None:
     assert "Traceback" not in told and "go on with" in told
 
 
+def test_a_signal_in_the_making_of_a_dataclass_has_its_exit_code(tmp_path: Path) -> None:
+    """Python 3.11 kills itself with SIGINT where a `KeyboardInterrupt` left the `exec` of a string."""
+    (tmp_path / "cut.py").write_text(
+        "from orchestrator.run.interrupt import Interrupt\n"
+        "with Interrupt():\n"
+        "    exec('import os, signal; os.kill(os.getpid(), signal.SIGTERM); [0 for _ in range(1000)]')\n"
+    )
+    paths = os.pathsep.join([str(ROOT), str(tmp_path)])
+    cut = subprocess.run(
+        [sys.executable, "-m", "cut"], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert cut.returncode == 143, cut
+    assert "nothing finished is lost" in cut.stderr
+
+
 def test_an_error_that_a_signal_brought_about_is_an_interruption(capfd: pytest.CaptureFixture[str]) -> None:
     """As from a module whose import was cut short."""
 
