@@ -3,18 +3,19 @@
 Direct decoding sums over the whole history at every step. Here the sums of outputs to come are kept, and every pair of
 an input and an output meets once:
 
-- near: after position n of a block of 32, the last U inputs, U the largest power of two that divides n, are added to
-  the next U outputs, and the whole block to the next one. That is one small matrix product a step.
-- far: a block of U = 32, 64, .. inputs is added to the blocks behind the next one: two of them after an even block, one
-  after an odd one; all others are met by blocks of another size. Nobody asks for them before U more steps, so each
-  step transforms a few channels.
+- near: an input meets its own output and those up to `NEAR` - 1 positions later at once: one product of all channels.
+- far: a block of U = 16, 32, .. inputs meets the outputs that are 2 U to 4 U - 1 positions later. Nobody asks for them
+  before U more steps, so each step transforms a few channels.
 - what was there before the first step: to windows of outputs that double, each during the window before it.
 
 O(L log^2 L) in all, and no step is much slower than another. The tiling is that of van der Hoeven's relaxed
 multiplication (see Flash Inference, Oncescu et al. 2024, and FutureFill, Agarwal et al. 2024), with blocks one further
-apart, as in Gardner 1995: that is the time to spread the work over.
+apart, as in Gardner 1995: that is the time to spread the work over. The compiled core has the same (`native/step.h`).
 
-Shapes: B batch, D channels, d channels of a portion, T positions seen, W outputs to come, U positions of a block.
+Near sums have their channels last, as a step has them, far ones their positions last, as transforms have them; these
+become the former a `TURN` at a time.
+
+Shapes: B batch, D channels, d channels of a portion, T positions seen, W outputs to come, N outputs that are near.
 """
 
 from dataclasses import dataclass
@@ -25,22 +26,31 @@ from torch import Tensor
 from operators.convolution import fft_size
 from operators.decode import Filters
 
-BLOCK = 32
+NEAR = 32
+TURN = NEAR // 2  # the smallest block
 PORTION = 2**15  # numbers transformed at once, or those of one channel
-FIRST_WINDOW = 64
+LEAST_WINDOW = 64
 
 
 @dataclass
 class Job:
-    """Add inputs `[first, stop)` to outputs `[into, end)` during the steps from `begun` on; `done` channels are."""
+    """Add inputs `[first, stop)` to outputs `[into, end)` that are `lags` later, from the first to before the second,
+    during `steps` steps from `begun` on; `done` channels are."""
 
     first: int
     stop: int
+    lags: tuple[int, int]
     into: int
     end: int
     begun: int
+    steps: int
     recurs: bool  # so that the spectra of its lags are worth keeping
     done: int = 0
+
+
+def window(seen: int, longest: int) -> int:
+    """How many outputs after `seen` positions are best computed at once, in whole turns."""
+    return min(max(LEAST_WINDOW, seen // (4 * TURN) * TURN), longest - seen)
 
 
 class Ahead:
@@ -56,61 +66,76 @@ class Ahead:
     def __init__(self, filters: Filters, channels: slice, past_BDT: Tensor, known_BDW: Tensor | None = None) -> None:
         self.filters, self.channels, self.longest = filters, channels, filters.h_CL.shape[1]
         self.origin = self.position = past_BDT.shape[-1]
-        window = min(FIRST_WINDOW, self.longest - self.origin) if known_BDW is None else known_BDW.shape[-1]
+        length = window(self.origin, self.longest) if known_BDW is None else known_BDW.shape[-1]
         # Of outputs that have all that was there before the first step.
-        self.window = (self.origin, self.origin + window)
+        self.window = (self.origin, self.origin + length)
         self.jobs: list[Job] = []
-        self.sums_BDW = past_BDT.new_zeros(*past_BDT.shape[:2], window) if known_BDW is None else known_BDW
+        self.lags_ND = filters.first_lags(channels, NEAR)
+        self.near_BND = past_BDT.new_zeros(past_BDT.shape[0], NEAR + TURN, past_BDT.shape[1])
+        self.sums_BDW = past_BDT.new_zeros(*past_BDT.shape[:2], length) if known_BDW is None else known_BDW
         if known_BDW is None:
-            self._add(Job(0, self.origin, *self.window, self.origin, recurs=False), past_BDT, past_BDT.shape[1])
+            self._add(self._of_origin(), past_BDT, past_BDT.shape[1])
 
-    def step(self, z_BD1: Tensor, past_BDT: Tensor) -> Tensor:
-        """The output (B, D, 1) at the position of `z`, which is the last of `past`."""
-        place = self.position - self.origin
+    def step(self, z_B1D: Tensor, past_BDT: Tensor) -> Tensor:
+        """The output (B, 1, D) at the position of `z`; `past` has the inputs up to it and may have room for more."""
+        place = (self.position - self.origin) % TURN
+        if place == 0:
+            self._turn()
         if self.position == self.window[0]:
             self._plan_window()
-        y_BD1 = torch.addcmul(self.sums_BDW.narrow(2, place, 1), z_BD1, self.filters.lag(self.channels, 0))
+        into_BND = self.near_BND.narrow(1, place, NEAR)
+        into_BND.addcmul_(z_B1D.detach() if z_B1D.requires_grad else z_B1D, self.lags_ND)
+        y_B1D = into_BND.narrow(1, 0, 1)
+        if z_B1D.requires_grad:
+            y_B1D = y_B1D + (z_B1D - z_B1D.detach()) * self.lags_ND[0]
         self.position += 1
-        if self.position < self.longest:
-            self._add_near(past_BDT, place + 1)
-            self._plan_far(place + 1)
-            self._work(past_BDT)
-        return y_BD1
+        if place == TURN - 1:
+            self._plan_far(self.position - self.origin)
+        self._work(past_BDT)
+        return y_B1D
 
     def select(self, indices: Tensor) -> None:
         """Keep the sequences `indices`."""
+        self.near_BND = self.near_BND.index_select(0, indices.to(self.near_BND.device))
         self.sums_BDW = self.sums_BDW.index_select(0, indices.to(self.sums_BDW.device))
+
+    def _turn(self) -> None:
+        """Let the near sums be those from this position on."""
+        near_BND, stop = torch.zeros_like(self.near_BND), min(self.position + TURN, self.longest)
+        near_BND[:, : NEAR - 1] = self.near_BND[:, TURN : TURN + NEAR - 1]
+        near_BND[:, : stop - self.position] += self._sums(self.position, stop).transpose(1, 2)
+        self.near_BND = near_BND
 
     def _plan_window(self) -> None:
         start, stop = self.window
         if stop < self.longest:
             self.window = (stop, min(3 * stop - 2 * start, self.longest))
-            self.jobs.append(Job(0, self.origin, *self.window, self.position, recurs=False))
+            self.jobs.append(self._of_origin())
+
+    def _of_origin(self) -> Job:
+        """What was there before the first step to the window."""
+        into, end = self.window
+        lags, steps = (into - self.origin + 1, end), into - self.position
+        return Job(0, self.origin, lags, into, end, self.position, steps, recurs=False)
 
     def _plan_far(self, seen: int) -> None:
         """Plan what each block that ends here has for outputs behind the next block of its size."""
-        width = BLOCK
+        width, steps = TURN, TURN
         while seen % width == 0 and self.position + width < self.longest:
-            into, blocks = self.position + width, 2 if seen // width % 2 else 1
-            end = min(into + blocks * width, self.longest)
-            self.jobs.append(Job(self.position - width, self.position, into, end, self.position, recurs=True))
-            width *= 2
-
-    def _add_near(self, past_BDT: Tensor, seen: int) -> None:
-        width = min(seen & -seen, BLOCK)
-        into_BDU = self._sums(self.position, min(self.position + width, self.longest))
-        recent_BDU = past_BDT.narrow(2, self.position - width, width)
-        if width == 1:
-            into_BDU.addcmul_(recent_BDU, self.filters.lag(self.channels, 1))
-        else:
-            added = recent_BDU.transpose(0, 1) @ self.filters.matrix(self.channels, width)
-            into_BDU += added.transpose(0, 1)[..., : into_BDU.shape[-1]]
+            first, into = self.position - width, self.position + width
+            end = min(into + 3 * width - 1, self.longest)
+            lags = (2 * width, min(4 * width, self.longest - first))
+            self.jobs.append(Job(first, self.position, lags, into, end, self.position, steps, recurs=True))
+            width, steps = (
+                2 * width,
+                2 * width - (2 * width).bit_length() + TURN.bit_length(),
+            )  # not all end in one step
 
     def _work(self, past_BDT: Tensor) -> None:
         """Do of every job what keeps it in time, a portion of channels or more."""
         batch, width, _ = past_BDT.shape
         for job in self.jobs:
-            due = width * (self.position - job.begun) // (job.into - job.begun)
+            due = width * (self.position - job.begun) // job.steps
             portion = PORTION // (batch * (job.stop - job.first + job.end - job.into))
             if due == width or due - job.done >= max(1, portion):
                 self._add(job, past_BDT, due)
@@ -118,14 +143,14 @@ class Ahead:
 
     def _add(self, job: Job, past_BDT: Tensor, due: int) -> None:
         """Add up channels `[job.done, due)` of a job."""
-        mine, count, outputs = slice(job.done, due), job.stop - job.first, job.end - job.into
+        mine, count = slice(job.done, due), job.stop - job.first + job.lags[1] - job.lags[0] - 1
         channels = slice(self.channels.start + job.done, self.channels.start + due)
-        lags = (job.into - job.stop + 1, job.end - job.first)
-        size = fft_size(lags[1] - lags[0])
+        offset = job.into - job.first - job.lags[0]
+        size = fft_size(count - offset)  # what wraps around lies before the offset
         spectrum = torch.fft.rfft(past_BDT[:, mine, job.first : job.stop], size)
-        spectrum *= self.filters.segment(channels, lags, keep=job.recurs)
+        spectrum *= self.filters.segment(channels, job.lags, size, keep=job.recurs)
         sums_BdW = self._sums(job.into, job.end)[:, mine]
-        sums_BdW += torch.fft.irfft(spectrum, size)[..., count - 1 : count - 1 + outputs]
+        sums_BdW += torch.fft.irfft(spectrum, size)[..., offset : offset + job.end - job.into]
         job.done = due
 
     def _sums(self, start: int, stop: int) -> Tensor:

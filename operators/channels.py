@@ -42,11 +42,17 @@ class ChannelHyena(Hyena):
         assert h_CT is None
         assert state is not None
         assert state.filters is not None
-        mode = STEP_MODES[state.mode]
-        go_on = mode.step if u_BEL.shape[-1] == 1 else mode.chunk
         for index, gate_BDL in enumerate(reversed(gates)):
-            y_BDL = go_on(state.filters, state, *self._named(index), gate_BDL * y_BDL)
+            y_BDL = STEP_MODES[state.mode].chunk(state.filters, state, *self._named(index), gate_BDL * y_BDL)
         return first_BDL * y_BDL
+
+    def combine_step(self, u_B1E: Tensor, state: State) -> Tensor:
+        """See `Hyena.combine_step`."""
+        first_B1D, *gates, y_B1D = u_B1E.chunk(self.config.order + 1, dim=2)
+        assert state.filters is not None
+        for index, gate_B1D in enumerate(reversed(gates)):
+            y_B1D = STEP_MODES[state.mode].step(state.filters, state, *self._named(index), gate_B1D * y_B1D)
+        return first_B1D * y_B1D
 
     def frozen(self) -> Filters:
         """The filters with `direct` at lag 0, where it belongs."""
@@ -132,7 +138,7 @@ class ChannelHyena(Hyena):
         if state.mode != "tiled" or not takes(state, x_B1D, p_B1E):
             return None
         assert state.filters is not None
-        return step(x_B1D, p_B1E, self.short_weight, self.short_bias, state.filters, state)
+        return step(x_B1D, p_B1E, self.short_of(state), state.filters, state)
 
     def _named(self, index: int) -> tuple[str, slice]:
         """What a convolution is called in a state, and its filters."""

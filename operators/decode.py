@@ -1,6 +1,6 @@
 """Long filters as they are at one moment, and what evaluation and decoding derive from them, computed once.
 
-Shapes: C filters, L lags, D channels of one convolution, U positions of a block, F frequencies.
+Shapes: C filters, L lags, D channels of one convolution, F frequencies.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class Filters:
         self.direct_C = torch.zeros_like(h_CL[:, 0]) if direct_C is None else direct_C.to(h_CL.dtype)
         self._reversed_CL: Tensor | None = None
         self._spectrum: tuple[tuple[int, int], Tensor] | None = None  # of the last length asked for
-        self._tiles: dict[tuple[int, int, int], Tensor] = {}
+        self._first_lags: dict[tuple[int, int], Tensor] = {}
         self._segments: dict[tuple[int, int, int, int], Tensor] = {}
         self.native: dict[int | str, Any] = {}  # what the compiled core keeps
 
@@ -82,35 +82,23 @@ class Filters:
         h_CL[:, 0] -= self.direct_C
         return fit_modes(h_CL, FITTED_MODES)
 
-    def lag(self, channels: slice, lag: int) -> Tensor:
-        """What an input does to the output `lag` positions later, (D, 1)."""
-        return self._remembered(channels, lag, 0)
+    def first_lags(self, channels: slice, count: int) -> Tensor:
+        """What an input does to its own output and those up to `count` - 1 positions later, (count, D)."""
+        asked = (channels.start, count)
+        if asked not in self._first_lags:
+            h_DL = self.h_CL[channels, :count]
+            self._first_lags[asked] = torch.nn.functional.pad(h_DL, (0, count - h_DL.shape[1])).t().contiguous()
+        return self._first_lags[asked]
 
-    def matrix(self, channels: slice, width: int) -> Tensor:
-        """What `width` inputs do to the `width` outputs after them, (D, U, U) from inputs to outputs."""
-        return self._remembered(channels, 1, width)
-
-    def segment(self, channels: slice, lags: tuple[int, int], *, keep: bool) -> Tensor:
-        """The spectrum of the lags from the first to before the second, (D, F)."""
+    def segment(self, channels: slice, lags: tuple[int, int], size: int, *, keep: bool) -> Tensor:
+        """The spectrum of the lags from the first to before the second, (D, F), of a transform of `size`."""
         asked = (channels.start, channels.stop, *lags)
         if asked in self._segments:
             return self._segments[asked]
-        spectrum_DF: Tensor = torch.fft.rfft(self.h_CL[channels, slice(*lags)], fft_size(lags[1] - lags[0]))
+        spectrum_DF: Tensor = torch.fft.rfft(self.h_CL[channels, slice(*lags)], size)
         if keep:
             self._segments[asked] = spectrum_DF
         return spectrum_DF
-
-    def _remembered(self, channels: slice, lag: int, width: int) -> Tensor:
-        asked = (channels.start, lag, width)
-        if asked not in self._tiles:
-            if width == 0:
-                tile = self.h_CL[channels, lag : lag + 1].contiguous()
-            else:
-                lags = torch.arange(width, device=self.h_CL.device)
-                padded_DL = torch.nn.functional.pad(self.h_CL[channels, : 2 * width], (0, 2 * width))
-                tile = padded_DL[:, width + lags - lags[:, None]]
-            self._tiles[asked] = tile
-        return self._tiles[asked]
 
 
 def _tapped(z_BDL: Tensor, taps_DK: Tensor, beyond: int) -> Tensor:

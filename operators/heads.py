@@ -153,7 +153,7 @@ class HeadHyena(Hyena):
             return None
         how = {"degree": self.degree or 0, "gated": self.config.key_gate, "normalised": self.config.normalise}
         limits = {"scale": self.scale, "largest_gate": LARGEST_GATE, "smallest_sum": SMALLEST_SUM}
-        return step_heads(x_B1D, p_B1E, self.short_weight, self.short_bias, self.direct, state, **how, **limits)
+        return step_heads(x_B1D, p_B1E, self.short_of(state), self.direct, state, **how, **limits)
 
     def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
         """See `Hyena.combine_reference`."""

@@ -28,8 +28,9 @@ from operators.filters import ImplicitFilter, LongFilter, draw_linear, draw_unif
 from operators.fir import FirFilter
 from operators.modal import ModalFilter
 from operators.native import in_use
+from operators.native.projection import project_step
 from operators.projection import project
-from operators.state import State
+from operators.state import ShortConv, State
 from operators.transfer import AttentionWeights
 
 FILTERS: dict[str, Callable[..., LongFilter]] = {"implicit": ImplicitFilter, "modal": ModalFilter, "fir": FirFilter}
@@ -77,11 +78,15 @@ class Hyena(nn.Module, ABC):
         nobody asks for gradients of what came before.
         """
 
+    def combine_step(self, u_B1E: Tensor, state: State) -> Tensor:
+        """`combine` of one position that is not padded, (B, 1, D)."""
+        return self.combine(u_B1E.transpose(1, 2), None, None, state).transpose(1, 2)
+
     def whole(self, p_BEL: Tensor, mask_BL: Tensor | None, h_CL: Tensor | None, state: State | None) -> Tensor:
         """Whole sequences from their projections on: short convolution and `combine`, (B, D, L)."""
-        return self._combine(
-            _masked(short_conv(p_BEL, self.short_weight, self.short_bias), mask_BL), mask_BL, h_CL, state
-        )
+        u_BEL = _masked(short_conv(p_BEL, self.short_weight, self.short_bias), mask_BL)
+        with outside_autocast(p_BEL.device.type):
+            return self.combine(u_BEL, mask_BL, h_CL, state)
 
     def frozen(self) -> Filters:
         """The filters as they are at this moment, computed once."""
@@ -180,9 +185,11 @@ class Hyena(nn.Module, ABC):
             y_BDn = self.whole(p_BEL, mask_BL, self._trained_filters(stop), state)
         else:
             u_BEn, mask_Bn, p_BEL = self._project_onwards(x_BLD, state, mask_BL)
-            y_BDn = self._combine(u_BEn, mask_Bn, None, state)
+            with outside_autocast(x_BLD.device.type):
+                y_BDn = self.combine(u_BEn, mask_Bn, None, state)
         first_kept = max(0, p_BEL.shape[-1] - self.config.short_taps + 1)
-        state.length, state.recent_projections = stop, p_BEL[..., first_kept:].detach().clone()
+        state.recent_projections = tuple(p_BE[:, None].detach().clone() for p_BE in p_BEL[..., first_kept:].unbind(2))
+        state.length = stop
         if new > 1:
             state.mark()
         return self._project_out(y_BDn), state
@@ -233,7 +240,7 @@ class Hyena(nn.Module, ABC):
             p_BEL = _masked(self.project(self.in_proj, seen_BDT[..., start - before :]), mask_window)
         else:
             p_BEn = _masked(self.project(self.in_proj, x_BDn), mask_BL)
-            p_BEL = torch.cat([state.recent_projections, p_BEn], dim=-1)
+            p_BEL = torch.cat([*(p_B1E.transpose(1, 2) for p_B1E in state.recent_projections), p_BEn], dim=-1)
         mask_Bn = None if mask_BT is None else mask_BT[:, -x_BDn.shape[-1] :]
         u_BEn = short_conv(p_BEL, self.short_weight, self.short_bias)[..., before:]
         return _masked(u_BEn, mask_Bn), mask_Bn, p_BEL
@@ -255,21 +262,39 @@ class Hyena(nn.Module, ABC):
     def _step(self, x_B1D: Tensor, state: State) -> Tensor:
         """`extend` by one position that is not padded, after as many as the short convolution sees: few operations."""
         _append_mask(state, None, x_B1D)
-        assert state.recent_projections is not None
-        p_B1E = nn.functional.linear(x_B1D, self.in_proj.weight, self.in_proj.bias)
+        p_B1E = project_step(self.in_proj, x_B1D)
         y_B1D = self.between(x_B1D, p_B1E, state) if in_use() else None
-        if y_B1D is not None:
-            state.length += 1
-            if y_B1D.dtype != self.out_proj.weight.dtype and not torch.is_autocast_enabled(y_B1D.device.type):
-                y_B1D = y_B1D.to(self.out_proj.weight.dtype)
-            return nn.functional.linear(y_B1D, self.out_proj.weight, self.out_proj.bias)
-        state.keep_input("input", x_B1D.transpose(1, 2))
-        seen_BEK = torch.cat([state.recent_projections, p_B1E.transpose(1, 2)], dim=-1)
-        state.recent_projections = seen_BEK[..., 1:].detach()
-        u_BE = (seen_BEK.to(compute_dtype(seen_BEK.dtype)) * self.short_weight).sum(-1) + self.short_bias
-        y_B1D = self._project_out(self._combine(u_BE[..., None], None, None, state))
+        if y_B1D is None:
+            if state.croppable:
+                state.write("input", x_B1D.transpose(1, 2))
+            with outside_autocast(x_B1D.device.type):
+                y_B1D = self.combine_step(self._short_step(p_B1E, state), state)
         state.length += 1
-        return y_B1D
+        if y_B1D.dtype != self.out_proj.weight.dtype and not torch.is_autocast_enabled(y_B1D.device.type):
+            y_B1D = y_B1D.to(self.out_proj.weight.dtype)
+        return project_step(self.out_proj, y_B1D)
+
+    def _short_step(self, p_B1E: Tensor, state: State) -> Tensor:
+        """The short convolution of one position, (B, 1, E)."""
+        assert state.recent_projections is not None
+        bias_E, _, taps = self.short_of(state)
+        seen = (*state.recent_projections, p_B1E)
+        state.recent_projections = tuple(p.detach() for p in seen[1:]) if p_B1E.requires_grad else seen[1:]
+        u_B1E = bias_E
+        for p, tap_E in zip(seen, taps, strict=True):
+            u_B1E = torch.addcmul(u_B1E, p, tap_E)
+        return u_B1E
+
+    def short_of(self, state: State) -> ShortConv:
+        """The short convolution that the state goes on with; as it is now where gradients are asked for."""
+        if state.short is None or torch.is_grad_enabled():
+            dtype = compute_dtype(self.short_weight.dtype)
+            weight_KE = self.short_weight.to(dtype).t().contiguous()
+            short = ShortConv(self.short_bias.to(dtype), weight_KE, weight_KE.unbind())
+            if torch.is_grad_enabled():
+                return short
+            state.short = short
+        return state.short
 
     def project(self, linear: nn.Linear, x_BDL: Tensor) -> Tensor:
         """`linear` at every position, (B, E, L), in the ambient precision."""
@@ -278,10 +303,6 @@ class Hyena(nn.Module, ABC):
     def between(self, x_B1D: Tensor, p_B1E: Tensor, state: State) -> Tensor | None:
         """What lies between the projections of a step, (B, 1, D), where the compiled core computes it: the position
         written to the state's histories, but its length not moved. None, and nothing done, where it does not."""
-
-    def _combine(self, u_BEL: Tensor, mask_BL: Tensor | None, h_CT: Tensor | None, state: State | None) -> Tensor:
-        with outside_autocast(u_BEL.device.type):
-            return self.combine(u_BEL, mask_BL, h_CT, state)
 
     def _project_out(self, y_BDL: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(y_BDL.device.type):

@@ -37,17 +37,17 @@ class Recurrence:
         self._steps: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # by first channel
         self._pieces: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def step(self, channels: slice, z_BD1: Tensor, x_BSD: Tensor) -> Tensor:
-        """The output (B, D, 1) at one position, differentiable by z; the state moves on in place."""
-        change_SD, residue_SD, direct_D1 = self._step_tables(channels)
-        added_BSD = torch.addcmul(residue_SD * z_BD1.transpose(1, 2), x_BSD, change_SD)
+    def step(self, channels: slice, z_B1D: Tensor, x_BSD: Tensor) -> Tensor:
+        """The output (B, 1, D) at one position, differentiable by z; the state moves on in place."""
+        change_SD, residue_SD, direct_D = self._step_tables(channels)
+        added_BSD = torch.addcmul(residue_SD * z_B1D, x_BSD, change_SD)
         if added_BSD.requires_grad:
             moved_BSD = x_BSD + added_BSD
             x_BSD.copy_(moved_BSD.detach())
         else:
             moved_BSD = x_BSD.add_(added_BSD)
-        y_BD = moved_BSD.sum(1)
-        return torch.addcmul((y_BD.real if y_BD.is_complex() else y_BD)[..., None], z_BD1, direct_D1)
+        y_B1D = moved_BSD.sum(1, keepdim=True)
+        return torch.addcmul(y_B1D.real if y_B1D.is_complex() else y_B1D, z_B1D, direct_D)
 
     def take(self, channels: slice, z_BDL: Tensor, x_BSD: Tensor | None) -> Tensor:
         """The state after L more inputs; None is the state of no past."""
@@ -78,11 +78,11 @@ class Recurrence:
         return self.modes.log_poles_CS.is_complex()
 
     def _step_tables(self, channels: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Pole - 1 and residue (S, D), and the weight of an input in its own output (D, 1)."""
+        """Pole - 1 and residue (S, D), and the weight of an input in its own output (D,)."""
         if channels.start not in self._steps:
             change_SD = torch.expm1(self.modes.log_poles_CS[channels]).t().contiguous()
             residue_SD = self.modes.residues_CS[channels].t().contiguous()
-            self._steps[channels.start] = (change_SD, residue_SD, self.direct_C[channels, None])
+            self._steps[channels.start] = (change_SD, residue_SD, self.direct_C[channels])
         return self._steps[channels.start]
 
     def _piece_tables(self, channels: slice) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,15 @@ class Mark(NamedTuple):
 
     length: int
     memory: dict[str, Tensor]
-    recent_projections: Tensor | None
+    recent_projections: tuple[Tensor, ...] | None
+
+
+class ShortConv(NamedTuple):
+    """The short convolution as a step wants it, without gradients: bias (E,), weights (K, E), and these by tap."""
+
+    bias_E: Tensor
+    weight_KE: Tensor
+    taps: tuple[Tensor, ...]
 
 
 @dataclass
@@ -60,7 +68,9 @@ class State:
         memory: what is remembered in a constant size, batch first.
         behind: positions of those seen that `memory` has lost by a crop.
         marks: earlier memories, the newest last.
-        recent_projections: what the short convolution still sees, (B, E, taps - 1); None after a crop.
+        recent_projections: what the short convolution still sees, (B, 1, E) of each of the last taps - 1 positions, the
+            newest last; None after a crop.
+        short: the short convolution, once a step has needed it.
     """
 
     batch: int
@@ -75,7 +85,8 @@ class State:
     memory: dict[str, Tensor] = field(default_factory=dict)
     behind: int = 0
     marks: list[Mark] = field(default_factory=list)
-    recent_projections: Tensor | None = None
+    recent_projections: tuple[Tensor, ...] | None = None
+    short: ShortConv | None = None
 
     def append(self, name: str, new: Tensor) -> Tensor:
         """Write `new` (B, ..., n) behind the positions seen; returns the history (B, ..., length + n).
@@ -83,16 +94,28 @@ class State:
         `length` does not move: the operator moves it once, when all of its histories are written. With no
         position seen yet the result is `new` itself, and where `new` is differentiated it is part of a copy.
         """
-        self.room(name, new).copy_(new.detach())
+        self.write(name, new)
         if self.length == 0:
             return new
         if torch.is_grad_enabled() and new.requires_grad:
             return torch.cat([self.histories[name][..., : self.length], new], dim=-1)
         return self.histories[name][..., : self.length + new.shape[-1]]
 
+    def write(self, name: str, new: Tensor) -> Tensor:
+        """`append`, but returns the whole buffer, of which positions behind the new ones mean nothing."""
+        self.room(name, new).copy_(new.detach() if new.requires_grad else new)
+        return self.histories[name]
+
     def keep_input(self, name: str, new: Tensor) -> Tensor:
-        """`append` to what only crops need: `new` itself where the state is not croppable."""
-        return self.append(name, new) if self.croppable else new
+        """`append` to what only crops need: `new` itself where the state is not croppable.
+
+        The channels of a position touch in the buffer, as a step has them: nothing else reads it often.
+        """
+        if not self.croppable:
+            return new
+        if name not in self.histories:
+            self.histories[name] = new.new_empty(new.shape[0], 0, new.shape[1]).transpose(1, 2)
+        return self.append(name, new)
 
     def mark(self) -> None:
         """Remember the memory as it is now, for crops to positions behind it."""
@@ -106,11 +129,11 @@ class State:
         buffer = self.histories.get(name)
         if buffer is None or buffer.shape[-1] < stop:
             capacity = min(self.max_length, max(2 * stop, MIN_CAPACITY))
-            grown = like.new_empty(*like.shape[:-1], capacity + PADDING)
+            grown = _empty(like, capacity + PADDING, buffer)
             if buffer is not None and start > 0:
                 grown[..., :start] = buffer[..., :start]
             self.histories[name] = buffer = grown
-        return buffer[..., start:stop]
+        return buffer.narrow(-1, start, stop - start)
 
     def crop(self, length: int) -> None:
         """Forget all positions from `length` on.
@@ -130,7 +153,7 @@ class State:
             self.ahead.clear()
             self._return_to_mark(length)
         if length == 0:
-            self.filters = None  # a new text may come with new weights
+            self.filters = self.short = None  # a new text may come with new weights
         self.length = length
 
     def _return_to_mark(self, length: int) -> None:
@@ -159,11 +182,11 @@ class State:
         def all_kept(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: kept(tensor) for name, tensor in tensors.items()}
 
-        def maybe_kept(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else kept(tensor)
+        def maybe_kept(tensors: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
+            return None if tensors is None else tuple(kept(tensor) for tensor in tensors)
 
         for name, buffer in self.histories.items():
-            self.histories[name] = buffer.new_empty(len(indices), *buffer.shape[1:])
+            self.histories[name] = _empty(kept(buffer[..., :1]), buffer.shape[-1], buffer)
             self.histories[name][..., : self.length] = kept(buffer[..., : self.length])
         for ahead in self.ahead.values():
             ahead.select(indices)
@@ -194,3 +217,10 @@ class State:
                 f"{self.length} positions seen and {new} new ones exceed max_length {self.max_length}: "
                 "build the operator with a larger max_length."
             )
+
+
+def _empty(like: Tensor, capacity: int, laid_out_as: Tensor | None) -> Tensor:
+    """A buffer (..., capacity) of the shape of `like` but for its positions."""
+    if laid_out_as is not None and laid_out_as.dim() == 3 and laid_out_as.stride(1) == 1:
+        return like.new_empty(like.shape[0], capacity, like.shape[1]).transpose(1, 2)
+    return like.new_empty(*like.shape[:-1], capacity)

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from operators.ahead import FIRST_WINDOW, Ahead
+from operators.ahead import Ahead, window
 from operators.convolution import long_conv
 from operators.decode import Filters
 from operators.state import State
@@ -48,8 +48,8 @@ class StepMode(ABC):
         """The outputs (B, D, n) at n new positions after the state's, which it remembers too."""
 
     @abstractmethod
-    def step(self, filters: Filters, state: State, name: str, channels: slice, z_BD1: Tensor) -> Tensor:
-        """`chunk` of one position."""
+    def step(self, filters: Filters, state: State, name: str, channels: slice, z_B1D: Tensor) -> Tensor:
+        """`chunk` of one position, (B, 1, D)."""
 
 
 class Direct(StepMode):
@@ -69,10 +69,10 @@ class Direct(StepMode):
         past_BDT = state.append(name, z_BDn)
         return _convolved(filters, channels, past_BDT)[..., -z_BDn.shape[-1] :]
 
-    def step(self, filters: Filters, state: State, name: str, channels: slice, z_BD1: Tensor) -> Tensor:
+    def step(self, filters: Filters, state: State, name: str, channels: slice, z_B1D: Tensor) -> Tensor:
         """See `StepMode.step`."""
-        past_BDT = state.append(name, z_BD1)
-        return (past_BDT * filters.reversed(past_BDT.shape[-1])[channels]).sum(-1, keepdim=True)
+        past_BDT = state.append(name, z_B1D.transpose(1, 2))
+        return (past_BDT * filters.reversed(past_BDT.shape[-1])[channels]).sum(-1)[:, None]
 
 
 class Tiled(Direct):
@@ -80,7 +80,7 @@ class Tiled(Direct):
 
     def beyond(self, length: int, longest: int) -> int:
         """See `StepMode.beyond`: what comes out of a transform that is a little longer than the prefill's."""
-        return min(max(FIRST_WINDOW, length // 4), longest - length)
+        return window(length, longest)
 
     def filled(
         self, filters: Filters, state: State, name: str, channels: slice, z_BDL: Tensor, known_BDW: Tensor | None
@@ -89,12 +89,12 @@ class Tiled(Direct):
         if known_BDW is not None:
             state.ahead[name] = Ahead(filters, channels, z_BDL, known_BDW)
 
-    def step(self, filters: Filters, state: State, name: str, channels: slice, z_BD1: Tensor) -> Tensor:
+    def step(self, filters: Filters, state: State, name: str, channels: slice, z_B1D: Tensor) -> Tensor:
         """See `StepMode.step`."""
-        past_BDT, ahead = state.append(name, z_BD1), state.ahead.get(name)
+        past_BDT, ahead = state.write(name, z_B1D.transpose(1, 2)), state.ahead.get(name)
         if ahead is None or ahead.position != state.length:
-            ahead = state.ahead[name] = Ahead(filters, channels, past_BDT[..., :-1])
-        return ahead.step(z_BD1, past_BDT)
+            ahead = state.ahead[name] = Ahead(filters, channels, past_BDT[..., : state.length])
+        return ahead.step(z_B1D, past_BDT)
 
 
 class Modal(StepMode):
@@ -117,9 +117,9 @@ class Modal(StepMode):
         ahead_BDn = filters.recurrence.ahead(channels, before_BSD, z_BDn.shape[-1])
         return _convolved(filters, channels, z_BDn) + ahead_BDn
 
-    def step(self, filters: Filters, state: State, name: str, channels: slice, z_BD1: Tensor) -> Tensor:
+    def step(self, filters: Filters, state: State, name: str, channels: slice, z_B1D: Tensor) -> Tensor:
         """See `StepMode.step`."""
-        return filters.recurrence.step(channels, z_BD1, state.memory[name])
+        return filters.recurrence.step(channels, z_B1D, state.memory[name])
 
 
 class Window(StepMode):
@@ -141,11 +141,11 @@ class Window(StepMode):
         self.filled(filters, state, name, channels, seen_BDL.detach(), None)
         return filters.convolution(seen_BDL.shape[-1])(seen_BDL, channels)[..., -z_BDn.shape[-1] :]
 
-    def step(self, filters: Filters, state: State, name: str, channels: slice, z_BD1: Tensor) -> Tensor:
+    def step(self, filters: Filters, state: State, name: str, channels: slice, z_B1D: Tensor) -> Tensor:
         """See `StepMode.step`."""
-        seen_BDK = torch.cat([state.memory[name], z_BD1], dim=-1)
+        seen_BDK = torch.cat([state.memory[name], z_B1D.transpose(1, 2)], dim=-1)
         state.memory[name] = seen_BDK[..., max(0, seen_BDK.shape[-1] - filters.taps + 1) :].detach()
-        return (seen_BDK * filters.reversed(seen_BDK.shape[-1])[channels]).sum(-1, keepdim=True)
+        return (seen_BDK * filters.reversed(seen_BDK.shape[-1])[channels]).sum(-1)[:, None]
 
 
 STEP_MODES: dict[str, StepMode] = {"tiled": Tiled(), "direct": Direct(), "modal": Modal(), "window": Window()}

@@ -1,10 +1,37 @@
 // Decoding in torch.ops.layerswap, on the CPU: checks and threads around step.h and heads.h.
 #include "heads.h"
+#include "product.h"
 #include "tensors.h"
 
 namespace {
 
 using namespace layerswap;
+
+using FewRows = void (*)(const float*, const float*, const float*, int64_t, int64_t, int64_t, float*, int64_t);
+
+template <int... Rows>
+FewRows few_rows_of(int64_t rows, std::integer_sequence<int, Rows...>) {
+  static constexpr FewRows all[] = {few_rows<Rows + 1>...};
+  return all[rows - 1];
+}
+
+// x (..., K) of up to kMostRows rows times weight (E, K) transposed, plus bias (E,): (..., E).
+Tensor project_few(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const int64_t outputs = weight.size(0), inputs = weight.size(1), rows = inputs > 0 ? x.numel() / inputs : 0;
+  check_float(x, "x");
+  check_float(weight, "weight");
+  if (bias) check_float(*bias, "bias");
+  TORCH_CHECK(x.size(-1) == inputs && rows >= 1 && rows <= kMostRows, "x must have 1 to ", kMostRows, " rows of ", inputs);
+  std::vector<int64_t> sizes = x.sizes().vec();
+  sizes.back() = outputs;
+  Tensor y = at::empty(sizes, x.options());
+  const FewRows work = few_rows_of(rows, std::make_integer_sequence<int, kMostRows>());
+  at::parallel_for(0, outputs, 64, [&](int64_t first, int64_t last) {
+    work(x.const_data_ptr<float>(), weight.const_data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr, inputs,
+         first, last, y.mutable_data_ptr<float>(), outputs);
+  });
+  return y;
+}
 
 // What the first `seen` positions of histories add to those behind, into ahead.
 void fold(at::TensorList histories, int64_t seen, const Tensor& spectra, const Tensor& ahead) {
@@ -27,29 +54,26 @@ void fold(at::TensorList histories, int64_t seen, const Tensor& spectra, const T
 // Writes x (B, 1, D) to a position of its history (B, D, positions).
 template <class Bits>
 void remember(const Tensor& x, const Tensor& history, int64_t position) {
-  TORCH_CHECK(x.element_size() == sizeof(Bits) && touching(history) && history.size(2) > position, "history of inputs");
+  TORCH_CHECK(x.element_size() == sizeof(Bits) && history.stride(1) == 1 && history.size(2) > position, "history of inputs");
   const Bits* from = static_cast<const Bits*>(x.const_data_ptr());
-  const int64_t width = x.size(-1), stride = history.stride(1);
-  for (int64_t sequence = 0; sequence < x.size(0); ++sequence, from += width) {
-    Bits* to = static_cast<Bits*>(history.mutable_data_ptr()) + sequence * history.stride(0) + position;
-    for (int64_t c = 0; c < width; ++c) to[c * stride] = from[c];
-  }
+  const int64_t width = x.size(-1);
+  Bits* to = static_cast<Bits*>(history.mutable_data_ptr()) + position * history.stride(2);
+  for (int64_t sequence = 0; sequence < x.size(0); ++sequence)
+    std::copy_n(from + sequence * width, width, to + sequence * history.stride(0));
 }
 
-// Short convolutions of p (B, 1, E), in its dtype as `recent` (B, E, K - 1), to u (B, E).
-void short_conv_of(const Tensor& p, const Tensor& recent, const Tensor& weight, const Tensor& bias, float* u) {
-  const int64_t rows = weight.size(0), taps = weight.size(1), batch = p.numel() / rows;
-  TORCH_CHECK(p.is_contiguous() && recent.is_contiguous() && p.scalar_type() == recent.scalar_type(), "projections");
-  TORCH_CHECK(p.numel() == batch * rows && recent.numel() == batch * rows * (taps - 1), "recent projections do not fit");
-  const float *w = weight.const_data_ptr<float>(), *b = bias.const_data_ptr<float>();
-  for (int64_t i = 0; i < batch; ++i, u += rows) {
-    const int64_t at = i * rows, before = at * (taps - 1);
-    if (p.scalar_type() == at::kFloat) {
-      short_conv_step(p.const_data_ptr<float>() + at, recent.mutable_data_ptr<float>() + before, w, b, rows, taps, u);
-    } else {
-      const auto* from = reinterpret_cast<const BFloat*>(p.const_data_ptr<at::BFloat16>());
-      auto* kept = reinterpret_cast<BFloat*>(recent.mutable_data_ptr<at::BFloat16>());
-      short_conv_step(from + at, kept + before, w, b, rows, taps, u);
+// Short convolutions by weights (K, E) of `recent`, K - 1 of (B, 1, E), and p (B, 1, E), which comes last, to u (B, E).
+void short_conv_of(const Tensor& p, at::TensorList recent, const Tensor& weight, const Tensor& bias, float* u) {
+  const int64_t taps = weight.size(0), rows = weight.size(1), batch = p.numel() / rows;
+  TORCH_CHECK(int64_t(recent.size()) == taps - 1 && bias.numel() == rows, "recent projections do not fit");
+  for (int64_t i = 0; i < batch; ++i) std::copy_n(bias.const_data_ptr<float>(), rows, u + i * rows);
+  for (int64_t k = 0; k < taps; ++k) {
+    const Tensor& from = k < taps - 1 ? recent[k] : p;
+    const float* w = weight.const_data_ptr<float>() + k * rows;
+    TORCH_CHECK(from.is_contiguous() && from.numel() == batch * rows, "projections do not fit");
+    for (int64_t i = 0; i < batch; ++i) {
+      if (from.scalar_type() == at::kFloat) add_tap(from.const_data_ptr<float>() + i * rows, w, rows, u + i * rows);
+      else add_tap(reinterpret_cast<const BFloat*>(from.const_data_ptr<at::BFloat16>()) + i * rows, w, rows, u + i * rows);
     }
   }
 }
@@ -71,7 +95,7 @@ void step_sequences(const Decoder& d, const float* u, T* y, int64_t position) {
 }
 
 // One position; histories are that of the inputs x, then those of the convolutions.
-Tensor step(const Tensor& p, const Tensor& recent, const Tensor& weight, const Tensor& bias, const Tensor& h,
+Tensor step(const Tensor& p, at::TensorList recent, const Tensor& weight, const Tensor& bias, const Tensor& h,
             const Tensor& near, const Tensor& spectra, const Tensor& ready, const Tensor& x, at::TensorList histories,
             const Tensor& ahead, int64_t position, int64_t origin) {
   Decoder d;
@@ -106,12 +130,12 @@ Tensor step(const Tensor& p, const Tensor& recent, const Tensor& weight, const T
 }
 
 // One position of multi-head Hyena; histories are those of inputs x, of keys (B, H, K, positions) and of values.
-Tensor heads_step(const Tensor& p, const Tensor& recent, const Tensor& weight, const Tensor& bias, const Tensor& lags,
+Tensor heads_step(const Tensor& p, at::TensorList recent, const Tensor& weight, const Tensor& bias, const Tensor& lags,
                   const Tensor& direct, const Tensor& x, at::TensorList histories, int64_t position, int64_t degree,
                   bool gated, bool normalised, double scale, double largest_gate, double smallest_sum) {
   TORCH_CHECK(histories.size() == 3, "histories of inputs, keys and values");
   const Tensor &key = histories[1], &value = histories[2];
-  const int64_t batch = x.size(0), width = x.size(-1), heads = key.size(1), rows = weight.size(0);
+  const int64_t batch = x.size(0), width = x.size(-1), heads = key.size(1), rows = weight.size(1);
   const HeadStep step{heads, key.size(2), width / heads, degree, gated, normalised,
                       float(scale), float(largest_gate), float(smallest_sum)};
   check_float(weight, "short weight");
@@ -145,17 +169,19 @@ Tensor heads_step(const Tensor& p, const Tensor& recent, const Tensor& weight, c
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(layerswap, library) {
+  library.def("project_few(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   library.def("fold(Tensor[] histories, int seen, Tensor spectra, Tensor(a!) ahead) -> ()");
   library.def(
-      "step(Tensor p, Tensor(a!) recent, Tensor weight, Tensor bias, Tensor h, Tensor near, Tensor(b!) spectra, "
-      "Tensor(c!) ready, Tensor x, Tensor(d!)[] histories, Tensor(e!) ahead, int position, int origin) -> Tensor");
+      "step(Tensor p, Tensor[] recent, Tensor weight, Tensor bias, Tensor h, Tensor near, Tensor(a!) spectra, "
+      "Tensor(b!) ready, Tensor x, Tensor(c!)[] histories, Tensor(d!) ahead, int position, int origin) -> Tensor");
   library.def(
-      "heads_step(Tensor p, Tensor(a!) recent, Tensor weight, Tensor bias, Tensor lags, Tensor direct, Tensor x, "
-      "Tensor(b!)[] histories, int position, int degree, bool gated, bool normalised, float scale, float largest_gate, "
+      "heads_step(Tensor p, Tensor[] recent, Tensor weight, Tensor bias, Tensor lags, Tensor direct, Tensor x, "
+      "Tensor(a!)[] histories, int position, int degree, bool gated, bool normalised, float scale, float largest_gate, "
       "float smallest_sum) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(layerswap, CPU, library) {
+  library.impl("project_few", project_few);
   library.impl("fold", fold);
   library.impl("step", step);
   library.impl("heads_step", heads_step);

@@ -21,7 +21,7 @@ from torch import Tensor
 from operators.decode import Filters
 from operators.native import LONGEST, serves
 from operators.native.channels import spectra_of, transform_size
-from operators.state import CoreWindow, State
+from operators.state import CoreWindow, ShortConv, State
 
 LANES, NEAR, LEAST_ROOM = 16, 32, 64
 
@@ -37,7 +37,7 @@ def open_window(state: State, seen: int, channels: int, convolutions: int) -> Te
     return state.core.sums
 
 
-def step(x_B1D: Tensor, p_B1E: Tensor, weight_EK: Tensor, bias_E: Tensor, filters: Filters, state: State) -> Tensor:
+def step(x_B1D: Tensor, p_B1E: Tensor, short: ShortConv, filters: Filters, state: State) -> Tensor:
     """Outputs (B, 1, D) before the last projection at the state's next position, in the dtype of projections `p`.
 
     Writes the position to the state's histories but does not move its length.
@@ -51,22 +51,20 @@ def step(x_B1D: Tensor, p_B1E: Tensor, weight_EK: Tensor, bias_E: Tensor, filter
         core = state.core
         spectra = spectra_of(filters, width, position + core.sums.shape[2])
         torch.ops.layerswap.fold(histories[1:], position, spectra, core.sums)
-    weights = (weight_EK.float(), bias_E.float(), filters.h_CL, *_tables(filters, width))
+    weights = (short.weight_KE, short.bias_E, filters.h_CL, *_tables(filters, width))
     y_B1D = torch.ops.layerswap.step(
-        p_B1E, _recent(state), *weights, x_B1D.contiguous(), histories, core.sums, position, core.first
+        p_B1E, _recent(state, p_B1E), *weights, x_B1D.contiguous(), histories, core.sums, position, core.first
     )
     core.position = position + 1
     return cast(Tensor, y_B1D)
 
 
-def step_heads(
-    x_B1D: Tensor, p_B1E: Tensor, weight_EK: Tensor, bias_E: Tensor, direct_D: Tensor, state: State, **how: Any
-) -> Tensor:
+def step_heads(x_B1D: Tensor, p_B1E: Tensor, short: ShortConv, direct_D: Tensor, state: State, **how: Any) -> Tensor:
     """`step` of heads; `how` are the last arguments of the core's `heads_step`."""
     histories = _histories(state, ["input", "key", "value"])
     assert state.filters is not None
-    weights = (weight_EK.float(), bias_E.float(), state.filters.reversed(state.length + 1), direct_D.float())
-    inputs = (p_B1E, _recent(state), *weights, x_B1D.contiguous(), histories, state.length)
+    weights = (short.weight_KE, short.bias_E, state.filters.reversed(state.length + 1), direct_D.float())
+    inputs = (p_B1E, _recent(state, p_B1E), *weights, x_B1D.contiguous(), histories, state.length)
     return cast(Tensor, torch.ops.layerswap.heads_step(*inputs, **how))
 
 
@@ -85,10 +83,12 @@ def _histories(state: State, names: list[str]) -> list[Tensor]:
     return [state.histories[name] for name in names]
 
 
-def _recent(state: State) -> Tensor:
+def _recent(state: State, p_B1E: Tensor) -> tuple[Tensor, ...]:
+    """The projections before `p`, which is the newest from now on."""
     assert state.recent_projections is not None
-    state.recent_projections = state.recent_projections.contiguous()
-    return state.recent_projections
+    recent = state.recent_projections
+    state.recent_projections = (*recent, p_B1E)[1:]
+    return recent
 
 
 def _tables(filters: Filters, width: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,19 +20,6 @@ struct History {
   int64_t stride;
 };
 
-FORCED Vec read_some(const float* from, int64_t count) {
-  if (count >= kLanes) return read(from);
-  float part[16] = {};
-  std::memcpy(part, from, count * sizeof(float));
-  return read(part);
-}
-
-FORCED void write_some(float* to, Vec v, int64_t count) {
-  float part[16];
-  write(part, v);
-  std::memcpy(to, part, std::min(kLanes, count) * sizeof(float));
-}
-
 // scores[s] = f(q . k_s) h(last - s) of `length` positions; `lags` is h reversed, its last entry that of lag 0.
 inline void score(const HeadStep& step, const float* q, History key, const float* lags, int64_t length, float* scores) {
   for (int64_t s = 0; s < length; s += 4 * kLanes) {

@@ -34,6 +34,20 @@ FORCED void write(BFloat* to, Vec v) {  // to the nearest, ties to even; what is
   std::memcpy(to, &h, sizeof h);
 }
 
+// The first `count` of sixteen.
+FORCED Vec read_some(const float* from, int64_t count) {
+  if (count >= kLanes) return read(from);
+  float part[16] = {};
+  std::memcpy(part, from, count * sizeof(float));
+  return read(part);
+}
+
+FORCED void write_some(float* to, Vec v, int64_t count) {
+  float part[16];
+  write(part, v);
+  std::memcpy(to, part, std::min(kLanes, count) * sizeof(float));
+}
+
 // Up to sixteen channels of a sequence. Either the positions of a channel touch, or the channels of a position.
 template <class T>
 struct Rows {

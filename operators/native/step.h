@@ -45,24 +45,10 @@ inline float number(BFloat x) {
   return wide;
 }
 
-// Short convolution of one position (rows,); `recent` (rows, taps - 1) moves on by it. Fixed: taps, or 0 for any.
-template <int Fixed, class T>
-void short_conv_step(const T* p, T* recent, const float* weight, const float* bias, int64_t rows, int64_t any, float* u) {
-  const int64_t taps = Fixed ? Fixed : any;
-  for (int64_t row = 0; row < rows; ++row) {
-    T* before = recent + row * (taps - 1);
-    const float* w = weight + row * taps;
-    float sum = bias[row] + w[taps - 1] * number(p[row]);
-    for (int64_t k = 0; k < taps - 1; ++k) sum += w[k] * number(before[k]);
-    for (int64_t k = 0; k + 2 < taps; ++k) before[k] = before[k + 1];
-    if (taps > 1) before[taps - 2] = p[row];
-    u[row] = sum;
-  }
-}
-
+// Adds one tap of the short convolution, of the projections p of one position (rows,), to u.
 template <class T>
-void short_conv_step(const T* p, T* recent, const float* weight, const float* bias, int64_t rows, int64_t taps, float* u) {
-  (taps == 3 ? short_conv_step<3, T> : short_conv_step<0, T>)(p, recent, weight, bias, rows, taps, u);
+void add_tap(const T* p, const float* weight, int64_t rows, float* u) {
+  for (int64_t row = 0; row < rows; ++row) u[row] += weight[row] * number(p[row]);
 }
 
 // z of one position and convolution: y = what was ahead + h(0) z, z to the history, and to the outputs that are near.

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from operators import ahead
 from operators.ahead import Ahead
 from operators.config import HyenaConfig
+from operators.convolution import fft_size
 from operators.decode import Filters
 from operators.registry import build
 from tests.operators.cases import B, D, attention, close, draw, generator
 
-LONG = 620  # blocks of 32 to 256 and cut ones, windows of 64, 128, 256 and a cut one
+LONG = 620  # blocks of 16 to 256 and cut ones, windows of 64, 128, 256 and a cut one
 
 
 def operator_of(order: int = 2) -> Any:
@@ -60,8 +61,8 @@ def test_every_input_meets_every_later_output_once(prompt: int, monkeypatch: pyt
     filters, z_BDT = Filters(torch.ones(3, LONG, dtype=torch.float64)), torch.ones(1, 3, LONG, dtype=torch.float64)
     sums = Ahead(filters, slice(0, 3), z_BDT[..., :prompt])
     for t in range(prompt, LONG):
-        y_BD1 = sums.step(z_BDT[..., t : t + 1], z_BDT[..., : t + 1])
-        close(y_BD1, torch.full_like(y_BD1, t + 1.0), 1e-12)
+        y_B1D = sums.step(z_BDT[..., t : t + 1].transpose(1, 2), z_BDT[..., : t + 1])
+        close(y_B1D, torch.full_like(y_B1D, t + 1.0), 1e-12)
 
 
 @torch.no_grad()
@@ -77,9 +78,19 @@ def test_no_step_transforms_much_more_than_others(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Ahead, "_add", counted)
     for t in range(1000, 4096):
-        sums.step(z_BDT[..., t : t + 1], z_BDT[..., : t + 1])
+        sums.step(z_BDT[..., t : t + 1].transpose(1, 2), z_BDT[..., : t + 1])
     assert max(worked) < 6 * ahead.PORTION
     assert sum(worked) > 100 * ahead.PORTION
+
+
+def test_sizes_of_transforms_have_small_factors_and_are_little_longer() -> None:
+    for minimum in [*range(1, 1200), 4097, 20_001, 100_000]:
+        size = rest = fft_size(minimum)
+        for factor in (2, 3, 5):
+            while rest % factor == 0:
+                rest //= factor
+        assert rest == 1 and size % 2 == 0 and size >= minimum
+        assert size <= max(64, 4 / 3 * minimum)
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from operators import native
 from operators.config import HyenaConfig
 from operators.native import build
+from operators.native.projection import MOST_ROWS, project_step
 from tests.operators import test_contract, test_decode
 from tests.operators.cases import MAX, B, D, attention, close, draw, generator, hyena, make
 
@@ -31,6 +32,7 @@ ELSEWHERE = (
     "filters_are",
     "every_input_meets",
     "no_step_transforms",
+    "sizes_of_transforms",
 )  # float64, or no operator
 
 
@@ -122,6 +124,20 @@ def test_results_do_not_depend_on_the_number_of_threads(core: None) -> None:
         results.append([y_BDL, *torch.autograd.grad(y_BDL.sum(), [p_BEL, h_CL, operator.short_weight])])
     torch.set_num_threads(before)
     assert x_BLD.shape[0] == B and all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("rows", range(1, MOST_ROWS + 2))
+@pytest.mark.parametrize(("inputs", "outputs"), [(37, 13), (5, 1), (64, 200)])
+@torch.no_grad()
+def test_products_of_few_rows_are_linear_layers(rows: int, inputs: int, outputs: int, core: None) -> None:
+    linear, x_B1D = nn.Linear(inputs, outputs, bias=outputs > 1), draw(rows, 1, inputs)
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(project_step(linear, x_B1D))
+    torch.set_num_threads(before)
+    close(found[0], linear(x_B1D), 1e-6)
+    assert rows > MOST_ROWS or torch.equal(*found)
 
 
 LONG = 620  # levels up to 128 inputs, windows of every kind

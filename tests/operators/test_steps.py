@@ -43,7 +43,7 @@ def size_of(state: State) -> int:
     tensors = [*state.histories.values(), *state.memory.values(), *state.ahead.values()]
     tensors += [tensor for mark in state.marks for tensor in mark.memory.values()]
     if state.recent_projections is not None:
-        tensors.append(state.recent_projections)
+        tensors += state.recent_projections
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
