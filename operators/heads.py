@@ -13,6 +13,7 @@ Shapes: as in `hyena`, and H heads, K here the width of a head's query and key, 
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from operators.hyena import Hyena, outside_autocast
 from operators.low_rank import centred_products
 from operators.mixing import mix, mix_reference, mix_step
 from operators.modes import Modes
-from operators.native.decode import step_heads, takes
+from operators.native.decode import step_heads, step_modal_heads, takes
 from operators.recompute import recomputed
 from operators.state import State
 from operators.transfer import AttentionWeights
@@ -149,11 +150,16 @@ class HeadHyena(Hyena):
 
     def between(self, x_B1D: Tensor, p_B1E: Tensor, state: State) -> Tensor | None:
         """See `Hyena.between`."""
-        if state.mode != "direct" or self.hedgehog is not None or not takes(state, x_B1D, p_B1E):
+        if self.hedgehog is not None or not takes(state, x_B1D, p_B1E):
             return None
-        how = {"degree": self.degree or 0, "gated": self.config.key_gate, "normalised": self.config.normalise}
-        limits = {"scale": self.scale, "largest_gate": LARGEST_GATE, "smallest_sum": SMALLEST_SUM}
-        return step_heads(x_B1D, p_B1E, self.short_of(state), self.direct, state, **how, **limits)
+        inputs = (x_B1D, p_B1E, self.short_of(state))
+        gate: dict[str, Any] = {"gated": self.config.key_gate, "largest_gate": LARGEST_GATE, "scale": self.scale}
+        if state.mode == "direct":
+            sums: dict[str, Any] = {"normalised": self.config.normalise, "smallest_sum": SMALLEST_SUM}
+            return step_heads(*inputs, self.direct, state, degree=self.degree or 0, **gate, **sums)
+        recurrence = self._recurrence(state)
+        modes = (recurrence.decay_HS11, recurrence.modes.residues_CS)
+        return step_modal_heads(*inputs, modes, self.direct, state, **gate)
 
     def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
         """See `Hyena.combine_reference`."""

@@ -129,41 +129,81 @@ Tensor step(const Tensor& p, at::TensorList recent, const Tensor& weight, const 
   return y;
 }
 
-// One position of multi-head Hyena; histories are those of inputs x, of keys (B, H, K, positions) and of values.
-Tensor heads_step(const Tensor& p, at::TensorList recent, const Tensor& weight, const Tensor& bias, const Tensor& lags,
-                  const Tensor& direct, const Tensor& x, at::TensorList histories, int64_t position, int64_t degree,
-                  bool gated, bool normalised, double scale, double largest_gate, double smallest_sum) {
-  TORCH_CHECK(histories.size() == 3, "histories of inputs, keys and values");
-  const Tensor &key = histories[1], &value = histories[2];
-  const int64_t batch = x.size(0), width = x.size(-1), heads = key.size(1), rows = weight.size(1);
-  const HeadStep step{heads, key.size(2), width / heads, degree, gated, normalised,
-                      float(scale), float(largest_gate), float(smallest_sum)};
+// One position of multi-head Hyena: the short convolution, then work(item, input, y) for every head of every sequence.
+template <class F>
+Tensor heads_step_with(const HeadStep& step, const Tensor& p, at::TensorList recent, const Tensor& weight,
+                       const Tensor& bias, const Tensor& direct, const Tensor& x, const Tensor& inputs, int64_t position,
+                       const F& work) {
+  const int64_t batch = x.size(0), width = x.size(-1), heads = step.heads, rows = weight.size(1);
   check_float(weight, "short weight");
   check_float(bias, "short bias");
   check_float(direct, "direct");
-  for (const Tensor* t : {&key, &value})
-    TORCH_CHECK(t->scalar_type() == at::kFloat && t->is_contiguous() && t->size(3) > position, "histories do not fit");
-  TORCH_CHECK(value.size(2) == step.stored() && rows == 2 * heads * step.keys + width + (gated ? heads : 0), "rows");
-  TORCH_CHECK(lags.scalar_type() == at::kFloat && touching(lags) && lags.size(1) == position + 1, "lags do not fit");
-  TORCH_CHECK(x.is_contiguous() && x.scalar_type() == histories[0].scalar_type(), "inputs do not fit");
-  if (x.element_size() == 4) remember<uint32_t>(x, histories[0], position);
-  else remember<uint16_t>(x, histories[0], position);
+  TORCH_CHECK(rows == 2 * heads * step.keys + width + (step.gated ? heads : 0), "rows do not fit");
+  TORCH_CHECK(x.is_contiguous() && x.scalar_type() == inputs.scalar_type(), "inputs do not fit");
+  if (x.element_size() == 4) remember<uint32_t>(x, inputs, position);
+  else remember<uint16_t>(x, inputs, position);
   std::vector<float> u(batch * rows), y(batch * width);
   short_conv_of(p, recent, weight, bias, u.data());
-  const auto history = [](const Tensor& t, int64_t item) {
-    return History{t.mutable_data_ptr<float>() + item * t.size(2) * t.size(3), t.size(3)};
-  };
   each(batch * heads, [&](int64_t item) {
-    const int64_t head = item % heads, sequence = item / heads;
-    const float *q = u.data() + sequence * rows, *k = q + heads * step.keys, *v = k + heads * step.keys;
-    head_step(step, q + head * step.keys, k + head * step.keys, v + head * step.values, gated ? v[width + head] : 0.0f,
-              direct.const_data_ptr<float>() + head * step.values, history(key, item), history(value, item),
-              lags.const_data_ptr<float>() + head * lags.stride(0), position, y.data() + item * step.values);
+    const int64_t head = item % heads;
+    const float *q = u.data() + item / heads * rows, *k = q + heads * step.keys, *v = k + heads * step.keys;
+    const HeadInput in{q + head * step.keys, k + head * step.keys, v + head * step.values,
+                       step.gated ? v[width + head] : 0.0f};
+    work(item, in, direct.const_data_ptr<float>() + head * step.values, y.data() + item * step.values);
   });
   Tensor out = at::empty({batch, 1, width}, p.options());
   if (p.scalar_type() == at::kFloat) store_row(y.data(), batch * width, out.mutable_data_ptr<float>());
   else store_row(y.data(), batch * width, reinterpret_cast<BFloat*>(out.mutable_data_ptr<at::BFloat16>()));
   return out;
+}
+
+// Histories are those of inputs x, of keys (B, H, K, positions) and of values.
+Tensor heads_step(const Tensor& p, at::TensorList recent, const Tensor& weight, const Tensor& bias, const Tensor& lags,
+                  const Tensor& direct, const Tensor& x, at::TensorList histories, int64_t position, int64_t degree,
+                  bool gated, bool normalised, double scale, double largest_gate, double smallest_sum) {
+  TORCH_CHECK(histories.size() == 3, "histories of inputs, keys and values");
+  const Tensor &key = histories[1], &value = histories[2];
+  const int64_t heads = key.size(1);
+  const HeadStep step{heads, key.size(2), x.size(-1) / heads, degree, gated, normalised,
+                      float(scale), float(largest_gate), float(smallest_sum)};
+  for (const Tensor* t : {&key, &value})
+    TORCH_CHECK(t->scalar_type() == at::kFloat && t->is_contiguous() && t->size(3) > position, "histories do not fit");
+  TORCH_CHECK(value.size(2) == step.stored(), "rows of values do not fit");
+  TORCH_CHECK(lags.scalar_type() == at::kFloat && touching(lags) && lags.size(1) == position + 1, "lags do not fit");
+  const auto history = [](const Tensor& t, int64_t item) {
+    return History{t.mutable_data_ptr<float>() + item * t.size(2) * t.size(3), t.size(3)};
+  };
+  return heads_step_with(step, p, recent, weight, bias, direct, x, histories[0], position,
+                         [&](int64_t item, const HeadInput& in, const float* direct_of, float* y) {
+    const float* lags_of = lags.const_data_ptr<float>() + item % heads * lags.stride(0);
+    head_step(step, in, direct_of, history(key, item), history(value, item), lags_of, position, y);
+  });
+}
+
+const float* numbers(const Tensor& t) {
+  return t.is_complex() ? static_cast<const float*>(t.const_data_ptr()) : t.const_data_ptr<float>();
+}
+
+// From a memory (B, H, modes, K, values), complex where decay and residue (H, modes) are.
+Tensor heads_modal_step(const Tensor& p, at::TensorList recent, const Tensor& weight, const Tensor& bias,
+                        const Tensor& decay, const Tensor& residue, const Tensor& direct, const Tensor& x,
+                        const Tensor& inputs, const Tensor& memory, int64_t position, bool gated, double scale,
+                        double largest_gate) {
+  const int64_t heads = memory.size(1), modes = memory.size(2), parts = memory.is_complex() ? 2 : 1;
+  const HeadStep step{heads, memory.size(3), x.size(-1) / heads, 0, gated, false, float(scale), float(largest_gate), 0};
+  TORCH_CHECK(memory.is_contiguous() && memory.size(4) == step.values && memory.size(0) == x.size(0), "memory");
+  for (const Tensor* t : {&decay, &residue, &memory})
+    TORCH_CHECK(t->scalar_type() == (parts == 2 ? at::kComplexFloat : at::kFloat), "float32 or complex64");
+  for (const Tensor* t : {&decay, &residue})
+    TORCH_CHECK(t->is_contiguous() && t->numel() == heads * modes, "modes do not fit");
+  float* memories = static_cast<float*>(memory.mutable_data_ptr());
+  const int64_t size = parts * modes * step.keys * step.values;
+  return heads_step_with(step, p, recent, weight, bias, direct, x, inputs, position,
+                         [&](int64_t item, const HeadInput& in, const float* direct_of, float* y) {
+    const int64_t first = item % heads * modes * parts;
+    const HeadModes of{modes, numbers(decay) + first, numbers(residue) + first};
+    modal_head_step(step, in, direct_of, of, parts == 2, memories + item * size, y);
+  });
 }
 
 }  // namespace
@@ -178,6 +218,10 @@ TORCH_LIBRARY_FRAGMENT(layerswap, library) {
       "heads_step(Tensor p, Tensor[] recent, Tensor weight, Tensor bias, Tensor lags, Tensor direct, Tensor x, "
       "Tensor(a!)[] histories, int position, int degree, bool gated, bool normalised, float scale, float largest_gate, "
       "float smallest_sum) -> Tensor");
+  library.def(
+      "heads_modal_step(Tensor p, Tensor[] recent, Tensor weight, Tensor bias, Tensor decay, Tensor residue, "
+      "Tensor direct, Tensor x, Tensor(a!) inputs, Tensor(b!) memory, int position, bool gated, float scale, "
+      "float largest_gate) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(layerswap, CPU, library) {
@@ -185,4 +229,5 @@ TORCH_LIBRARY_IMPL(layerswap, CPU, library) {
   library.impl("fold", fold);
   library.impl("step", step);
   library.impl("heads_step", heads_step);
+  library.impl("heads_modal_step", heads_modal_step);
 }

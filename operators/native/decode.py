@@ -5,10 +5,10 @@ convolution computes it along with the outputs, up to the next power of two that
 It opens anew where it ends or where something else than a step came between. Inside, the work of every step is bounded
 (`step.h`).
 
-Heads read their history of keys and values as in torch.
+Heads read their history of keys and values as in torch, or go through their memory of modes once.
 
 Shapes: B batch, E rows of the projection, D model width, H heads, L lags, N convolutions, P channels in whole vectors,
-T positions with the new one, W positions of the window.
+S modes, T positions with the new one, W positions of the window.
 """
 
 from __future__ import annotations
@@ -61,11 +61,26 @@ def step(x_B1D: Tensor, p_B1E: Tensor, short: ShortConv, filters: Filters, state
 
 def step_heads(x_B1D: Tensor, p_B1E: Tensor, short: ShortConv, direct_D: Tensor, state: State, **how: Any) -> Tensor:
     """`step` of heads; `how` are the last arguments of the core's `heads_step`."""
-    histories = _histories(state, ["input", "key", "value"])
     assert state.filters is not None
     weights = (short.weight_KE, short.bias_E, state.filters.reversed(state.length + 1), direct_D.float())
-    inputs = (p_B1E, _recent(state, p_B1E), *weights, x_B1D.contiguous(), histories, state.length)
-    return cast(Tensor, torch.ops.layerswap.heads_step(*inputs, **how))
+    inputs = (x_B1D.contiguous(), _histories(state, ["input", "key", "value"]), state.length)
+    return cast(Tensor, torch.ops.layerswap.heads_step(p_B1E, _recent(state, p_B1E), *weights, *inputs, **how))
+
+
+def step_modal_heads(
+    x_B1D: Tensor,
+    p_B1E: Tensor,
+    short: ShortConv,
+    modes: tuple[Tensor, Tensor],
+    direct_D: Tensor,
+    state: State,
+    **how: Any,
+) -> Tensor:
+    """`step` of heads whose filters are sums of modes, of these decays and residues, (H, S) each."""
+    weights = (short.weight_KE, short.bias_E, *modes, direct_D.float())
+    memory_BHSKV = state.memory["heads"] = state.memory["heads"].contiguous()
+    inputs = (x_B1D.contiguous(), *_histories(state, ["input"]), memory_BHSKV, state.length)
+    return cast(Tensor, torch.ops.layerswap.heads_modal_step(p_B1E, _recent(state, p_B1E), *weights, *inputs, **how))
 
 
 def takes(state: State, x_B1D: Tensor, p_B1E: Tensor) -> bool:

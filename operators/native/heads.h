@@ -58,24 +58,82 @@ inline float dot(const float* a, const float* b, int64_t length) {
   return total;
 }
 
-// A head's outputs y for query q and value v, both after the short convolution, at `position`, whose key and value
-// go to the histories first.
-inline void head_step(const HeadStep& step, const float* q, const float* k, const float* v, float gate,
-                      const float* direct, History key, History value, const float* lags, int64_t position, float* y) {
+// One head's part of a position after the short convolution.
+struct HeadInput {
+  const float *q, *k, *v;
+  float gate;
+
+  float counted(const HeadStep& step) const {
+    return step.gated ? std::exp(std::min(gate, step.largest_gate)) : 1.0f;
+  }
+};
+
+// A head's outputs y at `position`, whose key and value go to the histories first.
+inline void head_step(const HeadStep& step, const HeadInput& in, const float* direct, History key, History value,
+                      const float* lags, int64_t position, float* y) {
   static thread_local std::vector<float> scores, query;
   scores.resize(position + 1);
-  query.assign(q, q + step.keys);
+  query.assign(in.q, in.q + step.keys);
   for (float& number : query) number *= step.scale;
-  const float counted = step.gated ? std::exp(std::min(gate, step.largest_gate)) : 1.0f;
-  for (int64_t row = 0; row < step.keys; ++row) key.data[row * key.stride + position] = k[row];
-  for (int64_t row = 0; row < step.values; ++row) value.data[row * value.stride + position] = v[row] * counted;
+  const float counted = in.counted(step);
+  for (int64_t row = 0; row < step.keys; ++row) key.data[row * key.stride + position] = in.k[row];
+  for (int64_t row = 0; row < step.values; ++row) value.data[row * value.stride + position] = in.v[row] * counted;
   if (step.normalised) value.data[step.values * value.stride + position] = counted;
   score(step, query.data(), key, lags, position + 1, scores.data());
   float sum = 1.0f;
   if (step.normalised)
     sum = dot(scores.data(), value.data + step.values * value.stride, position + 1) + step.smallest_sum;
   for (int64_t row = 0; row < step.values; ++row)
-    y[row] = dot(scores.data(), value.data + row * value.stride, position + 1) / sum + direct[row] * v[row];
+    y[row] = dot(scores.data(), value.data + row * value.stride, position + 1) / sum + direct[row] * in.v[row];
+}
+
+// Modes of a head, real ones or pairs of real and imaginary part.
+struct HeadModes {
+  int64_t count;
+  const float *decay, *residue;
+};
+
+// memory = decay memory + k v^T of every mode, (modes, keys, columns), and sums += Re residue memory^T q, in one pass.
+inline void modal_pass(HeadModes modes, const float* q, const float* k, const float* v, int64_t keys, int64_t columns,
+                       float* __restrict memory, float* __restrict sums) {
+  for (int64_t mode = 0; mode < modes.count; ++mode)
+    for (int64_t i = 0; i < keys; ++i, memory += columns) {
+      const float decay = modes.decay[mode], read = modes.residue[mode] * q[i], key = k[i];
+      for (int64_t j = 0; j < columns; ++j) {
+        memory[j] = decay * memory[j] + key * v[j];
+        sums[j] += read * memory[j];
+      }
+    }
+}
+
+inline void complex_modal_pass(HeadModes modes, const float* q, const float* k, const float* v, int64_t keys,
+                               int64_t columns, float* __restrict memory, float* __restrict sums) {
+  for (int64_t mode = 0; mode < modes.count; ++mode)
+    for (int64_t i = 0; i < keys; ++i, memory += 2 * columns) {
+      const float re = modes.decay[2 * mode], im = modes.decay[2 * mode + 1], key = k[i];
+      const float read_re = modes.residue[2 * mode] * q[i], read_im = modes.residue[2 * mode + 1] * q[i];
+      for (int64_t j = 0; j < columns; ++j) {
+        const float was_re = memory[2 * j], was_im = memory[2 * j + 1];
+        memory[2 * j] = re * was_re - im * was_im + key * v[j];
+        memory[2 * j + 1] = re * was_im + im * was_re;
+        sums[j] += read_re * memory[2 * j] - read_im * memory[2 * j + 1];
+      }
+    }
+}
+
+// `head_step` of values that are not counted from a memory of constant size, (modes, keys, values), complex or not.
+inline void modal_head_step(const HeadStep& step, const HeadInput& in, const float* direct, HeadModes modes, bool complex,
+                            float* memory, float* y) {
+  static thread_local std::vector<float> query, value, sums;
+  query.assign(in.q, in.q + step.keys);
+  for (float& number : query) number *= step.scale;
+  const float counted = in.counted(step);
+  value.assign(in.v, in.v + step.values);
+  for (float& number : value) number *= counted;
+  sums.assign(step.values, 0.0f);
+  (complex ? complex_modal_pass : modal_pass)(modes, query.data(), in.k, value.data(), step.keys, step.values, memory,
+                                              sums.data());
+  for (int64_t row = 0; row < step.values; ++row) y[row] = sums[row] + direct[row] * in.v[row];
 }
 
 }  // namespace layerswap

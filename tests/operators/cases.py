@@ -54,6 +54,9 @@ CASES: dict[str, OperatorConfig] = {
     "modal, order 3": HyenaConfig(order=3, init="random", filter=ModalFilterConfig(modes=3)),
     "modal, real": HyenaConfig(filter=ModalFilterConfig(modes=1, positive=True)),
     "modal, heads": HyenaConfig(heads=4, init="random", filter=ModalFilterConfig(modes=4)),
+    "modal, heads, gated": HyenaConfig(
+        heads=2, init="random", key_dim=3, key_gate=True, filter=ModalFilterConfig(modes=3, positive=True)
+    ),
     "modal, heads, power": HyenaConfig(filter=ModalFilterConfig(positive=True), **POWER),
     "fir, order 2": HyenaConfig(init="random", filter=FirFilterConfig(taps=5)),
     "fir, order 3": HyenaConfig(order=3, init="random", filter=FirFilterConfig(taps=24)),

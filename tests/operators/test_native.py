@@ -23,7 +23,16 @@ from operators.native.projection import MOST_ROWS, project_step
 from tests.operators import test_contract, test_decode
 from tests.operators.cases import MAX, B, D, attention, close, draw, generator, hyena, make
 
-HEADS = ("heads", "power, full", "power of eight, full", "gated", "hedgehog, signed")  # of these the steps alone
+HEADS = (  # of these the steps alone
+    "heads",
+    "power, full",
+    "power of eight, full",
+    "gated",
+    "hedgehog, signed",
+    "modal, heads",
+    "modal, heads, gated",
+    "modal, heads, power",
+)
 CHANNELS = ("order 2", "order 3", "order 4", "linear window", "modal, order 2", "fir, order 2")  # taps 3, 3, 1 and 4
 ELSEWHERE = (
     "registered",
