@@ -10,10 +10,11 @@ Shapes: C filters, L positions, F positional features, W width of the network.
 import math
 from abc import ABC, abstractmethod
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from operators.config import ImplicitFilterConfig
 from operators.convolution import compute_dtype
@@ -193,9 +194,15 @@ class ImplicitFilter(LongFilter):
         self.check(length)
         weight_CW = self.readout.weight.to(compute_dtype(self.readout.weight.dtype))
         with torch.autocast(weight_CW.device.type, enabled=False):
-            network_CL = weight_CW @ self._hidden(length).t()
+            network_CL = weight_CW @ self._recomputed_hidden(length).t()
             factor_CL = network_CL.exp() if self.config.positive else network_CL + self.config.offset
             return self.window(length) * factor_CL
+
+    def _recomputed_hidden(self, length: int) -> Tensor:
+        """`_hidden`, whose layers are computed again for backward: kept they outweigh a head's keys and values."""
+        if not torch.is_grad_enabled():
+            return self._hidden(length)
+        return cast(Tensor, checkpoint(self._hidden, length, use_reentrant=False, preserve_rng_state=False))
 
     def _hidden(self, length: int) -> Tensor:
         """What the last layer reads, (L, W)."""

@@ -13,7 +13,6 @@ Shapes: as in `hyena`, and H heads, K here the width of a head's query and key, 
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -152,14 +151,14 @@ class HeadHyena(Hyena):
         """See `Hyena.between`."""
         if self.hedgehog is not None or not takes(state, x_B1D, p_B1E):
             return None
-        inputs = (x_B1D, p_B1E, self.short_of(state))
-        gate: dict[str, Any] = {"gated": self.config.key_gate, "largest_gate": LARGEST_GATE, "scale": self.scale}
+        short = self.short_of(state)
+        how = {"gated": self.config.key_gate, "largest_gate": LARGEST_GATE, "scale": self.scale}
         if state.mode == "direct":
-            sums: dict[str, Any] = {"normalised": self.config.normalise, "smallest_sum": SMALLEST_SUM}
-            return step_heads(*inputs, self.direct, state, degree=self.degree or 0, **gate, **sums)
+            how |= {"degree": self.degree or 0, "normalised": self.config.normalise, "smallest_sum": SMALLEST_SUM}
+            return step_heads(x_B1D, p_B1E, short, self.direct, state, **how)
         recurrence = self._recurrence(state)
         modes = (recurrence.decay_HS11, recurrence.modes.residues_CS)
-        return step_modal_heads(*inputs, modes, self.direct, state, **gate)
+        return step_modal_heads(x_B1D, p_B1E, short, modes, self.direct, state, **how)
 
     def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
         """See `Hyena.combine_reference`."""
