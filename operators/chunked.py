@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from operators.convolution import compute_dtype
-from operators.mixing import lag_sums, lag_weights
+from operators.lags import lag_sums, lag_weights
 
 CHUNK, CHUNK_BFLOAT16 = 128, 256  # of modal filters, measured
 SCRATCH = 2**19  # numbers of an intermediate result, so that it stays in the cache

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from operators.native import serves
+
+MOST_TAPS = 64  # of the compiled core
 BLOCK = 2**17  # numbers: 0.5 MB of float32, and a few times that with spectra
 
 
@@ -122,6 +125,8 @@ def add_taps_adjoint(grad: Tensor, u: Tensor, weight: Tensor) -> tuple[Tensor, T
 
 def convolve_taps(u_BEL: Tensor, weight_EK: Tensor, bias_E: Tensor) -> Tensor:
     """`short_conv` in u's precision without gradients; bfloat16 is widened block by block, while it is in the cache."""
+    if _core_convolves(u_BEL, weight_EK):
+        return cast(Tensor, torch.ops.layerswap.short_conv(u_BEL, weight_EK.contiguous(), bias_E.contiguous()))
     y_BEL, dtype = torch.empty_like(u_BEL, memory_format=torch.contiguous_format), weight_EK.dtype
     for rows in blocks_of(u_BEL.shape[1], u_BEL.shape[0] * u_BEL.shape[-1]):
         if u_BEL.dtype == dtype:
@@ -131,18 +136,23 @@ def convolve_taps(u_BEL: Tensor, weight_EK: Tensor, bias_E: Tensor) -> Tensor:
     return y_BEL
 
 
-def convolve_taps_backward(grad_BEL: Tensor, u_BEL: Tensor, weight_EK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of u, weights and biases of `convolve_taps`."""
+def convolve_taps_backward(grad_BEL: Tensor, u_BEL: Tensor, weight_EK: Tensor, du_BEL: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of weights and biases of `convolve_taps`; that of u goes to `du`, of its shape."""
     dtype = weight_EK.dtype
-    if u_BEL.dtype == dtype:
-        return add_taps_adjoint(grad_BEL, u_BEL, weight_EK)
-    du_BEL = torch.empty_like(u_BEL, memory_format=torch.contiguous_format)
+    if _core_convolves(u_BEL, weight_EK) and du_BEL.stride(-1) == 1:
+        inputs = (grad_BEL.contiguous(), u_BEL, weight_EK.contiguous(), du_BEL)
+        return cast(tuple[Tensor, Tensor], torch.ops.layerswap.short_conv_backward(*inputs))
     dweight_EK, dbias_E = torch.empty_like(weight_EK), torch.empty_like(weight_EK[:, 0])
     for rows in blocks_of(u_BEL.shape[1], u_BEL.shape[0] * u_BEL.shape[-1]):
         du_BEL[:, rows], dweight_EK[rows], dbias_E[rows] = add_taps_adjoint(
             grad_BEL[:, rows].to(dtype), u_BEL[:, rows].to(dtype), weight_EK[rows]
         )
-    return du_BEL, dweight_EK, dbias_E
+    return dweight_EK, dbias_E
+
+
+def _core_convolves(u_BEL: Tensor, weight_EK: Tensor) -> bool:
+    touching = u_BEL.shape[-1] == 1 or u_BEL.stride(-1) == 1
+    return serves(u_BEL) and touching and weight_EK.dtype == torch.float32 and weight_EK.shape[-1] <= MOST_TAPS
 
 
 class _ShortConv(torch.autograd.Function):
@@ -156,7 +166,9 @@ class _ShortConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BEL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return convolve_taps_backward(grad_BEL, *ctx.saved_tensors)
+        u_BEL, weight_EK = ctx.saved_tensors
+        du_BEL = torch.empty_like(u_BEL, memory_format=torch.contiguous_format)
+        return du_BEL, *convolve_taps_backward(grad_BEL, u_BEL, weight_EK, du_BEL)
 
 
 def short_conv(u_BEL: Tensor, weight_EK: Tensor, bias_E: Tensor, *, narrow: bool = False) -> Tensor:

@@ -91,10 +91,10 @@ class _Fused(torch.autograd.Function):
                 du = [part.flatten(1, 2) for part in grads]
                 du[2] = torch.addcmul(du[2], grad_1DL, direct_D[group.values, None].to(du[2].dtype))
                 for rows, du_1RL in zip(group.rows, du, strict=True):
-                    of_rows = convolve_taps_backward(du_1RL, p_BEL[group.sequence, rows], taps_ET[rows])
-                    dp[group.sequence, rows] = of_rows[0]
-                    dtaps[rows] += of_rows[1]
-                    dbias[rows] += of_rows[2]
+                    p_1RL, dp_1RL = (x[group.sequence, rows] for x in (p_BEL, dp))
+                    dtaps_RT, dbias_R = convolve_taps_backward(du_1RL, p_1RL, taps_ET[rows], dp_1RL)
+                    dtaps[rows] += dtaps_RT
+                    dbias[rows] += dbias_R
                 for dweight, dtheir in zip(dweights, dtheirs, strict=True):
                     dweight[group.heads] += dtheir
         return dp, dtaps, dbias, ddirect, None, *dweights

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from operators.convolution import compute_dtype
+from operators.lags import block_order, power, weigh, weigh_backward
 
 ROWS, ROWS_BFLOAT16 = 64, 128  # of a block, measured
 SCRATCH = 2**19  # products of a block in bfloat16, so that they stay in the cache
@@ -43,60 +44,6 @@ def _within(h_HT: Tensor, keys: slice) -> Tensor:
     seen = keys.stop - keys.start
     h_HS = h_HT[:, :seen]
     return h_HS if h_HS.shape[1] == seen else torch.nn.functional.pad(h_HS, (0, seen - h_HS.shape[1]))
-
-
-def lag_weights(h_HS: Tensor, rows: int) -> Tensor:
-    """Weights (H, R, S) of the last R rows over S keys, rows in reverse: a unit-stride view of h reversed."""
-    padded = torch.nn.functional.pad(h_HS.flip(-1), (0, rows - 1))
-    return padded.unfold(-1, h_HS.shape[-1], 1)
-
-
-def lag_sums(dweights_HRS: Tensor) -> Tensor:
-    """Adjoint of `lag_weights`: sums (H, S) over equal lags, by writing row r shifted by r places."""
-    heads, rows, keys = dweights_HRS.shape
-    width = keys + rows - 1
-    skewed = dweights_HRS.new_zeros(heads, rows, width)
-    skewed.as_strided((heads, rows, keys), (rows * width, width + 1, 1)).copy_(dweights_HRS)
-    return skewed.sum(1, dtype=compute_dtype(skewed.dtype))[:, :keys].flip(-1)
-
-
-def _flip(x: Tensor) -> Tensor:
-    """Time reversed; as integers, for torch is slow at it in bfloat16."""
-    return x.view(torch.int16).flip(-1).view(x.dtype) if x.dtype == torch.bfloat16 else x.flip(-1)
-
-
-def _over_batch(x_BHRS: Tensor) -> Tensor:
-    return x_BHRS[0] if x_BHRS.shape[0] == 1 else x_BHRS.sum(0)  # which a sum of one is slow at
-
-
-def _weigh(products: Tensor, degree: int | None) -> Tensor:
-    """f of products, in their place; powers at least in float32."""
-    if degree is None:
-        return products
-    return _raise(_wide(products).mul_(1 / degree).add_(1.0), degree)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(compute_dtype(x.dtype))
-
-
-def _raise(base: Tensor, degree: int) -> Tensor:
-    """base^degree, a power of two, in its place."""
-    for _ in range(degree.bit_length() - 1):
-        base *= base
-    return base
-
-
-def _weigh_and_slope(products: Tensor, degree: int | None) -> tuple[Tensor, Tensor | None]:
-    """f of products and its derivative, None where that is 1."""
-    if degree is None:
-        return products, None
-    base = _wide(products).mul_(1 / degree).add_(1.0)
-    slope, square = base.clone(), base
-    for _ in range(degree.bit_length() - 2):
-        square = square.square()
-        slope *= square
-    return slope * base, slope
 
 
 def _groups(q_BHKQ: Tensor, keys: int) -> Iterator[tuple[slice, slice]]:
@@ -119,37 +66,30 @@ def heads_at_a_time(heads: int, queries: int, keys: int) -> Iterator[slice]:
 
 def masked_forward(q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor, degree: int | None) -> Tensor:
     """`mix` without gradients."""
-    h_HT = h_HT.to(q_BHKQ.dtype) if degree is None else h_HT
     y_BHVQ = q_BHKQ.new_empty(*v_BHVT.shape[:3], q_BHKQ.shape[-1])
+    turned = block_order(q_BHKQ)
     for rows, keys in _blocks(q_BHKQ.shape[-1], k_BHKT.shape[-1], h_HT.shape[-1], q_BHKQ.dtype):
-        q_BHKR = _flip(q_BHKQ[..., rows])
-        scores_BHRS = _weigh(q_BHKR.transpose(-1, -2) @ k_BHKT[..., keys], degree)
-        scores_BHRS *= lag_weights(_within(h_HT, keys), q_BHKR.shape[-1])
-        y_BHVQ[..., rows] = _flip(v_BHVT[..., keys] @ scores_BHRS.to(v_BHVT.dtype).transpose(-1, -2))
+        products_BHRS = turned(q_BHKQ[..., rows]).transpose(-1, -2) @ k_BHKT[..., keys]
+        scores_BHRS = weigh(products_BHRS, _within(h_HT, keys), degree)
+        y_BHVQ[..., rows] = turned(v_BHVT[..., keys] @ scores_BHRS.transpose(-1, -2))
     return y_BHVQ
 
 
 def masked_backward(parts: list[Tensor], h_HT: Tensor, degree: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and h, from q, k, v and the gradient of the outputs."""
     q_BHKQ, k_BHKT, v_BHVT, grad_BHVQ = parts
-    dtype, dq = q_BHKQ.dtype, torch.empty_like(q_BHKQ, memory_format=torch.contiguous_format)
+    turned, dq = block_order(q_BHKQ), torch.empty_like(q_BHKQ, memory_format=torch.contiguous_format)
     dk, dv, dh = (torch.zeros_like(part, dtype=compute_dtype(part.dtype)) for part in (k_BHKT, v_BHVT, h_HT))
-    h_HT = h_HT.to(dtype) if degree is None else h_HT
-    for rows, keys in _blocks(q_BHKQ.shape[-1], k_BHKT.shape[-1], h_HT.shape[-1], dtype):
-        q_BHKR, grad_BHVR = _flip(q_BHKQ[..., rows]), _flip(grad_BHVQ[..., rows])
-        weights_HRS = lag_weights(_within(h_HT, keys), q_BHKR.shape[-1])
+    for rows, keys in _blocks(q_BHKQ.shape[-1], k_BHKT.shape[-1], h_HT.shape[-1], q_BHKQ.dtype):
+        q_BHKR, grad_BHVR = turned(q_BHKQ[..., rows]), turned(grad_BHVQ[..., rows])
         products_BHRS = q_BHKR.transpose(-1, -2) @ k_BHKT[..., keys]
-        scores_BHRS, slope_BHRS = _weigh_and_slope(products_BHRS, degree)
-        dmixed_BHRS = (grad_BHVR.transpose(-1, -2) @ v_BHVT[..., keys]).to(scores_BHRS.dtype)
-        dh_HS = lag_sums(_over_batch(dmixed_BHRS * scores_BHRS))[:, : dh.shape[-1]]
-        dh[:, : dh_HS.shape[-1]] += dh_HS
-        dv[..., keys] += grad_BHVR @ scores_BHRS.mul_(weights_HRS).to(dtype)
-        dscores_BHRS = dmixed_BHRS.mul_(weights_HRS)
-        if slope_BHRS is not None:
-            dscores_BHRS *= slope_BHRS
-        dscores_BHRS = dscores_BHRS.to(dtype)
-        dk[..., keys] += q_BHKR @ dscores_BHRS
-        dq[..., rows] = _flip(k_BHKT[..., keys] @ dscores_BHRS.transpose(-1, -2))
+        dscores_BHRS = grad_BHVR.transpose(-1, -2) @ v_BHVT[..., keys]
+        scores_BHRS, dproducts_BHRS, dh_HS = weigh_backward(products_BHRS, dscores_BHRS, _within(h_HT, keys), degree)
+        seen = min(dh.shape[-1], dh_HS.shape[-1])
+        dh[:, :seen] += dh_HS[:, :seen]
+        dv[..., keys] += grad_BHVR @ scores_BHRS
+        dk[..., keys] += q_BHKR @ dproducts_BHRS
+        dq[..., rows] = turned(k_BHKT[..., keys] @ dproducts_BHRS.transpose(-1, -2))
     return dq, dk, dv, dh
 
 
@@ -200,7 +140,7 @@ def mix_step(q_BHK1: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, reversed_HT: Tensor
         scores_N1T = torch.bmm(q_N1K, k_BHKT.flatten(0, 1)).to(reversed_HT.dtype)
     else:
         base_N1T = torch.baddbmm(q_N1K.new_ones(1), q_N1K, k_BHKT.flatten(0, 1), alpha=1 / degree)
-        scores_N1T = _raise(base_N1T.to(reversed_HT.dtype), degree)
+        scores_N1T = power(base_N1T.to(reversed_HT.dtype), degree)
     scores_N1T = scores_N1T.view(*q_BHK1.shape[:2], -1).mul_(reversed_HT).view_as(scores_N1T).to(v_BHVT.dtype)
     return torch.bmm(v_BHVT.flatten(0, 1), scores_N1T.transpose(1, 2)).view(*v_BHVT.shape[:3], 1)
 

@@ -52,10 +52,7 @@ inline float dot(const float* a, const float* b, int64_t length) {
   for (; s + 4 * kLanes <= length; s += 4 * kLanes)
     for (int j = 0; j < 4; ++j) sum[j] += read(a + s + j * kLanes) * read(b + s + j * kLanes);
   for (; s < length; s += kLanes) sum[0] += read_some(a + s, length - s) * read_some(b + s, length - s);
-  const Vec all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-  float total = 0;
-  for (int lane = 0; lane < 16; ++lane) total += all[lane];
-  return total;
+  return total((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
 // One head's part of a position after the short convolution.

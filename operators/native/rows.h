@@ -1,6 +1,10 @@
 // Sixteen channels as vectors of sixteen and back, stored either way, and their short convolution.
 #pragma once
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cstring>
 #include <utility>
@@ -27,25 +31,42 @@ FORCED Vec read(const BFloat* from) {
   return (Vec)w;
 }
 FORCED void write(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
+#ifdef __AVX512BF16__
+FORCED void write(BFloat* to, Vec v) {
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(to, &h, sizeof h);
+}
+#else
 FORCED void write(BFloat* to, Vec v) {  // to the nearest, ties to even; what is no number stays none
   const Words w = (Words)v;
   const Words rounded = (w + 0x7fffu + ((w >> 16) & 1u)) >> 16;
   const Halves h = __builtin_convertvector((v == v) ? rounded : (w >> 16 | 0x40u), Halves);
   std::memcpy(to, &h, sizeof h);
 }
+#endif
 
 // The first `count` of sixteen.
-FORCED Vec read_some(const float* from, int64_t count) {
+template <class T>
+FORCED Vec read_some(const T* from, int64_t count) {
   if (count >= kLanes) return read(from);
-  float part[16] = {};
-  std::memcpy(part, from, count * sizeof(float));
+  T part[16] = {};
+  std::memcpy(part, from, count * sizeof(T));
   return read(part);
 }
 
-FORCED void write_some(float* to, Vec v, int64_t count) {
-  float part[16];
+template <class T>
+FORCED void write_some(T* to, Vec v, int64_t count) {
+  if (count >= kLanes) return write(to, v);
+  T part[16];
   write(part, v);
-  std::memcpy(to, part, std::min(kLanes, count) * sizeof(float));
+  std::memcpy(to, part, count * sizeof(T));
+}
+
+FORCED float total(Vec v) {
+  const auto eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                     __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+  return (four[0] + four[1]) + (four[2] + four[3]);
 }
 
 // Up to sixteen channels of a sequence. Either the positions of a channel touch, or the channels of a position.

@@ -7,7 +7,8 @@ from typing import Any
 
 import matplotlib
 
-OURS = ("hyena-2", "hyena-2 native", "heads", "heads modal", "heads smooth", "power", "power native")
+KINDS = ("hyena-2", "heads", "heads modal", "heads smooth", "power")
+OURS = tuple(f"{kind}{how}" for kind in KINDS for how in ("", " native"))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -48,13 +49,15 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for panel, mode in zip(panels[0], modes, strict=True):
         mine = [row for row in rows if (row["mode"], row["D"], row["B"]) == (mode, width, 1)]
         for dtype, style in (("float32", "-"), ("bfloat16", "--")):
-            for colour, name in enumerate(OURS):
+            for name in OURS:
                 points = [
                     (r["L"], r["vs_attention"][name]) for r in mine if r["dtype"] == dtype and name in r["vs_attention"]
                 ]
                 if points:
                     label = f"{name} {dtype}"
-                    panel.plot(*zip(*points, strict=True), style, color=f"C{colour}", marker="o", label=label)
+                    panel.plot(
+                        *zip(*points, strict=True), style, color=f"C{OURS.index(name) % 10}", marker="o", label=label
+                    )
         panel.axhline(1.0, color="black", linewidth=0.8)
         panel.set(title=f"{mode}, D {width}, B 1", xlabel="positions", xscale="log", yscale="log")
         panel.legend(fontsize=6)

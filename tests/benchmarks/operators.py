@@ -57,17 +57,17 @@ def contenders(width: int, length: int) -> dict[str, Any]:
         operator.initialise(None, torch.Generator().manual_seed(0))
         found[name] = operator
     if native.available():
-        found |= {f"{name}{NATIVE}": found[name] for name in ("hyena-2", "heads modal", "power")}
+        found |= {f"{name}{NATIVE}": found[name] for name in ours}
     return found
 
 
 def fits(name: str, mode: str, dtype: str, batch: int, length: int) -> bool:
-    """Whether a contender is measured: the textbook has no state, the core has of heads the steps alone, and what is
-    quadratic takes too long."""
-    quadratic = name in ("heads", "power", f"power{NATIVE}") or (name == "heads smooth" and dtype == "float32")
+    """Whether a contender is measured: the textbook has no state, and what is quadratic takes too long."""
+    name = name.removesuffix(NATIVE)
+    quadratic = name in ("heads", "power") or (name == "heads smooth" and dtype == "float32")
     if quadratic and (length > QUADRATIC_LIMIT or batch * length > 2 * QUADRATIC_LIMIT):
         return False
-    return name != "textbook" if mode == "decode" else name not in (f"heads modal{NATIVE}", f"power{NATIVE}")
+    return name != "textbook" or mode != "decode"
 
 
 @contextlib.contextmanager
