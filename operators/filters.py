@@ -23,6 +23,7 @@ from operators.modes import Modes
 
 SMALL_OUTPUT = 0.05
 RIDGE = 1e-3
+RECOMPUTED_FROM = 1024  # positions
 FAST_DECAY, SLOW_DECAY, DECAY_TARGET = 0.3, 1.5, 1e-2
 
 
@@ -199,8 +200,10 @@ class ImplicitFilter(LongFilter):
             return self.window(length) * factor_CL
 
     def _recomputed_hidden(self, length: int) -> Tensor:
-        """`_hidden`, whose layers are computed again for backward: kept they outweigh a head's keys and values."""
-        if not torch.is_grad_enabled():
+        """`_hidden`, computed again for backward where it is long and trained: kept it outweighs a head's keys."""
+        network = (self.features, self.frequency, *self.layers.parameters())
+        trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in network)
+        if not trained or length < RECOMPUTED_FROM:
             return self._hidden(length)
         return cast(Tensor, checkpoint(self._hidden, length, use_reentrant=False, preserve_rng_state=False))
 

@@ -198,28 +198,36 @@ class HeadHyena(Hyena):
     def _parts(self, u_BEL: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys after the feature map, and values weighed by the gate, with a row that counts them where
         weights are normalised; what a padded position has counts nothing."""
-        q, k, v, gate_BHL = u_BEL.split(self.widths, dim=1)
-        q_BHKL, k_BHKL, v_BHVL = (part.unflatten(1, (self.heads, -1)) for part in (q, k, v))
+        q, k, v, gate_BHL = u_BEL.split_with_sizes(self.widths, dim=1)
+        (batch, _, length), heads = u_BEL.shape, self.heads
+        q_BHKL, k_BHKL, v_BHVL = (part.view(batch, heads, -1, length) for part in (q, k, v))
         if self.hedgehog is not None:
             q_BHKL, k_BHKL = (_hedgehog(part, self.hedgehog) for part in (q_BHKL, k_BHKL))
         if not (self.config.normalise or self.config.key_gate):
             return q_BHKL, k_BHKL, v_BHVL
-        gate_BHL = gate_BHL.to(compute_dtype(gate_BHL.dtype))
-        counted = gate_BHL.clamp(max=LARGEST_GATE).exp() if self.config.key_gate else torch.ones_like(q_BHKL[:, :, 0])
+        if self.config.key_gate:
+            counted = gate_BHL.to(compute_dtype(gate_BHL.dtype)).clamp(max=LARGEST_GATE).exp()
+        else:
+            counted = gate_BHL.new_ones((batch, heads, length), dtype=compute_dtype(gate_BHL.dtype))
         if mask_BL is not None:
             counted = counted * mask_BL[:, None].to(counted.dtype)
-        weighed = v_BHVL * counted[:, :, None] if self.config.key_gate else v_BHVL
-        rows = [weighed, counted[:, :, None]] if self.config.normalise else [weighed]
-        return q_BHKL, k_BHKL, torch.cat(rows, dim=2).to(u_BEL.dtype)
+        counted_BH1L = counted.unsqueeze(2)
+        if self.config.key_gate:
+            v_BHVL = v_BHVL * counted_BH1L
+        if self.config.normalise:
+            v_BHVL = torch.cat([v_BHVL, counted_BH1L], dim=2)
+        return q_BHKL, k_BHKL, v_BHVL.to(u_BEL.dtype)
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.scale == 1.0 else x * self.scale
 
     def _finish(self, y_BHVL: Tensor, u_BEL: Tensor) -> Tensor:
         if self.config.normalise:
-            y_BHVL = y_BHVL[:, :, :-1] / (y_BHVL[:, :, -1:] + SMALLEST_SUM)
-        v_BDL = u_BEL.split(self.widths, dim=1)[2]
-        return torch.addcmul(y_BHVL.flatten(1, 2).to(v_BDL.dtype), v_BDL, self.direct[:, None].to(v_BDL.dtype))
+            values = y_BHVL.shape[2] - 1
+            y_BHVL = y_BHVL.narrow(2, 0, values) / (y_BHVL.narrow(2, values, 1) + SMALLEST_SUM)
+        v_BDL = u_BEL.narrow(1, 2 * self.widths[0], self.d_model)
+        direct_D1 = self.direct.unsqueeze(1).to(v_BDL.dtype)
+        return torch.addcmul(y_BHVL.flatten(1, 2).to(v_BDL.dtype), v_BDL, direct_D1)
 
 
 def _hedgehog(x_BHKL: Tensor, map_HKK: Tensor) -> Tensor:

@@ -135,14 +135,15 @@ def mix(q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor, degree: in
 
 def mix_step(q_BHK1: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, reversed_HT: Tensor, degree: int | None) -> Tensor:
     """`mix` of the last position alone, with the filters reversed in time; (B, H, V, 1)."""
-    q_N1K = q_BHK1.flatten(0, 1).transpose(1, 2)
-    if degree is None:
-        scores_N1T = torch.bmm(q_N1K, k_BHKT.flatten(0, 1)).to(reversed_HT.dtype)
-    else:
-        base_N1T = torch.baddbmm(q_N1K.new_ones(1), q_N1K, k_BHKT.flatten(0, 1), alpha=1 / degree)
-        scores_N1T = power(base_N1T.to(reversed_HT.dtype), degree)
-    scores_N1T = scores_N1T.view(*q_BHK1.shape[:2], -1).mul_(reversed_HT).view_as(scores_N1T).to(v_BHVT.dtype)
-    return torch.bmm(v_BHVT.flatten(0, 1), scores_N1T.transpose(1, 2)).view(*v_BHVT.shape[:3], 1)
+    batch, heads, width, keys = v_BHVT.shape
+    scores_N1T = torch.bmm(q_BHK1.flatten(0, 1).transpose(1, 2), k_BHKT.flatten(0, 1))
+    if scores_N1T.dtype != reversed_HT.dtype:
+        scores_N1T = scores_N1T.to(reversed_HT.dtype)
+    if degree is not None:
+        power(scores_N1T.mul_(1 / degree).add_(1.0), degree)
+    scores_N1T.view(batch, heads, keys).mul_(reversed_HT)
+    y_NV1 = torch.bmm(v_BHVT.flatten(0, 1), scores_N1T.to(v_BHVT.dtype).transpose(1, 2))
+    return y_NV1.view(batch, heads, width, 1)
 
 
 def mix_reference(q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor, degree: int | None = None) -> Tensor:
