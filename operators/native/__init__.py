@@ -4,7 +4,7 @@
 to rounding but not in their bits, so that nothing switches itself on: who trains or evaluates decides, and what was
 begun with one is to be continued with the same. Results of the core do not depend on the number of threads.
 
-`make build-ext`, or `python -m operators.native`, compiles it (half a minute) into the user's cache (`build`). Nothing
+`make build-ext`, or `python -m operators.native`, compiles it (a minute) into the user's cache (`build`). Nothing
 else does, unless `LAYERSWAP_NATIVE` says so:
 
     unset   `use(True)` takes the core where it is built; where it is not it says so in one line, once

@@ -40,7 +40,7 @@ def compiler() -> str:
 
 
 def build() -> Path:
-    """The core, compiled now if it is not there yet (half a minute).
+    """The core, compiled now if it is not there yet (a minute).
 
     Raises:
         RuntimeError: there is no compiler, it fails, or the cache cannot be written; in one line.
