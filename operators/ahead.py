@@ -126,10 +126,8 @@ class Ahead:
             end = min(into + 3 * width - 1, self.longest)
             lags = (2 * width, min(4 * width, self.longest - first))
             self.jobs.append(Job(first, self.position, lags, into, end, self.position, steps, recurs=True))
-            width, steps = (
-                2 * width,
-                2 * width - (2 * width).bit_length() + TURN.bit_length(),
-            )  # not all end in one step
+            width *= 2
+            steps = width - width.bit_length() + TURN.bit_length()  # so that not all of them end in one step
 
     def _work(self, past_BDT: Tensor) -> None:
         """Do of every job what keeps it in time, a portion of channels or more."""

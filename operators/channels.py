@@ -38,9 +38,11 @@ class ChannelHyena(Hyena):
 
     def combine(self, u_BEL: Tensor, mask_BL: Tensor | None, h_CT: Tensor | None, state: State | None) -> Tensor:
         """See `Hyena.combine`."""
+        assert state is not None
+        if u_BEL.shape[-1] == 1:
+            return self.combine_step(u_BEL.transpose(1, 2), state).transpose(1, 2)
         first_BDL, *gates, y_BDL = u_BEL.chunk(self.config.order + 1, dim=1)
         assert h_CT is None
-        assert state is not None
         assert state.filters is not None
         for index, gate_BDL in enumerate(reversed(gates)):
             y_BDL = STEP_MODES[state.mode].chunk(state.filters, state, *self._named(index), gate_BDL * y_BDL)
