@@ -23,6 +23,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
 
 import mlflow
+from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
@@ -60,6 +61,8 @@ class Tracker:
     def __init__(self, home: Home, plan: Plan, speeds: dict[str, ThroughputSpec], live: bool = True) -> None:
         self.home, self.plan, self.speeds, self.live = home, plan, speeds, live
         self.store = Store(home.store)
+        if home.tracking is None:
+            make_database(home)
         self.client = MlflowClient(tracking_uri=home.tracking_uri)
         self.runs: dict[str, str] = {}  # identity -> run id
         self.tags: dict[str, dict[str, str]] = {}  # run id -> its tags
@@ -319,6 +322,22 @@ class Tracker:
         self.client.set_tag(run, MODEL, model.model_id)
         self.tags[run][MODEL] = model.model_id
         self.heard = time.monotonic()
+
+
+def make_database(home: Home) -> None:
+    """Make the home's own database where there is none: whole or not at all, by one process.
+
+    MLflow makes its tables step by step; two makers at a time, or a killed one, would leave what no later one can mend.
+    """
+    database, unfinished = home.root / "mlflow.db", home.root / "mlflow.db.part"
+    if database.exists():
+        return
+    home.root.mkdir(parents=True, exist_ok=True)
+    with FileLock(home.root / "mlflow.lock"):
+        if not database.exists():
+            unfinished.unlink(missing_ok=True)
+            MlflowClient(tracking_uri=f"sqlite:///{unfinished.resolve()}").search_experiments(max_results=1)
+            unfinished.replace(database)
 
 
 def still_running(database: str) -> Iterator[tuple[str, str, Callable[[], None]]]:
