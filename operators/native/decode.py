@@ -111,8 +111,8 @@ def _tables(filters: Filters, width: int) -> tuple[Tensor, Tensor, Tensor]:
     if "step" not in filters.native:
         h_CL = filters.h_CL
         convolutions, blocks, lags = h_CL.shape[0] // width, -(-width // LANES), h_CL.shape[1]
-        near = h_CL.new_zeros(convolutions, NEAR, blocks * LANES)
-        near[:, :lags, :width] = h_CL[:, :NEAR].unflatten(0, (convolutions, width)).transpose(1, 2)
+        each = [filters.first_lags(slice(i * width, (i + 1) * width), NEAR) for i in range(convolutions)]
+        near = torch.nn.functional.pad(torch.stack(each), (0, blocks * LANES - width))
         levels = max(0, (lags - 1).bit_length() - NEAR.bit_length() + 1)
         spectra = h_CL.new_empty(convolutions * blocks, NEAR * (2**levels - 1), 2, LANES)
         ready = torch.zeros(levels, convolutions * blocks, dtype=torch.uint8)

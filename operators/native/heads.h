@@ -35,13 +35,9 @@ inline void score(const HeadStep& step, const float* q, History key, const float
       }
     }
     for (int64_t j = 0; j < 4 && j * kLanes < left; ++j) {
-      Vec base = sum[j];
-      if (step.degree) {
-        base = 1.0f + base * (1.0f / step.degree);
-        for (int64_t power = 1; power < step.degree; power *= 2) base *= base;
-      }
       const int64_t count = left - j * kLanes;
-      write_some(scores + s + j * kLanes, base * read_some(lags + s + j * kLanes, count), count);
+      const Vec value = Power{step.degree}.of(sum[j]);
+      write_some(scores + s + j * kLanes, value * read_some(lags + s + j * kLanes, count), count);
     }
   }
 }

@@ -59,26 +59,6 @@ inline void convolve_row_backward(const G* grad, const T* u, int64_t length, con
   *dbias += total(ones);
 }
 
-// f of a product and its derivative: the product itself, or (1 + product / degree)^degree.
-struct Power {
-  int64_t degree;  // a power of two, or 0
-
-  FORCED Vec of(Vec x) const {
-    if (degree == 0) return x;
-    Vec base = 1.0f + x * (1.0f / degree);
-    for (int64_t power = 1; power < degree; power *= 2) base *= base;
-    return base;
-  }
-  FORCED Vec with_slope(Vec x, Vec& slope) const {
-    slope = Vec{} + 1.0f;
-    if (degree == 0) return x;
-    const Vec base = 1.0f + x * (1.0f / degree);
-    Vec square = base;
-    for (int64_t power = 1; power < degree; power *= 2, square *= square) slope *= square;
-    return slope * base;
-  }
-};
-
 // One row of weighed products over `keys` keys, of which it sees `seen`: f(product) h(lag), 0 for those behind. `lags` is
 // h reversed, from the lag of the first key on.
 template <class T>

@@ -69,6 +69,26 @@ FORCED float total(Vec v) {
   return (four[0] + four[1]) + (four[2] + four[3]);
 }
 
+// f of a product and its derivative: the product itself, or (1 + product / degree)^degree.
+struct Power {
+  int64_t degree;  // a power of two, or 0
+
+  FORCED Vec of(Vec x) const {
+    if (degree == 0) return x;
+    Vec base = 1.0f + x * (1.0f / degree);
+    for (int64_t power = 1; power < degree; power *= 2) base *= base;
+    return base;
+  }
+  FORCED Vec with_slope(Vec x, Vec& slope) const {
+    slope = Vec{} + 1.0f;
+    if (degree == 0) return x;
+    const Vec base = 1.0f + x * (1.0f / degree);
+    Vec square = base;
+    for (int64_t power = 1; power < degree; power *= 2, square *= square) slope *= square;
+    return slope * base;
+  }
+};
+
 // Up to sixteen channels of a sequence. Either the positions of a channel touch, or the channels of a position.
 template <class T>
 struct Rows {
