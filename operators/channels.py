@@ -14,6 +14,8 @@ from operators.convolution import compute_dtype, long_conv_reference
 from operators.decode import Filters
 from operators.filters import draw_uniform
 from operators.gated import Inputs, gated, gated_trained
+from operators.gpu import accelerated
+from operators.gpu.channels import gated as gated_by_kernels
 from operators.hyena import Hyena, outside_autocast
 from operators.native import serves
 from operators.native.channels import convolve, convolve_trained
@@ -85,6 +87,8 @@ class ChannelHyena(Hyena):
 
     def whole(self, p_BEL: Tensor, mask_BL: Tensor | None, h_CL: Tensor | None, state: State | None) -> Tensor:
         """See `Hyena.whole`: one pass, `gated` or the compiled core's."""
+        if state is None and accelerated(p_BEL) and p_BEL.dtype in (torch.float32, torch.bfloat16):
+            return self._one_pass_gpu(p_BEL, mask_BL, h_CL)
         one_pass = self._one_pass_native if serves(p_BEL) else self._one_pass
         if state is None:
             return one_pass(p_BEL, mask_BL, h_CL, [], None)[0]
@@ -117,6 +121,17 @@ class ChannelHyena(Hyena):
             beyond = 0 if state is None else STEP_MODES[state.mode].beyond(length, self.max_length)
             y_BDL, *known = gated(inputs, self.frozen().convolution(length, beyond), histories, beyond)
             return y_BDL, *known
+
+    def _one_pass_gpu(self, p_BEL: Tensor, mask_BL: Tensor | None, h_CL: Tensor | None) -> Tensor:
+        """The same without a state by the kernels for accelerators, outputs in the dtype of the projections."""
+        if h_CL is None:
+            h_CL = self.frozen().h_CL[:, : p_BEL.shape[-1]]
+        else:
+            h_CL = h_CL + torch.nn.functional.pad(self.direct[:, None], (0, h_CL.shape[1] - 1))
+        blocks, each = (self.config.order + 1, self.d_model), (self.convolutions, self.d_model)
+        short = (self.short_weight.unflatten(0, blocks), self.short_bias.unflatten(0, blocks))
+        with outside_autocast(p_BEL.device.type):
+            return gated_by_kernels(p_BEL.unflatten(1, blocks), mask_BL, *short, h_CL.float().unflatten(0, each))
 
     def _one_pass_native(
         self,

@@ -26,6 +26,7 @@ from operators.lags import lag_sums, lag_weights
 
 CHUNK, CHUNK_BFLOAT16 = 128, 256  # of modal filters, measured
 SCRATCH = 2**19  # numbers of an intermediate result, so that it stays in the cache
+SCRATCH_ELSEWHERE = 2**26  # on accelerators
 
 
 class Bases(NamedTuple):
@@ -120,9 +121,13 @@ def _masks(near_HW: Tensor, chunk: int) -> list[Tensor]:
     return [part[:, None].contiguous() for part in reversed(weights_HCW.split(chunk, dim=2))]
 
 
-def _runs(chunks: int, size: int) -> Iterator[slice]:
+def _scratch(device: torch.device) -> int:
+    return SCRATCH if device.type == "cpu" else SCRATCH_ELSEWHERE
+
+
+def _runs(chunks: int, size: int, device: torch.device) -> Iterator[slice]:
     """Runs of chunks, `size` numbers a chunk, as many as fill the scratch."""
-    width = max(1, SCRATCH // size)
+    width = max(1, _scratch(device) // size)
     for start in range(0, chunks, width):
         yield slice(start, min(start + width, chunks))
 
@@ -143,7 +148,7 @@ class _Chunks:
         """Distance in chunks, and runs of queries and of keys."""
         heads, chunks, _, chunk = self.q.shape
         for back in range(len(self.masks)):
-            for keys in _runs(chunks - back, heads * chunk**2):
+            for keys in _runs(chunks - back, heads * chunk**2, self.q.device):
                 yield back, slice(keys.start + back, keys.stop + back), keys
 
     def late(self, run: slice) -> slice:
@@ -154,7 +159,7 @@ class _Chunks:
         """What far chunks write, (G, F, R K, V)."""
         heads, _, width, _ = self.k.shape
         states = self.k.new_empty(heads, self.far, self.into.shape[1] * width, self.v.shape[2])
-        for run in _runs(self.far, self.spread):
+        for run in _runs(self.far, self.spread, self.q.device):
             states[:, run] = _spread(self.k[:, run], self.into) @ self.v[:, run].transpose(-1, -2)
         return states
 
@@ -168,7 +173,7 @@ def chunked_forward(q_GKL: Tensor, k_GKL: Tensor, v_GVL: Tensor, bases: Bases) -
         y[:, queries] += it.v[:, keys] @ scores.transpose(-1, -2)
     if it.far:
         carried = _carry(it.states(), it.carry).to(y.dtype)
-        for run in _runs(it.far, it.spread):
+        for run in _runs(it.far, it.spread, it.q.device):
             y[:, it.late(run)] += carried[:, run].transpose(-1, -2) @ _spread(it.q[:, it.late(run)], it.out)
     return _in_line(y, q_GKL.shape[-1])
 
@@ -198,7 +203,7 @@ def _backward_far(it: _Chunks, dq: Tensor, dk: Tensor, dv: Tensor, dbases: Bases
     q, k, v, dy = it.q, it.k, it.v, it.rest[0]
     states = it.states()
     carried, dcarried = _carry(states, it.carry), torch.empty_like(states)
-    for run in _runs(it.far, it.spread):
+    for run in _runs(it.far, it.spread, it.q.device):
         late = it.late(run)
         dcarried[:, run] = _spread(q[:, late], it.out) @ dy[:, late].transpose(-1, -2)
         read = carried[:, run].to(q.dtype) @ dy[:, late]
@@ -206,7 +211,7 @@ def _backward_far(it: _Chunks, dq: Tensor, dk: Tensor, dv: Tensor, dbases: Bases
         dq[:, late] += _collect(read, it.out)
     dstates, dcarry = _carry_backward(dcarried, states, carried, it.carry)
     dstates = dstates.to(q.dtype)
-    for run in _runs(it.far, it.spread):
+    for run in _runs(it.far, it.spread, it.q.device):
         dv[:, run] += dstates[:, run].transpose(-1, -2) @ _spread(k[:, run], it.into)
         written = dstates[:, run] @ v[:, run]
         dbases.into_HRC.add_(_weigh_basis(written, k[:, run]))
@@ -217,7 +222,7 @@ def _backward_far(it: _Chunks, dq: Tensor, dk: Tensor, dv: Tensor, dbases: Bases
 def heads_at_a_time(key_width: int, length: int, bases: Bases) -> Iterator[slice]:
     """As many as fill the scratch."""
     heads, rows, _ = bases.into_HRC.shape
-    width = max(1, SCRATCH // (rows * key_width * length))
+    width = max(1, _scratch(bases.into_HRC.device) // (rows * key_width * length))
     for start in range(0, heads, width):
         yield slice(start, min(start + width, heads))
 
@@ -266,4 +271,11 @@ def mix_chunked(q_BHKL: Tensor, k_BHKL: Tensor, v_BHVL: Tensor, bases: Bases) ->
     Returns:
         (B, H, V, L), in the inputs' dtype; run it outside autocast.
     """
-    return cast(Tensor, _Chunked.apply(q_BHKL, k_BHKL, v_BHVL, *bases))  # type: ignore[no-untyped-call]
+    parts: tuple[Tensor, ...] = (q_BHKL, k_BHKL, v_BHVL)
+    batch = q_BHKL.shape[0]
+    together = batch > 1 and q_BHKL.device.type != "cpu"
+    if together:  # all sequences are heads of one
+        parts = tuple(part.flatten(0, 1)[None] for part in parts)
+        bases = Bases(*(basis.repeat(batch, *[1] * (basis.dim() - 1)) for basis in bases))
+    y_BHVL = cast(Tensor, _Chunked.apply(*parts, *bases))  # type: ignore[no-untyped-call]
+    return y_BHVL.view_as(v_BHVL) if together else y_BHVL

@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from operators.gpu import accelerated
+from operators.gpu.gates import Operand, adjoint, short
 from operators.native import serves
 
 MOST_TAPS = 64  # of the compiled core
 BLOCK = 2**17  # numbers: 0.5 MB of float32, and a few times that with spectra
+BLOCK_ELSEWHERE = 2**25  # on accelerators, which want much to do at once
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -27,9 +30,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def blocks_of(rows: int, row_size: int) -> Iterator[slice]:
+def blocks_of(rows: int, row_size: int, device: torch.device) -> Iterator[slice]:
     """Slices of rows, each of as many numbers as a core's cache keeps at hand while they are worked on."""
-    width = max(1, BLOCK // row_size)
+    width = max(1, (BLOCK if device.type == "cpu" else BLOCK_ELSEWHERE) // row_size)
     for start in range(0, rows, width):
         yield slice(start, min(start + width, rows))
 
@@ -53,7 +56,7 @@ class _LongConv(torch.autograd.Function):
         ctx.save_for_backward(z_BDL, h_DL, direct_D)
         length, y_BDL = z_BDL.shape[-1], torch.empty_like(z_BDL, memory_format=torch.contiguous_format)
         size = fft_size(2 * length - 1)
-        for channels in blocks_of(z_BDL.shape[1], z_BDL.shape[0] * length):
+        for channels in blocks_of(z_BDL.shape[1], z_BDL.shape[0] * length, z_BDL.device):
             spectrum = torch.fft.rfft(z_BDL[:, channels], size)
             spectrum *= torch.fft.rfft(h_DL[channels], size) + direct_D[channels, None]
             y_BDL[:, channels] = torch.fft.irfft(spectrum, size)[..., :length]
@@ -65,7 +68,7 @@ class _LongConv(torch.autograd.Function):
         z_BDL, h_DL, direct_D = ctx.saved_tensors
         length, dz_BDL = z_BDL.shape[-1], torch.empty_like(z_BDL, memory_format=torch.contiguous_format)
         size, dh_DL = fft_size(2 * length - 1), torch.empty_like(h_DL)
-        for channels in blocks_of(z_BDL.shape[1], z_BDL.shape[0] * length):
+        for channels in blocks_of(z_BDL.shape[1], z_BDL.shape[0] * length, z_BDL.device):
             grad_spectrum = torch.fft.rfft(grad_BDL[:, channels], size)
             h_spectrum = torch.fft.rfft(h_DL[channels], size) + direct_D[channels, None]
             dz_BDL[:, channels] = torch.fft.irfft(grad_spectrum * h_spectrum.conj(), size)[..., :length]
@@ -127,8 +130,10 @@ def convolve_taps(u_BEL: Tensor, weight_EK: Tensor, bias_E: Tensor) -> Tensor:
     """`short_conv` in u's precision without gradients; bfloat16 is widened block by block, while it is in the cache."""
     if _core_convolves(u_BEL, weight_EK):
         return cast(Tensor, torch.ops.layerswap.short_conv(u_BEL, weight_EK.contiguous(), bias_E.contiguous()))
+    if _kernels_convolve(u_BEL, weight_EK):
+        return short(Operand(u_BEL, weight_EK, bias_E), u_BEL.dtype)
     y_BEL, dtype = torch.empty_like(u_BEL, memory_format=torch.contiguous_format), weight_EK.dtype
-    for rows in blocks_of(u_BEL.shape[1], u_BEL.shape[0] * u_BEL.shape[-1]):
+    for rows in blocks_of(u_BEL.shape[1], u_BEL.shape[0] * u_BEL.shape[-1], u_BEL.device):
         if u_BEL.dtype == dtype:
             add_taps(u_BEL[:, rows], weight_EK[rows], bias_E[rows], y_BEL[:, rows])
         else:
@@ -142,8 +147,10 @@ def convolve_taps_backward(grad_BEL: Tensor, u_BEL: Tensor, weight_EK: Tensor, d
     if _core_convolves(u_BEL, weight_EK) and du_BEL.stride(-1) == 1:
         inputs = (grad_BEL.contiguous(), u_BEL, weight_EK.contiguous(), du_BEL)
         return cast(tuple[Tensor, Tensor], torch.ops.layerswap.short_conv_backward(*inputs))
+    if _kernels_convolve(u_BEL, weight_EK) and du_BEL.stride(-1) == 1:
+        return adjoint(grad_BEL, None, None, Operand(u_BEL, weight_EK), du_BEL)
     dweight_EK, dbias_E = torch.empty_like(weight_EK), torch.empty_like(weight_EK[:, 0])
-    for rows in blocks_of(u_BEL.shape[1], u_BEL.shape[0] * u_BEL.shape[-1]):
+    for rows in blocks_of(u_BEL.shape[1], u_BEL.shape[0] * u_BEL.shape[-1], u_BEL.device):
         du_BEL[:, rows], dweight_EK[rows], dbias_E[rows] = add_taps_adjoint(
             grad_BEL[:, rows].to(dtype), u_BEL[:, rows].to(dtype), weight_EK[rows]
         )
@@ -153,6 +160,10 @@ def convolve_taps_backward(grad_BEL: Tensor, u_BEL: Tensor, weight_EK: Tensor, d
 def _core_convolves(u_BEL: Tensor, weight_EK: Tensor) -> bool:
     touching = u_BEL.shape[-1] == 1 or u_BEL.stride(-1) == 1
     return serves(u_BEL) and touching and weight_EK.dtype == torch.float32 and weight_EK.shape[-1] <= MOST_TAPS
+
+
+def _kernels_convolve(u_BEL: Tensor, weight_EK: Tensor) -> bool:
+    return accelerated(u_BEL) and weight_EK.dtype == torch.float32
 
 
 class _ShortConv(torch.autograd.Function):

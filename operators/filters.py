@@ -200,10 +200,13 @@ class ImplicitFilter(LongFilter):
             return self.window(length) * factor_CL
 
     def _recomputed_hidden(self, length: int) -> Tensor:
-        """`_hidden`, computed again for backward where it is long and trained: kept it outweighs a head's keys."""
+        """`_hidden`, computed again for backward where it is long and trained: kept it outweighs a head's keys.
+
+        On CPUs: accelerators have batches to keep, of which it is a small part, and each operation costs its launch.
+        """
         network = (self.features, self.frequency, *self.layers.parameters())
         trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in network)
-        if not trained or length < RECOMPUTED_FROM:
+        if not trained or length < RECOMPUTED_FROM or self.features.device.type != "cpu":
             return self._hidden(length)
         return cast(Tensor, checkpoint(self._hidden, length, use_reentrant=False, preserve_rng_state=False))
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from operators.chunked import Bases, mix_chunked
+from operators.gpu import accelerated
 from operators.head_states import chunk_of, modal_bases, real_states
 from operators.mixing import mix
 from operators.modes import Modes
@@ -18,6 +19,7 @@ from operators.smooth import CHUNK, functions_for, smooth_bases
 Form = Literal["masked", "recurrence", "smooth"]
 SMOOTH_FROM = 1200  # positions, measured
 RECURRENCE_FROM = 512  # at least
+KERNELS_UP_TO = 8192  # positions, on accelerators
 
 
 def form_of(
@@ -59,7 +61,10 @@ def weights_for(
         functions.append(functions_for(h_HL))
         return functions[0] is not None
 
-    form = form_of(length, key_width, dtype, degree, None if modes is None else real_states(modes), fits)
+    states = None if modes is None else real_states(modes)
+    if h_HL.device.type != "cpu" and (states is None or (length <= KERNELS_UP_TO and accelerated(h_HL))):
+        return (h_HL,)  # the question whether polynomials fit would wait for the device
+    form = form_of(length, key_width, dtype, degree, states, fits)
     if form == "recurrence":
         assert modes is not None
         return modal_bases(modes, chunk_of(dtype))

@@ -32,7 +32,7 @@ class _Group(NamedTuple):
     weights: tuple[Tensor, ...]
 
     def convolved(self, p_BEL: Tensor, taps_ET: Tensor, bias_E: Tensor) -> list[Tensor]:
-        """Queries, keys and values, (1, G, width, L)."""
+        """Queries, keys and values, (B or 1, G, width, L)."""
         count = self.heads.stop - self.heads.start
         parts = [convolve_taps(p_BEL[self.sequence, rows], taps_ET[rows], bias_E[rows]) for rows in self.rows]
         return [part.unflatten(1, (count, -1)) for part in parts]
@@ -41,15 +41,18 @@ class _Group(NamedTuple):
 def _groups(p_BEL: Tensor, d_model: int, weights: tuple[Tensor, ...]) -> Iterator[_Group]:
     heads, (batch, inner, length) = weights[0].shape[0], p_BEL.shape
     key, value = (inner - d_model) // 2 // heads, d_model // heads
-    for sequence in range(batch):
-        masked = len(weights) == 1
-        some = masked_heads(heads, length, length) if masked else chunked_heads(key, length, Bases(*weights))
+    masked, together = len(weights) == 1, p_BEL.device.type != "cpu"
+    for sequence in [slice(0, batch)] if masked and together else [slice(i, i + 1) for i in range(batch)]:
+        if together:
+            some = iter([slice(0, heads)])
+        else:
+            some = masked_heads(heads, length, length) if masked else chunked_heads(key, length, Bases(*weights))
         for part in some:
             keys = slice(part.start * key, part.stop * key)
             values = slice(part.start * value, part.stop * value)
             rows = [slice(keys.start + first, keys.stop + first) for first in (0, heads * key)]
             rows.append(slice(values.start + inner - d_model, values.stop + inner - d_model))
-            yield _Group(slice(sequence, sequence + 1), part, rows, values, tuple(weight[part] for weight in weights))
+            yield _Group(sequence, part, rows, values, tuple(weight[part] for weight in weights))
 
 
 class _Fused(torch.autograd.Function):

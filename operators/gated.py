@@ -100,7 +100,7 @@ def _blocks(inputs: Inputs) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Channels of each block, their projections, and those after the short convolution, zero at padding."""
     batch, _, width, length = inputs.p_BPDL.shape
     dtype = compute_dtype(inputs.p_BPDL.dtype)
-    for channels in blocks_of(width, batch * length):
+    for channels in blocks_of(width, batch * length, inputs.p_BPDL.device):
         p_BPdL = inputs.p_BPDL[:, :, channels].to(dtype)
         u_BPdL = add_taps(p_BPdL, inputs.taps_PDK[:, channels].to(dtype), inputs.bias_PD[:, channels].to(dtype))
         if inputs.mask_BL is not None:

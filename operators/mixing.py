@@ -25,15 +25,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from operators.convolution import compute_dtype
+from operators.gpu import accelerated
+from operators.gpu.heads import masked_backward as backward_by_kernels
+from operators.gpu.heads import masked_forward as forward_by_kernels
+from operators.gpu.heads import takes
 from operators.lags import block_order, power, weigh, weigh_backward
 
 ROWS, ROWS_BFLOAT16 = 64, 128  # of a block, measured
 SCRATCH = 2**19  # products of a block in bfloat16, so that they stay in the cache
+SCRATCH_ELSEWHERE = 2**26  # products of a block on accelerators
 
 
-def _blocks(queries: int, keys: int, lags: int, dtype: torch.dtype) -> Iterator[tuple[slice, slice]]:
+def _blocks(q_BHKQ: Tensor, keys: int, lags: int) -> Iterator[tuple[slice, slice]]:
     """Query rows of each block, and the keys at or before its last row that a filter of so many lags reaches."""
-    offset, rows = keys - queries, ROWS_BFLOAT16 if dtype == torch.bfloat16 else ROWS
+    batch, heads, _, queries = q_BHKQ.shape
+    offset, rows = keys - queries, ROWS_BFLOAT16 if q_BHKQ.dtype == torch.bfloat16 else ROWS
+    if q_BHKQ.device.type != "cpu":
+        rows = max(rows, SCRATCH_ELSEWHERE // (batch * heads * keys))
     for start in range(0, queries, rows):
         stop = min(start + rows, queries)
         yield slice(start, stop), slice(max(0, offset + start - lags + 1), offset + stop)
@@ -49,7 +57,7 @@ def _within(h_HT: Tensor, keys: slice) -> Tensor:
 def _groups(q_BHKQ: Tensor, keys: int) -> Iterator[tuple[slice, slice]]:
     """Sequences and heads at a time: all, or in bfloat16 some heads of one."""
     batch, heads, _, queries = q_BHKQ.shape
-    if q_BHKQ.dtype != torch.bfloat16:
+    if q_BHKQ.dtype != torch.bfloat16 or q_BHKQ.device.type != "cpu":
         yield slice(0, batch), slice(0, heads)
         return
     for sequence in range(batch):
@@ -66,9 +74,11 @@ def heads_at_a_time(heads: int, queries: int, keys: int) -> Iterator[slice]:
 
 def masked_forward(q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor, degree: int | None) -> Tensor:
     """`mix` without gradients."""
+    if accelerated(q_BHKQ) and takes(q_BHKQ, v_BHVT):
+        return forward_by_kernels(q_BHKQ, k_BHKT, v_BHVT, h_HT, degree)
     y_BHVQ = q_BHKQ.new_empty(*v_BHVT.shape[:3], q_BHKQ.shape[-1])
     turned = block_order(q_BHKQ)
-    for rows, keys in _blocks(q_BHKQ.shape[-1], k_BHKT.shape[-1], h_HT.shape[-1], q_BHKQ.dtype):
+    for rows, keys in _blocks(q_BHKQ, k_BHKT.shape[-1], h_HT.shape[-1]):
         products_BHRS = turned(q_BHKQ[..., rows]).transpose(-1, -2) @ k_BHKT[..., keys]
         scores_BHRS = weigh(products_BHRS, _within(h_HT, keys), degree)
         y_BHVQ[..., rows] = turned(v_BHVT[..., keys] @ scores_BHRS.transpose(-1, -2))
@@ -78,9 +88,11 @@ def masked_forward(q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor,
 def masked_backward(parts: list[Tensor], h_HT: Tensor, degree: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and h, from q, k, v and the gradient of the outputs."""
     q_BHKQ, k_BHKT, v_BHVT, grad_BHVQ = parts
+    if accelerated(q_BHKQ) and takes(q_BHKQ, v_BHVT):
+        return backward_by_kernels(parts, h_HT, degree)
     turned, dq = block_order(q_BHKQ), torch.empty_like(q_BHKQ, memory_format=torch.contiguous_format)
     dk, dv, dh = (torch.zeros_like(part, dtype=compute_dtype(part.dtype)) for part in (k_BHKT, v_BHVT, h_HT))
-    for rows, keys in _blocks(q_BHKQ.shape[-1], k_BHKT.shape[-1], h_HT.shape[-1], q_BHKQ.dtype):
+    for rows, keys in _blocks(q_BHKQ, k_BHKT.shape[-1], h_HT.shape[-1]):
         q_BHKR, grad_BHVR = turned(q_BHKQ[..., rows]), turned(grad_BHVQ[..., rows])
         products_BHRS = q_BHKR.transpose(-1, -2) @ k_BHKT[..., keys]
         dscores_BHRS = grad_BHVR.transpose(-1, -2) @ v_BHVT[..., keys]

@@ -15,12 +15,14 @@ _casts: Any = WeakIdKeyDictionary()  # parameter to what it was and its value in
 
 
 class _Project(torch.autograd.Function):
-    """In half precision one matrix product a sequence: the batched one copies its weight for every sequence."""
+    """In half precision one matrix product a sequence: on CPUs the batched one copies its weight for every sequence."""
 
     @staticmethod
     def forward(ctx: Any, x_BIL: Tensor, weight_EI: Tensor, bias_E: Tensor) -> Tensor:
         ctx.save_for_backward(x_BIL, weight_EI)
         weight, bias = as_dtype(weight_EI, x_BIL.dtype), as_dtype(bias_E, x_BIL.dtype)
+        if x_BIL.is_cuda:
+            return torch.baddbmm(bias[:, None], weight.expand(len(x_BIL), -1, -1), x_BIL)
         y_BEL = x_BIL.new_empty(x_BIL.shape[0], weight.shape[0], x_BIL.shape[2])
         for x_IL, y_EL in zip(x_BIL, y_BEL, strict=True):
             torch.addmm(bias[:, None], weight, x_IL, out=y_EL)
@@ -33,6 +35,10 @@ class _Project(torch.autograd.Function):
         weight, dweight_EI = as_dtype(weight_EI, x_BIL.dtype), torch.zeros_like(weight_EI)
         dx_BIL = torch.empty_like(x_BIL)  # laid out as x is
         with torch.autocast(grad_BEL.device.type, enabled=False):
+            if x_BIL.is_cuda:
+                dx_BLI = torch.bmm(grad_BEL.transpose(1, 2), weight.expand(len(x_BIL), -1, -1))
+                dweight_EI = torch.bmm(grad_BEL, x_BIL.transpose(1, 2), out_dtype=torch.float32).sum(0)
+                return dx_BLI.transpose(1, 2), dweight_EI, grad_BEL.sum((0, 2), dtype=torch.float32)
             for x_IL, grad_EL, dx_IL in zip(x_BIL, grad_BEL, dx_BIL, strict=True):
                 if dx_IL.is_contiguous():
                     torch.mm(weight.t(), grad_EL, out=dx_IL)

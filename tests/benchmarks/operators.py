@@ -3,7 +3,8 @@
 `python -m tests.benchmarks.operators --out DIR`, or `make bench`. One process, one thread, repeats of all contenders in
 turn, medians; a ratio is the median of the ratios of one turn, above 1 where ours is faster. Floors stand beside them:
 the projections alone as matrix products, and a copy of the inputs. Contenders named "native" run through the compiled
-core, where there is one. Not a test: figures depend on the machine.
+core, where there is one; with `--device cuda` everything runs on the GPU, ours by kernels, those named "torch" without.
+Not a test: figures depend on the machine.
 
 Shapes: B batch, L positions, D model width.
 """
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import operators.gpu
 from operators import native
 from operators.config import HyenaConfig, ImplicitFilterConfig, ModalFilterConfig
 from operators.registry import build
@@ -34,12 +36,14 @@ HEAD_WIDTH = 64
 LENGTHS = (256, 1024, 2048, 8192, 32768)
 QUADRATIC_LIMIT = 8192  # positions that O(L^2) contenders are measured up to, in training and prefill
 DECODED = 32
-NATIVE = " native"
+IN_A_ROW = 10
+EAGER = False  # with launches, on a GPU
+NATIVE, TORCH = " native", " torch"
 MOST_POSITIONS = {"prefill": 32768, "training": 16384, "decode": 65536}  # of a batch: attention takes minutes beyond
 POSITIVE = ImplicitFilterConfig(positive=True, width=64, features=9)
 
 
-def contenders(width: int, length: int) -> dict[str, Any]:
+def contenders(width: int, length: int, device: str = "cpu") -> dict[str, Any]:
     """Everything that is compared, built for a width and a longest sequence."""
     heads = max(1, width // HEAD_WIDTH)
     ours = {
@@ -56,41 +60,71 @@ def contenders(width: int, length: int) -> dict[str, Any]:
         operator: Any = build(config, width, length)
         operator.initialise(None, torch.Generator().manual_seed(0))
         found[name] = operator
-    if native.available():
+    for module in found.values():
+        module.to(device)
+    if device != "cpu":
+        found[f"hyena-2{TORCH}"] = found["hyena-2"]
+    elif native.available():
         found |= {f"{name}{NATIVE}": found[name] for name in ours}
     return found
 
 
-def fits(name: str, mode: str, dtype: str, batch: int, length: int) -> bool:
+def fits(name: str, mode: str, dtype: str, batch: int, length: int, device: str) -> bool:
     """Whether a contender is measured: the textbook has no state, and what is quadratic takes too long."""
-    name = name.removesuffix(NATIVE)
+    name = name.removesuffix(NATIVE).removesuffix(TORCH)
     quadratic = name in ("heads", "power") or (name == "heads smooth" and dtype == "float32")
-    if quadratic and (length > QUADRATIC_LIMIT or batch * length > 2 * QUADRATIC_LIMIT):
+    if quadratic and device == "cpu" and (length > QUADRATIC_LIMIT or batch * length > 2 * QUADRATIC_LIMIT):
         return False
     return name != "textbook" or mode != "decode"
 
 
 @contextlib.contextmanager
 def core(name: str) -> Iterator[None]:
-    """The compiled core for contenders that are named so."""
+    """The compiled core for contenders that are named so, and no kernels for those that do without."""
     native.use(name.endswith(NATIVE))
+    kernels = operators.gpu.triton
+    if name.endswith(TORCH):
+        operators.gpu.triton = None
     try:
         yield
     finally:
         native.use(False)
+        operators.gpu.triton = kernels
 
 
-def timed(work: Callable[[], Any]) -> float:
-    """Seconds of a call."""
+def timed(work: Callable[[], Any], device: str = "cpu") -> float:
+    """Seconds of a call; on a GPU of one in a row of `IN_A_ROW`, from idle to idle, replayed unless `EAGER`."""
+    if device == "cpu":
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+    work = work if EAGER else recorded(work)
+    torch.cuda.synchronize()
     began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+    for _ in range(IN_A_ROW):
+        work()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - began) / IN_A_ROW
+
+
+def recorded(work: Callable[[], Any]) -> Callable[[], Any]:
+    """The same as a graph of kernels, which replays without the time that launching each takes."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 def prefill(module: nn.Module, x: torch.Tensor, dtype: str) -> float:
     """Seconds of one forward pass without gradients."""
-    with torch.no_grad(), precision(dtype):
-        return timed(lambda: module(x))
+    with torch.no_grad(), precision(dtype, x.device.type):
+        return timed(lambda: module(x), x.device.type)
 
 
 def training(module: nn.Module, x: torch.Tensor, dtype: str) -> float:
@@ -98,12 +132,14 @@ def training(module: nn.Module, x: torch.Tensor, dtype: str) -> float:
     inputs = x.clone().requires_grad_()
 
     def step() -> None:
-        with precision(dtype):
+        module.zero_grad(set_to_none=True)
+        with precision(dtype, x.device.type):
             output = module(inputs)
         output.float().square().mean().backward()
 
-    seconds = timed(step)
+    seconds = timed(step, x.device.type)
     module.zero_grad(set_to_none=True)
+    inputs.grad = None
     return seconds
 
 
@@ -111,10 +147,17 @@ def decode(module: Any, x: torch.Tensor, dtype: str) -> list[float]:
     """Seconds of each of the last `DECODED` positions, after the context before them."""
     batch, length, _ = x.shape
     context = length - DECODED
-    with torch.no_grad(), precision(dtype):
+    with torch.no_grad(), precision(dtype, x.device.type):
         state = module.init_state(batch, length) if isinstance(module, Attention) else module.init_state(batch)
         module.extend(x[:, :context], state)
         parts = [x[:, t : t + 1] for t in range(context, length)]
+        if x.is_cuda:
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            for part in parts:
+                module.extend(part, state)
+            torch.cuda.synchronize()
+            return [(time.perf_counter() - began) / len(parts)] * len(parts)
         return [timed(lambda part=part: module.extend(part, state)) for part in parts]  # type: ignore[misc]
 
 
@@ -129,36 +172,40 @@ def saved_bytes(module: nn.Module, x: torch.Tensor, dtype: str) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), precision(dtype):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), precision(dtype, x.device.type):
         output = module(x.requires_grad_())
     del output
     return sum(kept.values())
 
 
-def precision(dtype: str) -> Any:
+def precision(dtype: str, device: str) -> Any:
     """Automatic casts of projections, or none."""
-    return torch.autocast("cpu", dtype=torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+    return torch.autocast(device, dtype=torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
 
 
 def floors(width: int, x: torch.Tensor, dtype: str) -> dict[str, float]:
     """Milliseconds of the projections of attention and order-2 Hyena as one matrix product, and of a copy of x."""
-    matrix = torch.randn(width, 4 * width)
+    device = x.device.type
+    matrix = torch.randn(width, 4 * width, device=device)
     rows = x.flatten(0, 1)
-    with precision(dtype), torch.no_grad():
-        product = statistics.median(timed(lambda: rows @ matrix) for _ in range(5))
-    copied = statistics.median(timed(x.clone) for _ in range(5))
+    with precision(dtype, device), torch.no_grad():
+        product = statistics.median(timed(lambda: rows @ matrix, device) for _ in range(5))
+    copied = statistics.median(timed(x.clone, device) for _ in range(5))
     return {"projections": 1e3 * product, "copy": 1e3 * copied}
 
 
-def measure(mode: str, dtype: str, width: int, batch: int, length: int, repeats: int) -> dict[str, Any] | None:
+def measure(
+    mode: str, dtype: str, width: int, batch: int, length: int, repeats: int, device: str
+) -> dict[str, Any] | None:
     """One row: milliseconds by contender (of a token in decode) and ratios; None where it takes too long."""
-    if batch * length > MOST_POSITIONS[mode]:
+    if batch * length > MOST_POSITIONS[mode] * (8 if device == "cuda" else 1):
         return None
     context = DECODED if mode == "decode" else 0
-    made = contenders(width, length + context)
-    modules = {name: module for name, module in made.items() if fits(name, mode, dtype, batch, length)}
-    x = torch.randn(batch, length + context, width, generator=torch.Generator().manual_seed(1))
+    made = contenders(width, length + context, device)
+    modules = {name: module for name, module in made.items() if fits(name, mode, dtype, batch, length, device)}
+    x = torch.randn(batch, length + context, width, generator=torch.Generator().manual_seed(1)).to(device)
     row: dict[str, Any] = {"mode": mode, "dtype": dtype, "D": width, "B": batch, "L": length}
+    row["device"] = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     turns = []
     for turn in range(repeats + 1):
         taken: dict[str, Any] = {}
@@ -167,6 +214,8 @@ def measure(mode: str, dtype: str, width: int, batch: int, length: int, repeats:
                 taken[name] = {"prefill": prefill, "training": training, "decode": decode}[mode](module, x, dtype)  # type: ignore[operator]
         if turn:  # the first warms up
             turns.append(taken)
+        if device == "cuda":
+            torch.cuda.empty_cache()
     if mode == "decode":
         row["worst"] = {
             name: statistics.median(max(t[name]) / statistics.mean(t[name]) for t in turns) for name in modules
@@ -189,17 +238,19 @@ def measure(mode: str, dtype: str, width: int, batch: int, length: int, repeats:
 
 def main() -> None:
     """Measure, print and write every row."""
+    global EAGER
     options = _options()
+    EAGER = options.eager
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for mode in options.modes:
-        for dtype in ["float32"] if mode == "decode" else ["float32", "bfloat16"]:
+        for dtype in ["float32"] if mode == "decode" else options.dtypes:
             for width in options.widths:
                 for batch in options.batches:
                     for length in options.lengths:
                         repeats = options.repeats if length < QUADRATIC_LIMIT else max(3, options.repeats // 3)
-                        row = measure(mode, dtype, width, batch, length, repeats)
+                        row = measure(mode, dtype, width, batch, length, repeats, options.device)
                         gc.collect()
                         if row is not None:
                             rows.append(row)
@@ -222,6 +273,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--widths", type=numbers, default=[128, 512])
     parser.add_argument("--batches", type=numbers, default=[1, 8])
     parser.add_argument("--lengths", type=numbers, default=list(LENGTHS))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--eager", action="store_true", help="on a GPU, time launches too instead of recorded graphs")
+    parser.add_argument("--dtypes", type=words, default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=5, help="turns of all contenders; a third from 8k positions on")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench", help="folder for JSON, table and plot")
     return parser.parse_args()

@@ -1,0 +1,45 @@
+"""Kernels for accelerators, in Triton: what an operator does between its projections in half precision.
+
+    gates      short convolutions, products and masks in one pass, forwards and backwards
+    toeplitz   long convolutions as matrix products of Toeplitz blocks, bfloat16 operands and float32 sums
+    channels   channel-wise Hyena of these two, with FFTs where sequences are long or in float32
+    heads      masked mixing of heads block by block, nothing quadratic in memory
+
+Triton comes with torch wherever torch serves such a device; without it everything runs in torch. Results repeat bit
+for bit: sums have a fixed order, nothing is added atomically. `TRITON_INTERPRET=1` runs the kernels on the CPU, slowly.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+__all__ = ["INTERPRETED", "OPERAND", "accelerated", "jit", "next_power", "tl", "triton"]
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Operands of matrix products, once rounded to bfloat16: Triton's interpreter multiplies none of that.
+OPERAND: Any = None if triton is None else tl.constexpr(tl.float32 if INTERPRETED else tl.bfloat16)
+
+
+def jit(kernel: Callable[..., Any]) -> Any:
+    """`triton.jit`, or the function itself, never to be called, where there is no Triton."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+def accelerated(x: Tensor) -> bool:
+    """Whether there are kernels for where `x` is."""
+    return triton is not None and (x.is_cuda or INTERPRETED)
+
+
+def next_power(count: int, least: int = 1) -> int:
+    """The smallest power of two that is neither below `count` nor below `least`."""
+    return max(least, 1 << (count - 1).bit_length())
