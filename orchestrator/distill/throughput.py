@@ -17,6 +17,7 @@ import torch
 from operators import native
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.losses import next_token_loss
+from orchestrator.distill.memory import give_back_freed_memory
 from orchestrator.distill.models import load_teacher
 from orchestrator.distill.swap import swap
 from orchestrator.distill.train import autocast, prepare
@@ -142,6 +143,7 @@ def _reset_peak(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         return
+    give_back_freed_memory()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the high-water mark of this process
     except OSError:

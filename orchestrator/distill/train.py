@@ -20,6 +20,7 @@ from operators import native
 from orchestrator.distill.checkpoint import load_checkpoint, save_checkpoint
 from orchestrator.distill.context import Stopped, Workplace
 from orchestrator.distill.journal import Journal
+from orchestrator.distill.memory import keep_freed_memory
 from orchestrator.distill.optim import schedule, set_learning_rate
 from orchestrator.distill.ranks import average_gradients, in_turn, is_first, mean, on_any
 from orchestrator.study.schema import Numerics, Optimizer
@@ -52,10 +53,13 @@ class Training:
 def prepare(numerics: Numerics, seed: int = 0) -> None:
     """Set what decides the bits in this process: threads, precision of products, core, determinism, random state.
 
+    And what makes it faster: freed memory is kept.
+
     Raises RuntimeError where there is no compiled core and the study asks for it.
     """
     if native.use(numerics.core == "native") != (numerics.core == "native"):
         raise RuntimeError(NO_CORE)
+    keep_freed_memory()
     torch.set_num_threads(numerics.threads)
     torch.set_float32_matmul_precision(numerics.matmul)
     torch.use_deterministic_algorithms(True, warn_only=True)
