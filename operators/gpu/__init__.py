@@ -3,6 +3,7 @@
     gates      short convolutions, products and masks in one pass, forwards and backwards
     toeplitz   long convolutions as matrix products of Toeplitz blocks, bfloat16 operands and float32 sums
     channels   channel-wise Hyena of these two, with FFTs where sequences are long or in float32
+    network    the sine network of implicit filters
     heads      masked mixing of heads block by block, nothing quadratic in memory
 
 Triton comes with torch wherever torch serves such a device; without it everything runs in torch. Results repeat bit

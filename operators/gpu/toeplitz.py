@@ -94,22 +94,24 @@ def skewed_sums(x, N: tl.constexpr):
 @jit
 def _correlate(
     g, g_batch, g_row, z, z_batch, z_row, sums, length, batch,
-    N: tl.constexpr, COLUMNS: tl.constexpr,
+    SEQUENCES: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """sum over positions and sequences of g_t z_{t-lag} for the lags between columns d apart."""
     channel, d = tl.program_id(0), tl.program_id(1)
     columns = (length + N - 1) // N
+    WIDTH: tl.constexpr = COLUMNS // SEQUENCES
     r, place = tl.arange(0, N), tl.arange(0, COLUMNS)
+    g, z = g + channel.to(tl.int64) * g_row, z + channel.to(tl.int64) * z_row
     total = tl.zeros((N, N), tl.float32)
-    g_at, z_at = g + channel.to(tl.int64) * g_row, z + channel.to(tl.int64) * z_row
-    for _ in range(0, batch):
-        for start in range(d, columns, COLUMNS):
-            t = (start + place)[None, :] * N + r[:, None]
-            before = t - d * N
-            left = tl.load(g_at + t, mask=t < length, other=0.0).to(tl.bfloat16).to(OPERAND)
-            right = tl.load(z_at + before, mask=before < length, other=0.0).to(tl.bfloat16).to(OPERAND)
+    for group in range(0, batch, SEQUENCES):
+        sequence = (group + place % SEQUENCES).to(tl.int64)
+        g_at, z_at = g + (sequence * g_batch)[None, :], z + (sequence * z_batch)[None, :]
+        for start in range(d, columns, WIDTH):
+            t = (start + place // SEQUENCES)[None, :] * N + r[:, None]
+            before, real = t - d * N, (sequence < batch)[None, :]
+            left = tl.load(g_at + t, mask=(t < length) & real, other=0.0).to(tl.bfloat16).to(OPERAND)
+            right = tl.load(z_at + before, mask=(before < length) & real, other=0.0).to(tl.bfloat16).to(OPERAND)
             total = tl.dot(left, tl.trans(right), total)
-        g_at, z_at = g_at + g_batch, z_at + z_batch
     near, far = skewed_sums(total, N)
     to = sums + (channel * columns + d).to(tl.int64) * 2 * N
     tl.store(to + r, near)
@@ -140,7 +142,7 @@ def correlate(g_BDL: Tensor, z_BDL: Tensor) -> Tensor:
     sums_DA2N = z_BDL.new_empty(channels, columns, 2, SIDE, dtype=torch.float32)
     _correlate[(channels, columns)](
         g_BDL, g_BDL.stride(0), g_BDL.stride(1), z_BDL, z_BDL.stride(0), z_BDL.stride(1), sums_DA2N, length, batch,
-        N=SIDE, COLUMNS=16, num_warps=4, num_stages=2,
+        SEQUENCES=min(next_power(batch), 16), N=SIDE, COLUMNS=32, num_warps=4, num_stages=2,
     )  # fmt: skip
     dh_DAN, later_DAN = sums_DA2N.unbind(2)
     dh_DAN[:, :-1] += later_DAN[:, 1:]

@@ -21,6 +21,7 @@ from operators.gpu import INTERPRETED, triton
 from operators.gpu.channels import gated
 from operators.gpu.gates import Operand, adjoint, product, short
 from operators.gpu.heads import masked_backward, masked_forward, takes
+from operators.gpu.network import sine_network
 from operators.gpu.toeplitz import convolve, correlate
 from operators.mixing import mix_reference
 from operators.registry import build
@@ -146,6 +147,26 @@ def test_channels_and_their_gradients(dtype: torch.dtype, convolutions: int, mas
     near(y, value, tolerance)
     for found, wanted in zip(inputs, wide, strict=True):
         near(found.grad, wanted.grad, tolerance)  # type: ignore[arg-type]
+
+
+@kernels
+@pytest.mark.parametrize(("lags", "features", "width", "depth"), [(1, 3, 8, 1), (50, 5, 64, 3), (33, 17, 20, 2)])
+def test_sine_network_and_its_gradients(lags: int, features: int, width: int, depth: int) -> None:
+    given = [on(lags, features, seed=1), 3 * on(1, width, seed=2)]
+    for layer in range(depth):
+        fan_in = width if layer else features
+        given += [on(width, fan_in, seed=3 + layer) / fan_in**0.5, on(width, seed=9 + layer)]
+    inputs, wide = ([x.clone().to(where).requires_grad_() for x in given] for where in (torch.float32, torch.float64))
+    hidden = wide[0]
+    for weight, bias in zip(wide[2::2], wide[3::2], strict=True):
+        hidden = torch.sin(wide[1] * torch.nn.functional.linear(hidden, weight, bias))
+    grad = on(lags, width, seed=20)
+    found = sine_network(inputs[0], inputs[1], inputs[2:])
+    near(found, hidden, 1e-5)
+    found.backward(grad)
+    hidden.backward(grad.double())
+    for one, other in zip(inputs, wide, strict=True):
+        near(one.grad, other.grad, 1e-5)  # type: ignore[arg-type]
 
 
 def both(case: str, *, masked: bool = False) -> list[tuple[Tensor, dict[str, Tensor]]]:
