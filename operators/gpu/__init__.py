@@ -6,16 +6,19 @@
     network    the sine network of implicit filters
     heads      masked mixing of heads block by block, nothing quadratic in memory
 
-Triton comes with torch wherever torch serves such a device; without it everything runs in torch. Results repeat bit
+Triton comes with torch wherever torch serves such a device; without it, and on GPUs older than compute capability 8.0,
+everything runs in torch. Results repeat bit
 for bit: sums have a fixed order, nothing is added atomically. `TRITON_INTERPRET=1` runs the kernels on the CPU, slowly.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 try:
@@ -38,7 +41,12 @@ def jit(kernel: Callable[..., Any]) -> Any:
 
 def accelerated(x: Tensor) -> bool:
     """Whether there are kernels for where `x` is."""
-    return triton is not None and (x.is_cuda or INTERPRETED)
+    return triton is not None and (_multiplies_bfloat16(x.device) if x.is_cuda else INTERPRETED)
+
+
+@functools.cache
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def next_power(count: int, least: int = 1) -> int:
