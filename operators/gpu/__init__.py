@@ -7,8 +7,8 @@
     heads      masked mixing of heads block by block, nothing quadratic in memory
 
 Triton comes with torch wherever torch serves such a device; without it, and on GPUs older than compute capability 8.0,
-everything runs in torch. Results repeat bit
-for bit: sums have a fixed order, nothing is added atomically. `TRITON_INTERPRET=1` runs the kernels on the CPU, slowly.
+everything runs in torch. Results repeat bit for bit: sums have a fixed order, nothing is added atomically.
+`TRITON_INTERPRET=1` runs the kernels on the CPU, slowly.
 """
 
 from __future__ import annotations
