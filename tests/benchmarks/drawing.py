@@ -40,27 +40,37 @@ def _times(ratio: float | None) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Speed over attention by length, a panel for every mode, at the largest width and batch 1."""
+    """Speed over attention by length, a panel for every mode, at the largest width and the smallest batch.
+
+    In bfloat16 where that was measured. A colour for every kind, broken lines for ours without the compiled core.
+    """
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    width, modes = max(row["D"] for row in rows), list(dict.fromkeys(row["mode"] for row in rows))
-    figure, panels = pyplot.subplots(1, len(modes), figsize=(4.6 * len(modes), 4), sharey=True, squeeze=False)
+    width, batch = max(row["D"] for row in rows), min(row["B"] for row in rows)
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    figure, panels = pyplot.subplots(1, len(modes), figsize=(4.2 * len(modes) + 1.6, 4), sharey=True, squeeze=False)
+    lines: dict[str, Any] = {}
     for panel, mode in zip(panels[0], modes, strict=True):
-        mine = [row for row in rows if (row["mode"], row["D"], row["B"]) == (mode, width, 1)]
-        for dtype, style in (("float32", "-"), ("bfloat16", "--")):
-            for name in OURS:
-                points = [
-                    (r["L"], r["vs_attention"][name]) for r in mine if r["dtype"] == dtype and name in r["vs_attention"]
-                ]
-                if points:
-                    label = f"{name} {dtype}"
-                    panel.plot(
-                        *zip(*points, strict=True), style, color=f"C{OURS.index(name) % 10}", marker="o", label=label
-                    )
+        mine = [row for row in rows if (row["mode"], row["D"], row["B"]) == (mode, width, batch)]
+        dtype = min(row["dtype"] for row in mine)
+        mine = [row for row in mine if row["dtype"] == dtype]
+        core = any(name.endswith(" native") for row in mine for name in row["vs_attention"])
+        for name in OURS:
+            points = [(row["L"], row["vs_attention"][name]) for row in mine if name in row["vs_attention"]]
+            if points:
+                kind, native = name.removesuffix(" native"), name.endswith(" native")
+                style, color = "--" if core and not native else "-", f"C{KINDS.index(kind)}"
+                label = kind + (", core" if native else ", torch" if core else "")
+                (lines[label],) = panel.plot(*zip(*points, strict=True), style, color=color, marker=".", label=label)
         panel.axhline(1.0, color="black", linewidth=0.8)
-        panel.set(title=f"{mode}, D {width}, B 1", xlabel="positions", xscale="log", yscale="log")
-        panel.legend(fontsize=6)
-    panels[0][0].set_ylabel("times as fast as attention")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+        panel.set(title=f"{mode}, {dtype}", xlabel="positions", xscale="log", yscale="log")
+        lengths = sorted({row["L"] for row in mine})
+        panel.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
+        panel.minorticks_off()
+        panel.set_yticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel(f"times as fast as attention (D {width}, B {batch})")
+    figure.legend(lines.values(), lines.keys(), loc="center right", fontsize=8)
+    figure.tight_layout(rect=(0, 0, 1 - 1.6 / figure.get_figwidth(), 1))
+    figure.savefig(path, dpi=100)
