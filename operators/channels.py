@@ -16,6 +16,7 @@ from operators.filters import draw_uniform
 from operators.gated import Inputs, gated, gated_trained
 from operators.gpu import accelerated
 from operators.gpu.channels import gated as gated_by_kernels
+from operators.gpu.channels import takes as takes_by_kernels
 from operators.hyena import Hyena, outside_autocast
 from operators.native import serves
 from operators.native.channels import convolve, convolve_trained
@@ -87,7 +88,7 @@ class ChannelHyena(Hyena):
 
     def whole(self, p_BEL: Tensor, mask_BL: Tensor | None, h_CL: Tensor | None, state: State | None) -> Tensor:
         """See `Hyena.whole`: one pass, `gated` or the compiled core's."""
-        if state is None and accelerated(p_BEL) and p_BEL.dtype in (torch.float32, torch.bfloat16):
+        if state is None and accelerated(p_BEL) and takes_by_kernels(p_BEL, self.short_weight):
             return self._one_pass_gpu(p_BEL, mask_BL, h_CL)
         one_pass = self._one_pass_native if serves(p_BEL) else self._one_pass
         if state is None:

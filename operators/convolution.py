@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from operators.gpu import accelerated
+from operators.gpu.gates import MOST_TAPS as MOST_TAPS_OF_KERNELS
 from operators.gpu.gates import Operand, adjoint, short
 from operators.native import serves
 
@@ -163,7 +164,8 @@ def _core_convolves(u_BEL: Tensor, weight_EK: Tensor) -> bool:
 
 
 def _kernels_convolve(u_BEL: Tensor, weight_EK: Tensor) -> bool:
-    return accelerated(u_BEL) and weight_EK.dtype == torch.float32
+    few = weight_EK.shape[1] <= MOST_TAPS_OF_KERNELS
+    return accelerated(u_BEL) and weight_EK.dtype == torch.float32 and few
 
 
 class _ShortConv(torch.autograd.Function):

@@ -20,7 +20,7 @@ from operators.config import ImplicitFilterConfig
 from operators.convolution import compute_dtype
 from operators.decode import Filters
 from operators.gpu import accelerated
-from operators.gpu.network import sine_network
+from operators.gpu.network import WIDEST, sine_network
 from operators.modes import Modes
 
 SMALL_OUTPUT = 0.05
@@ -216,7 +216,8 @@ class ImplicitFilter(LongFilter):
         """What the last layer reads, (L, W)."""
         dtype = compute_dtype(self.readout.weight.dtype)
         hidden_LW, frequency = self.features[:length].to(dtype), self.frequency.to(dtype)
-        if accelerated(hidden_LW) and dtype == torch.float32:
+        widest = max(self.config.width, self.config.features)
+        if accelerated(hidden_LW) and dtype == torch.float32 and widest <= WIDEST:
             return sine_network(hidden_LW, frequency, [parameter.to(dtype) for parameter in self.layers.parameters()])
         for layer in self.layers:
             assert isinstance(layer, nn.Linear)

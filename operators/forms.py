@@ -11,6 +11,7 @@ from torch import Tensor
 
 from operators.chunked import Bases, mix_chunked
 from operators.gpu import accelerated
+from operators.gpu.heads import takes
 from operators.head_states import chunk_of, modal_bases, real_states
 from operators.mixing import mix
 from operators.modes import Modes
@@ -52,9 +53,13 @@ def form_of(
 
 
 def weights_for(
-    length: int, key_width: int, dtype: torch.dtype, h_HL: Tensor, modes: Modes | None, degree: int | None
+    length: int, widths: tuple[int, int], dtype: torch.dtype, h_HL: Tensor, modes: Modes | None, degree: int | None
 ) -> tuple[Tensor] | Bases:
-    """What the form that `form_of` names mixes with: bases, or h alone; `modes` are those of h, where it has any."""
+    """What the form that `form_of` names mixes with: bases, or h alone; `modes` are those of h, where it has any.
+
+    On accelerators filters that are no sums of modes are never fitted, and up to `KERNELS_UP_TO` positions the kernels
+    mix in the masked form whatever the filter. `widths` are those of keys, after the feature map, and of values.
+    """
     functions: list[int | None] = []
 
     def fits() -> bool:
@@ -62,9 +67,10 @@ def weights_for(
         return functions[0] is not None
 
     states = None if modes is None else real_states(modes)
-    if h_HL.device.type != "cpu" and (states is None or (length <= KERNELS_UP_TO and accelerated(h_HL))):
+    by_kernels = length <= KERNELS_UP_TO and accelerated(h_HL) and takes(dtype, len(h_HL), *widths, degree)
+    if by_kernels or (h_HL.device.type != "cpu" and states is None):
         return (h_HL,)  # the question whether polynomials fit would wait for the device
-    form = form_of(length, key_width, dtype, degree, states, fits)
+    form = form_of(length, widths[0], dtype, degree, states, fits)
     if form == "recurrence":
         assert modes is not None
         return modal_bases(modes, chunk_of(dtype))

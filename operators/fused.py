@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 from operators.chunked import Bases, chunked_backward, chunked_forward
 from operators.chunked import heads_at_a_time as chunked_heads
 from operators.convolution import convolve_taps, convolve_taps_backward
+from operators.gpu import accelerated
+from operators.gpu.heads import takes
 from operators.mixing import heads_at_a_time as masked_heads
 from operators.mixing import masked_backward, masked_forward
 
@@ -38,12 +40,13 @@ class _Group(NamedTuple):
         return [part.unflatten(1, (count, -1)) for part in parts]
 
 
-def _groups(p_BEL: Tensor, d_model: int, weights: tuple[Tensor, ...]) -> Iterator[_Group]:
+def _groups(p_BEL: Tensor, d_model: int, weights: tuple[Tensor, ...], degree: int | None) -> Iterator[_Group]:
     heads, (batch, inner, length) = weights[0].shape[0], p_BEL.shape
     key, value = (inner - d_model) // 2 // heads, d_model // heads
-    masked, together = len(weights) == 1, p_BEL.device.type != "cpu"
-    for sequence in [slice(0, batch)] if masked and together else [slice(i, i + 1) for i in range(batch)]:
-        if together:
+    masked = len(weights) == 1
+    by_kernels = masked and accelerated(p_BEL) and takes(p_BEL.dtype, batch * heads, key, value, degree)
+    for sequence in [slice(0, batch)] if by_kernels else [slice(i, i + 1) for i in range(batch)]:
+        if p_BEL.device.type != "cpu" or by_kernels:
             some = iter([slice(0, heads)])
         else:
             some = masked_heads(heads, length, length) if masked else chunked_heads(key, length, Bases(*weights))
@@ -69,7 +72,7 @@ class _Fused(torch.autograd.Function):
         ctx.save_for_backward(p_BEL, taps_ET, bias_E, direct_D, *weights)
         ctx.degree = degree
         y_BDL = p_BEL.new_empty(p_BEL.shape[0], len(direct_D), p_BEL.shape[2])
-        for group in _groups(p_BEL, len(direct_D), weights):
+        for group in _groups(p_BEL, len(direct_D), weights, degree):
             q, k, v = group.convolved(p_BEL, taps_ET, bias_E)
             if len(weights) == 1:
                 y = masked_forward(q, k, v, group.weights[0], degree)
@@ -86,7 +89,7 @@ class _Fused(torch.autograd.Function):
         dp = torch.empty_like(p_BEL, memory_format=torch.contiguous_format)
         dtaps, dbias, ddirect, *dweights = (torch.zeros_like(x) for x in (taps_ET, bias_E, direct_D, *weights))
         with torch.autocast(grad_BDL.device.type, enabled=False):
-            for group in _groups(p_BEL, len(direct_D), tuple(weights)):
+            for group in _groups(p_BEL, len(direct_D), tuple(weights), ctx.degree):
                 parts = group.convolved(p_BEL, taps_ET, bias_E)
                 grad_1DL = grad_BDL[group.sequence, group.values].contiguous()
                 ddirect[group.values] += (grad_1DL * parts[2].flatten(1, 2)).sum((0, 2))

@@ -102,7 +102,8 @@ class HeadHyena(Hyena):
         if dtype == torch.bfloat16:
             h_HL = self._scaled(h_HL)
             modes = None if modes is None else Modes(modes.log_poles_CS, self._scaled(modes.residues_CS))
-        weights = weights_for(h_HL.shape[1], key_width, dtype, h_HL, modes, self.degree)
+        widths = (key_width, self.d_model // self.heads + self.config.normalise)
+        weights = weights_for(h_HL.shape[1], widths, dtype, h_HL, modes, self.degree)
         return weights if isinstance(weights, Bases) else (h_HL[:, : self.filter.lags],)
 
     def _mix(self, q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor) -> Tensor:

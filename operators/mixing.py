@@ -54,10 +54,19 @@ def _within(h_HT: Tensor, keys: slice) -> Tensor:
     return h_HS if h_HS.shape[1] == seen else torch.nn.functional.pad(h_HS, (0, seen - h_HS.shape[1]))
 
 
-def _groups(q_BHKQ: Tensor, keys: int) -> Iterator[tuple[slice, slice]]:
-    """Sequences and heads at a time: all, or in bfloat16 some heads of one."""
-    batch, heads, _, queries = q_BHKQ.shape
-    if q_BHKQ.dtype != torch.bfloat16 or q_BHKQ.device.type != "cpu":
+def _by_kernels(q_BHKQ: Tensor, v_BHVT: Tensor, degree: int | None) -> bool:
+    batch, heads, key_width, _ = q_BHKQ.shape
+    return accelerated(q_BHKQ) and takes(q_BHKQ.dtype, batch * heads, key_width, v_BHVT.shape[2], degree)
+
+
+def _groups(q_BHKQ: Tensor, v_BHVT: Tensor, degree: int | None) -> Iterator[tuple[slice, slice]]:
+    """Sequences and heads at a time: all, as many sequences as fill the scratch, or in bfloat16 some heads of one."""
+    (batch, heads, _, queries), keys = q_BHKQ.shape, v_BHVT.shape[-1]
+    if q_BHKQ.device.type != "cpu":
+        few = batch if _by_kernels(q_BHKQ, v_BHVT, degree) else max(1, SCRATCH_ELSEWHERE // (heads * keys * ROWS))
+        yield from ((slice(i, min(i + few, batch)), slice(0, heads)) for i in range(0, batch, few))
+        return
+    if q_BHKQ.dtype != torch.bfloat16:
         yield slice(0, batch), slice(0, heads)
         return
     for sequence in range(batch):
@@ -74,7 +83,7 @@ def heads_at_a_time(heads: int, queries: int, keys: int) -> Iterator[slice]:
 
 def masked_forward(q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor, degree: int | None) -> Tensor:
     """`mix` without gradients."""
-    if accelerated(q_BHKQ) and takes(q_BHKQ, v_BHVT):
+    if _by_kernels(q_BHKQ, v_BHVT, degree):
         return forward_by_kernels(q_BHKQ, k_BHKT, v_BHVT, h_HT, degree)
     y_BHVQ = q_BHKQ.new_empty(*v_BHVT.shape[:3], q_BHKQ.shape[-1])
     turned = block_order(q_BHKQ)
@@ -88,7 +97,7 @@ def masked_forward(q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor,
 def masked_backward(parts: list[Tensor], h_HT: Tensor, degree: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and h, from q, k, v and the gradient of the outputs."""
     q_BHKQ, k_BHKT, v_BHVT, grad_BHVQ = parts
-    if accelerated(q_BHKQ) and takes(q_BHKQ, v_BHVT):
+    if _by_kernels(q_BHKQ, v_BHVT, degree):
         return backward_by_kernels(parts, h_HT, degree)
     turned, dq = block_order(q_BHKQ), torch.empty_like(q_BHKQ, memory_format=torch.contiguous_format)
     dk, dv, dh = (torch.zeros_like(part, dtype=compute_dtype(part.dtype)) for part in (k_BHKT, v_BHVT, h_HT))
@@ -111,7 +120,7 @@ class _Mix(torch.autograd.Function):
         ctx.save_for_backward(q_BHKQ, k_BHKT, v_BHVT, h_HT)
         ctx.degree = degree
         y_BHVQ = q_BHKQ.new_empty(*v_BHVT.shape[:3], q_BHKQ.shape[-1])
-        for some in _groups(q_BHKQ, k_BHKT.shape[-1]):
+        for some in _groups(q_BHKQ, v_BHVT, degree):
             y_BHVQ[some] = masked_forward(q_BHKQ[some], k_BHKT[some], v_BHVT[some], h_HT[some[1]], degree)
         return y_BHVQ
 
@@ -122,7 +131,7 @@ class _Mix(torch.autograd.Function):
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BHKQ, k_BHKT, v_BHVT))
         dh = torch.zeros_like(h_HT)
         with torch.autocast(grad_BHVQ.device.type, enabled=False):
-            for some in _groups(q_BHKQ, k_BHKT.shape[-1]):
+            for some in _groups(q_BHKQ, v_BHVT, ctx.degree):
                 parts = [x[some] for x in (q_BHKQ, k_BHKT, v_BHVT, grad_BHVQ)]
                 dq[some], dk[some], dv[some], dtheirs = masked_backward(parts, h_HT[some[1]], ctx.degree)
                 dh[some[1]] += dtheirs

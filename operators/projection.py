@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
 FEW_POSITIONS = 8
+SEQUENCES = 8  # at a time, on a GPU
 _casts: Any = WeakIdKeyDictionary()  # parameter to what it was and its value in half precision
 
 
@@ -32,13 +33,11 @@ class _Project(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BEL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x_BIL, weight_EI = ctx.saved_tensors
-        weight, dweight_EI = as_dtype(weight_EI, x_BIL.dtype), torch.zeros_like(weight_EI)
-        dx_BIL = torch.empty_like(x_BIL)  # laid out as x is
+        weight = as_dtype(weight_EI, x_BIL.dtype)
+        if x_BIL.is_cuda:
+            return _batched_backward(grad_BEL, x_BIL, weight)
+        dweight_EI, dx_BIL = torch.zeros_like(weight_EI), torch.empty_like(x_BIL)  # laid out as x is
         with torch.autocast(grad_BEL.device.type, enabled=False):
-            if x_BIL.is_cuda:
-                dx_BLI = torch.bmm(grad_BEL.transpose(1, 2), weight.expand(len(x_BIL), -1, -1))
-                dweight_EI = torch.bmm(grad_BEL, x_BIL.transpose(1, 2), out_dtype=torch.float32).sum(0)
-                return dx_BLI.transpose(1, 2), dweight_EI, grad_BEL.sum((0, 2), dtype=torch.float32)
             for x_IL, grad_EL, dx_IL in zip(x_BIL, grad_BEL, dx_BIL, strict=True):
                 if dx_IL.is_contiguous():
                     torch.mm(weight.t(), grad_EL, out=dx_IL)
@@ -47,6 +46,20 @@ class _Project(torch.autograd.Function):
                 dweight_EI += grad_EL @ x_IL.t()
             dbias_E = grad_BEL.sum(2).sum(0, dtype=dweight_EI.dtype)
         return dx_BIL, dweight_EI, dbias_E
+
+
+def _batched_backward(grad_BEL: Tensor, x_BIL: Tensor, weight_EI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """On a GPU: products of a batch at once, of `SEQUENCES` for the weights, whose sums are float32."""
+    weights_BEI = weight_EI.expand(len(x_BIL), -1, -1)
+    dweight_EI = torch.zeros_like(weight_EI, dtype=torch.float32)
+    with torch.autocast(grad_BEL.device.type, enabled=False):
+        if x_BIL.is_contiguous():
+            dx_BIL = torch.bmm(weights_BEI.transpose(1, 2), grad_BEL)
+        else:
+            dx_BIL = torch.bmm(grad_BEL.transpose(1, 2), weights_BEI).transpose(1, 2)
+        for grad, x in zip(grad_BEL.split(SEQUENCES), x_BIL.split(SEQUENCES), strict=True):
+            dweight_EI += torch.bmm(grad, x.transpose(1, 2), out_dtype=torch.float32).sum(0)
+    return dx_BIL, dweight_EI, grad_BEL.sum((0, 2), dtype=torch.float32)
 
 
 def as_dtype(parameter: Tensor, dtype: torch.dtype) -> Tensor:

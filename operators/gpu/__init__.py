@@ -8,7 +8,7 @@
 
 Triton comes with torch wherever torch serves such a device; without it, and on GPUs older than compute capability 8.0,
 everything runs in torch. Results repeat bit for bit: sums have a fixed order, nothing is added atomically.
-`TRITON_INTERPRET=1` runs the kernels on the CPU, slowly.
+`TRITON_INTERPRET=1` runs the kernels on the CPU, slowly; `LAYERSWAP_KERNELS=0` leaves all to torch.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ try:
 except ImportError:
     triton = tl = None
 
-__all__ = ["INTERPRETED", "OPERAND", "accelerated", "jit", "next_power", "tl", "triton"]
+__all__ = ["INTERPRETED", "OPERAND", "Kernel", "accelerated", "jit", "next_power", "tl", "triton"]
 
+OFF = os.environ.get("LAYERSWAP_KERNELS") == "0"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Operands of matrix products, once rounded to bfloat16: Triton's interpreter multiplies none of that.
 OPERAND: Any = None if triton is None else tl.constexpr(tl.float32 if INTERPRETED else tl.bfloat16)
@@ -39,9 +40,25 @@ def jit(kernel: Callable[..., Any]) -> Any:
     return kernel if triton is None else triton.jit(kernel)
 
 
+class Kernel:
+    """A kernel to be launched, `kernel[grid](x, ...)`, on the device where its first argument is."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = jit(function)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(x: Tensor, /, *others: Any, **how: Any) -> None:
+            with torch.cuda.device_of(x):
+                self.function[grid](x, *others, **how)
+
+        return launch
+
+
 def accelerated(x: Tensor) -> bool:
     """Whether there are kernels for where `x` is."""
-    return triton is not None and (_multiplies_bfloat16(x.device) if x.is_cuda else INTERPRETED)
+    if triton is None or OFF:
+        return False
+    return _multiplies_bfloat16(x.device) if x.is_cuda else INTERPRETED and x.is_cpu
 
 
 @functools.cache

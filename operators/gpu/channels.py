@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from operators.convolution import fft_size
-from operators.gpu.gates import Operand, adjoint, product
+from operators.convolution import blocks_of, fft_size
+from operators.gpu.gates import MOST_TAPS, Operand, adjoint, product
 from operators.gpu.toeplitz import convolve, correlate
 
 LONGEST = 4096  # positions from which on FFTs are faster, measured
@@ -47,7 +47,8 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, grad_BDL: Tensor) -> tuple[Tensor | None, ...]:
         p_BPDL, mask_BL, taps_PDK, bias_PD, h_NDL = ctx.saved_tensors
         rows, count = _Rows(p_BPDL, taps_PDK, bias_PD), len(h_NDL)
-        dp_BPDL, dh_NDL = torch.empty_like(p_BPDL), torch.empty_like(h_NDL)
+        dp_BPDL = torch.empty_like(p_BPDL, memory_format=torch.contiguous_format)
+        dh_NDL = torch.empty_like(h_NDL) if ctx.needs_input_grad[4] else None
         dtaps_PDK, dbias_PD = torch.empty_like(taps_PDK), torch.empty_like(bias_PD)
 
         def back(row: int, grad_BDL: Tensor, factor: Operand) -> None:
@@ -58,10 +59,15 @@ class _Gated(torch.autograd.Function):
         for n in reversed(range(count)):
             back(-3 - n, grad_BDL, Operand(convolved_BDL[n]))
             dy_BDL = product(rows[-3 - n], Operand(grad_BDL), mask_BL, p_BPDL.dtype)
-            grad_BDL, dh_NDL[n] = read[n].backward(dy_BDL, h_NDL[n])
+            grad_BDL = read[n].backward(dy_BDL, h_NDL[n], None if dh_NDL is None else dh_NDL[n])
         back(-2, grad_BDL, rows[-1])
         back(-1, grad_BDL, rows[-2])
         return dp_BPDL, None, dtaps_PDK, dbias_PD, dh_NDL
+
+
+def takes(p: Tensor, taps_EK: Tensor) -> bool:
+    """Whether the kernels compute what begins with these projections and this short convolution."""
+    return p.dtype in (torch.float32, torch.bfloat16) and taps_EK.shape[1] <= MOST_TAPS
 
 
 def gated(p_BPDL: Tensor, mask_BL: Tensor | None, taps_PDK: Tensor, bias_PD: Tensor, h_NDL: Tensor) -> Tensor:
@@ -76,7 +82,7 @@ def gated(p_BPDL: Tensor, mask_BL: Tensor | None, taps_PDK: Tensor, bias_PD: Ten
     Returns:
         (B, D, L) in the dtype of the projections; run it outside autocast.
     """
-    mask_BL = None if mask_BL is None else mask_BL.to(p_BPDL.dtype).contiguous()
+    mask_BL = None if mask_BL is None else mask_BL.to(p_BPDL.dtype).expand(len(p_BPDL), -1).contiguous()
     inputs = (p_BPDL, mask_BL, taps_PDK.float(), bias_PD.float(), h_NDL)
     return cast(Tensor, _Gated.apply(*inputs))  # type: ignore[no-untyped-call]
 
@@ -95,36 +101,45 @@ def _forward(
 
 
 class _Input:
-    """What a convolution reads, and its spectrum where that is what it is convolved by."""
+    """What a convolution reads; and its spectrum, where it is convolved by that and all channels are one block."""
 
     def __init__(self, z_BDL: Tensor) -> None:
         self.z_BDL, self.length = z_BDL, z_BDL.shape[-1]
-        self.by_blocks = z_BDL.dtype == torch.bfloat16 and self.length <= LONGEST
+        self.on_matrix_units = z_BDL.dtype == torch.bfloat16 and self.length <= LONGEST
+        self.blocks = list(blocks_of(z_BDL.shape[1], len(z_BDL) * self.length, z_BDL.device))
         self.spectrum_BDF: Tensor | None = None
-
-    def transformed(self, x: Tensor) -> Tensor:
-        """The spectrum of a sequence of that length."""
-        spectrum: Tensor = torch.fft.rfft(x.float(), fft_size(2 * self.length - 1))
-        return spectrum
-
-    def inverse(self, spectrum: Tensor) -> Tensor:
-        """A sequence of that length."""
-        x: Tensor = torch.fft.irfft(spectrum, fft_size(2 * self.length - 1))[..., : self.length]
-        return x
 
     def convolved(self, h_DL: Tensor) -> Tensor:
         """Convolved with filters, in the same precision."""
-        if self.by_blocks:
+        if self.on_matrix_units:
             return convolve(self.z_BDL, h_DL)
-        self.spectrum_BDF = self.transformed(self.z_BDL)
-        return self.inverse(self.spectrum_BDF * self.transformed(h_DL)).to(self.z_BDL.dtype)
+        y_BDL = torch.empty_like(self.z_BDL)
+        for channels in self.blocks:
+            spectrum_BdF = self._transformed(self.z_BDL[:, channels])
+            self.spectrum_BDF = spectrum_BdF if len(self.blocks) == 1 else None
+            y_BDL[:, channels] = self._inverse(spectrum_BdF * self._transformed(h_DL[channels]))
+        return y_BDL
 
-    def backward(self, dy_BDL: Tensor, h_DL: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of the input and the filters, after `convolved`."""
-        if self.by_blocks:
-            return convolve(dy_BDL, h_DL, causal=False), correlate(dy_BDL, self.z_BDL)
-        assert self.spectrum_BDF is not None
-        dy_BDF = self.transformed(dy_BDL)
-        dz_BDL = self.inverse(dy_BDF * self.transformed(h_DL).conj()).to(dy_BDL.dtype)
-        dy_BDF *= self.spectrum_BDF.conj()
-        return dz_BDL, self.inverse(dy_BDF.sum(0))
+    def backward(self, dy_BDL: Tensor, h_DL: Tensor, dh_DL: Tensor | None) -> Tensor:
+        """Gradient of the input; that of the filters goes to `dh`."""
+        if self.on_matrix_units:
+            if dh_DL is not None:
+                dh_DL.copy_(correlate(dy_BDL, self.z_BDL))
+            return convolve(dy_BDL, h_DL, causal=False)
+        dz_BDL = torch.empty_like(dy_BDL)
+        for channels in self.blocks:
+            dy_BdF = self._transformed(dy_BDL[:, channels])
+            dz_BDL[:, channels] = self._inverse(dy_BdF * self._transformed(h_DL[channels]).conj())
+            if dh_DL is not None:
+                kept = self.spectrum_BDF
+                dy_BdF *= (self._transformed(self.z_BDL[:, channels]) if kept is None else kept).conj()
+                dh_DL[channels] = self._inverse(dy_BdF.sum(0))
+        return dz_BDL
+
+    def _transformed(self, x: Tensor) -> Tensor:
+        spectrum: Tensor = torch.fft.rfft(x.float(), fft_size(2 * self.length - 1))
+        return spectrum
+
+    def _inverse(self, spectrum: Tensor) -> Tensor:
+        x: Tensor = torch.fft.irfft(spectrum, fft_size(2 * self.length - 1))[..., : self.length]
+        return x

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from operators.gpu import jit, next_power, tl
+from operators.gpu import Kernel, jit, next_power, tl
 
 BLOCK = 1024  # positions of a program
+MOST_TAPS = 8  # of a short convolution: backward reads each input once for every pair of taps
 
 
 class Operand(NamedTuple):
@@ -46,7 +47,7 @@ def _values(x, row, t, taps, bias, channel, length, K: tl.constexpr):
     return tl.where(inside, u, 0.0)
 
 
-@jit
+@Kernel
 def _product(
     a, a_batch, a_row, a_taps, a_bias, A: tl.constexpr,
     b, b_batch, b_row, b_taps, b_bias, B: tl.constexpr,
@@ -62,7 +63,7 @@ def _product(
     tl.store(out + row.to(tl.int64) * length + t, product.to(out.dtype.element_ty), mask=t < length)
 
 
-@jit
+@Kernel
 def _short(
     x, x_batch, x_row, taps, bias, K: tl.constexpr,
     out, channels, length, BLOCK: tl.constexpr,
@@ -88,7 +89,7 @@ def _gradient(
     return grad
 
 
-@jit
+@Kernel
 def _adjoint(
     a, a_batch, a_stride,
     b, b_batch, b_stride, b_taps, b_bias, MULTIPLIED: tl.constexpr, B: tl.constexpr,
@@ -149,10 +150,12 @@ def adjoint(
     places = next_power(taps + 1)
     sums_BDP = grad_BDL.new_empty(batch, channels, places, dtype=torch.float32)
     other = Operand(grad_BDL) if factor is None else factor
+    assert dx_BDL.stride(2) == 1
+    x_BDL, x_batch, x_row = x.arguments()[:3]
     _adjoint[(batch * channels,)](
         *Operand(grad_BDL).arguments()[:3], *other.arguments()[:5], MULTIPLIED=factor is not None,
         B=other.arguments()[5], mask=grad_BDL if mask_BL is None else mask_BL, MASKED=mask_BL is not None,
-        x=x.x_BDL, x_batch=x.x_BDL.stride(0), x_stride=x.x_BDL.stride(1), taps=x.taps_DK.contiguous(),
+        x=x_BDL, x_batch=x_batch, x_stride=x_row, taps=x.taps_DK.contiguous(),
         dx=dx_BDL, dx_batch=dx_BDL.stride(0), dx_stride=dx_BDL.stride(1), sums=sums_BDP, channels=channels,
         length=length, K=taps, PLACES=places, BLOCK=min(BLOCK, next_power(length, 16)),
     )  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from operators.gpu import OPERAND, jit, next_power, tl
+from operators.gpu import OPERAND, Kernel, jit, next_power, tl
 from operators.gpu.toeplitz import shifted_copies, skewed_sums, toeplitz_tile
 
 SIDE = 64  # M
@@ -59,7 +59,7 @@ def _by_lag(h, width, first, m):
     return toeplitz_tile(h, width, first, m[:, None], m[None, :]).to(tl.float32)
 
 
-@jit
+@Kernel
 def _forward(
     q, k, v, h, y, heads, queries, keys, key_width, lags, width,
     V: tl.constexpr, COUNTED: tl.constexpr, DOUBLINGS: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
@@ -105,7 +105,7 @@ def _gradients(
     return products, slope, dscores
 
 
-@jit
+@Kernel
 def _backward_queries(
     q, k, v, h, dy, dq, heads, queries, keys, key_width, lags, width,
     V: tl.constexpr, COUNTED: tl.constexpr, DOUBLINGS: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
@@ -133,7 +133,7 @@ def _backward_queries(
     tl.store(dq + w[:, None] * queries + at[None, :], tl.trans(total).to(dq.dtype.element_ty), mask=there)
 
 
-@jit
+@Kernel
 def _backward_keys(
     q, k, v, h, dy, dk, dv, heads, queries, keys, key_width,
     lags, width,
@@ -173,7 +173,7 @@ def _backward_keys(
         tl.store(dv + V * keys + s, dcounted.to(dv.dtype.element_ty), mask=s < keys)
 
 
-@jit
+@Kernel
 def _backward_filter(
     q, k, v, dy, sums, batch, heads, queries, keys, key_width,
     V: tl.constexpr, COUNTED: tl.constexpr, DOUBLINGS: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
@@ -187,7 +187,7 @@ def _backward_filter(
         row = (sequence * heads + head).to(tl.int64)
         q_at, k_at = q + row * key_width * queries, k + row * key_width * keys
         v_at, dy_at = v + row * rows * keys, dy + row * rows * queries
-        for i in range(0, (queries + M - 1) // M):
+        for i in range(tl.maximum(0, d * M - offset - M + 1) // M, (queries + M - 1) // M):
             at = i * M + m
             s = offset + at - d * M
             q_MK, dy_MV = tl.trans(_tile(q_at, at, queries, key_width, K)), tl.trans(_tile(dy_at, at, queries, V, V))
@@ -202,11 +202,14 @@ def _backward_filter(
     tl.store(to + M + m, far)
 
 
-def takes(q_BHKQ: Tensor, v_BHVT: Tensor) -> bool:
-    """Whether the kernels compute this: bfloat16, heads of at most 128 channels, a power of two and perhaps one."""
-    values = v_BHVT.shape[2]
-    main = _main(values)
-    return q_BHKQ.dtype == torch.bfloat16 and q_BHKQ.shape[2] <= 128 and 16 <= main <= 128 and values - main <= 1
+def takes(dtype: torch.dtype, rows: int, key_width: int, value_width: int, degree: int | None) -> bool:
+    """Whether the kernels compute this: bfloat16, heads of at most 128 channels, values a power of two and perhaps one.
+
+    `rows` are heads of all sequences.
+    """
+    main = _main(value_width)
+    fitting = key_width <= 128 and 16 <= main <= 128 and value_width - main <= 1
+    return dtype == torch.bfloat16 and fitting and rows < 2**16 and degree != 1
 
 
 def masked_forward(q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor, degree: int | None) -> Tensor:

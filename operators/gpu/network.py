@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from operators.gpu import jit, next_power, tl
+from operators.gpu import Kernel, jit, next_power, tl
 
 LAGS = 16  # of a program
+WIDEST = 64  # layer: a program has the weights of a whole one at hand
 
 
 @jit
@@ -56,7 +57,7 @@ def _up_to(x, weights, frequency, features, width, LAYERS: tl.constexpr, F: tl.c
     return hidden
 
 
-@jit
+@Kernel
 def _forward(
     x, weights, frequency, out, lags, features, width,
     LAYERS: tl.constexpr, F: tl.constexpr, W: tl.constexpr, LAGS: tl.constexpr,
@@ -81,7 +82,7 @@ def _back(dhidden, a, rate, x, parts, fan_in, width, IN: tl.constexpr, W: tl.con
     return da, tl.sum(slope * a, axis=0)
 
 
-@jit
+@Kernel
 def _backward(
     x, weights, frequency, dout, dx, parts, lags, features, width, numbers,
     LAYERS: tl.constexpr, F: tl.constexpr, W: tl.constexpr, LAGS: tl.constexpr,
@@ -89,7 +90,7 @@ def _backward(
     first = tl.program_id(0) * LAGS
     w = tl.arange(0, W)
     rate = tl.load(frequency + w, mask=w < width, other=0.0)[None, :]
-    parts += tl.program_id(0) * (numbers + width)
+    parts += tl.program_id(0).to(tl.int64) * (numbers + width)
     place, there = _square(x + first * features, lags - first, features, LAGS, F)
     inputs = tl.load(place, mask=there, other=0.0)
     given, real = _square(dout + first * width, lags - first, width, LAGS, W)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from operators.gpu import OPERAND, jit, next_power, tl
+from operators.gpu import OPERAND, Kernel, jit, next_power, tl
 
 SIDE = 64  # N
 COLUMNS = 128  # of a program
@@ -32,7 +32,7 @@ def toeplitz_tile(copies, width, first, r, s):
     return tl.load(copies + (7 - up * 8 + place) * width + up * 8 + r).to(OPERAND)
 
 
-@jit
+@Kernel
 def _copy(h, h_row, copies, lags, width, PLACES: tl.constexpr):
     channel, copy = tl.program_id(0), tl.program_id(1)
     place = tl.program_id(2) * PLACES + tl.arange(0, PLACES)
@@ -52,7 +52,7 @@ def shifted_copies(h_DL: Tensor) -> Tensor:
     return copies
 
 
-@jit
+@Kernel
 def _convolve(
     z, z_batch, z_row, copies, width, out, channels, length, batch,
     CAUSAL: tl.constexpr, SEQUENCES: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,
@@ -91,7 +91,7 @@ def skewed_sums(x, N: tl.constexpr):
     return tl.sum(tl.where(r >= c, skewed, 0.0), axis=0), tl.sum(tl.where(r < c, skewed, 0.0), axis=0)
 
 
-@jit
+@Kernel
 def _correlate(
     g, g_batch, g_row, z, z_batch, z_row, sums, length, batch,
     SEQUENCES: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,

@@ -17,6 +17,7 @@ from orchestrator.distill.context import Workplace
 from orchestrator.distill.data import batch, load_tokens, prepare_tokens
 from orchestrator.distill.evaluate import evaluate
 from orchestrator.distill.losses import batch_losses, next_token_loss
+from orchestrator.distill.memory import give_back_freed_memory
 from orchestrator.distill.models import (
     import_teacher,
     load_student,
@@ -39,8 +40,14 @@ STUDENT_ORDER = 1  # added to the seed: students and their control read the text
 
 
 def run_stage(spec: Any, place: Workplace) -> Result:
-    """Compute what `spec` names into `place.out` and return its result, JSON values only."""
-    return STAGES[spec.kind](spec, place)
+    """Compute what `spec` names into `place.out` and return its result, JSON values only.
+
+    The memory that was kept meanwhile is given back: the process may stay, and wait for the next stage.
+    """
+    try:
+        return STAGES[spec.kind](spec, place)
+    finally:
+        give_back_freed_memory()
 
 
 def pretrain_teacher(spec: TeacherSpec, place: Workplace) -> Result:

@@ -193,7 +193,7 @@ def test_all_forms_mix_alike(form: str, monkeypatch: pytest.MonkeyPatch) -> None
     h_HT = decays.at(torch.arange(700))
     if form == "smooth":
         monkeypatch.setattr(forms, "form_of", lambda *task: form if task[-1]() else "masked")
-    weights = forms.weights_for(700, 5, q.dtype, h_HT, decays if form == "recurrence" else None, None)
+    weights = forms.weights_for(700, (5, 7), q.dtype, h_HT, decays if form == "recurrence" else None, None)
     outputs = forms.mix_fastest(q, k, v, weights, None)
     close(outputs.float(), mix(q.float(), k.float(), v.float(), h_HT), 0.02)
 
