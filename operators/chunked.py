@@ -151,6 +151,10 @@ class _Chunks:
             for keys in _runs(chunks - back, heads * chunk**2, self.q.device):
                 yield back, slice(keys.start + back, keys.stop + back), keys
 
+    def far_runs(self) -> Iterator[slice]:
+        """Runs of the chunks that write states."""
+        return _runs(self.far, self.spread, self.q.device)
+
     def late(self, run: slice) -> slice:
         """Where states of this run are read."""
         return slice(run.start + len(self.masks), run.stop + len(self.masks))
@@ -159,7 +163,7 @@ class _Chunks:
         """What far chunks write, (G, F, R K, V)."""
         heads, _, width, _ = self.k.shape
         states = self.k.new_empty(heads, self.far, self.into.shape[1] * width, self.v.shape[2])
-        for run in _runs(self.far, self.spread, self.q.device):
+        for run in self.far_runs():
             states[:, run] = _spread(self.k[:, run], self.into) @ self.v[:, run].transpose(-1, -2)
         return states
 
@@ -173,7 +177,7 @@ def chunked_forward(q_GKL: Tensor, k_GKL: Tensor, v_GVL: Tensor, bases: Bases) -
         y[:, queries] += it.v[:, keys] @ scores.transpose(-1, -2)
     if it.far:
         carried = _carry(it.states(), it.carry).to(y.dtype)
-        for run in _runs(it.far, it.spread, it.q.device):
+        for run in it.far_runs():
             y[:, it.late(run)] += carried[:, run].transpose(-1, -2) @ _spread(it.q[:, it.late(run)], it.out)
     return _in_line(y, q_GKL.shape[-1])
 
@@ -203,7 +207,7 @@ def _backward_far(it: _Chunks, dq: Tensor, dk: Tensor, dv: Tensor, dbases: Bases
     q, k, v, dy = it.q, it.k, it.v, it.rest[0]
     states = it.states()
     carried, dcarried = _carry(states, it.carry), torch.empty_like(states)
-    for run in _runs(it.far, it.spread, it.q.device):
+    for run in it.far_runs():
         late = it.late(run)
         dcarried[:, run] = _spread(q[:, late], it.out) @ dy[:, late].transpose(-1, -2)
         read = carried[:, run].to(q.dtype) @ dy[:, late]
@@ -211,7 +215,7 @@ def _backward_far(it: _Chunks, dq: Tensor, dk: Tensor, dv: Tensor, dbases: Bases
         dq[:, late] += _collect(read, it.out)
     dstates, dcarry = _carry_backward(dcarried, states, carried, it.carry)
     dstates = dstates.to(q.dtype)
-    for run in _runs(it.far, it.spread, it.q.device):
+    for run in it.far_runs():
         dv[:, run] += dstates[:, run].transpose(-1, -2) @ _spread(k[:, run], it.into)
         written = dstates[:, run] @ v[:, run]
         dbases.into_HRC.add_(_weigh_basis(written, k[:, run]))

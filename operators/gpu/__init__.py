@@ -27,7 +27,7 @@ try:
 except ImportError:
     triton = tl = None
 
-__all__ = ["INTERPRETED", "OPERAND", "Kernel", "accelerated", "jit", "next_power", "tl", "triton"]
+__all__ = ["INTERPRETED", "OPERAND", "Kernel", "accelerated", "jit", "next_power", "tl", "touching", "triton"]
 
 OFF = os.environ.get("LAYERSWAP_KERNELS") == "0"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -64,6 +64,11 @@ def accelerated(x: Tensor) -> bool:
 @functools.cache
 def _multiplies_bfloat16(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def touching(x: Tensor) -> Tensor:
+    """x with neighbours along the last axis side by side in memory, copied if need be."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def next_power(count: int, least: int = 1) -> int:

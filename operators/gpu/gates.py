@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from operators.gpu import Kernel, jit, next_power, tl
+from operators.gpu import Kernel, jit, next_power, tl, touching
 
 BLOCK = 1024  # positions of a program
 MOST_TAPS = 8  # of a short convolution: backward reads each input once for every pair of taps
@@ -27,7 +27,7 @@ class Operand(NamedTuple):
 
     def arguments(self) -> tuple[Any, ...]:
         """As kernels take them: pointers, strides of sequences and channels, number of taps."""
-        x_BDL = self.x_BDL if self.x_BDL.stride(2) == 1 else self.x_BDL.contiguous()
+        x_BDL = touching(self.x_BDL)
         place = (x_BDL, x_BDL.stride(0), x_BDL.stride(1))
         if self.taps_DK is None or self.bias_D is None:
             return *place, x_BDL, x_BDL, 0
@@ -149,12 +149,13 @@ def adjoint(
     taps = x.taps_DK.shape[1]
     places = next_power(taps + 1)
     sums_BDP = grad_BDL.new_empty(batch, channels, places, dtype=torch.float32)
-    other = Operand(grad_BDL) if factor is None else factor
+    grad = Operand(touching(grad_BDL))
+    *other, other_taps = (grad if factor is None else factor).arguments()
     assert dx_BDL.stride(2) == 1
     x_BDL, x_batch, x_row = x.arguments()[:3]
     _adjoint[(batch * channels,)](
-        *Operand(grad_BDL).arguments()[:3], *other.arguments()[:5], MULTIPLIED=factor is not None,
-        B=other.arguments()[5], mask=grad_BDL if mask_BL is None else mask_BL, MASKED=mask_BL is not None,
+        *grad.arguments()[:3], *other, MULTIPLIED=factor is not None, B=other_taps,
+        mask=grad_BDL if mask_BL is None else mask_BL, MASKED=mask_BL is not None,
         x=x_BDL, x_batch=x_batch, x_stride=x_row, taps=x.taps_DK.contiguous(),
         dx=dx_BDL, dx_batch=dx_BDL.stride(0), dx_stride=dx_BDL.stride(1), sums=sums_BDP, channels=channels,
         length=length, K=taps, PLACES=places, BLOCK=min(BLOCK, next_power(length, 16)),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from operators.gpu import OPERAND, Kernel, jit, next_power, tl
-from operators.gpu.toeplitz import shifted_copies, skewed_sums, toeplitz_tile
+from operators.gpu.toeplitz import folded, shifted_copies, skewed_sums, toeplitz_tile
 
 SIDE = 64  # M
 
@@ -242,10 +242,8 @@ def masked_backward(parts: list[Tensor], h_HT: Tensor, degree: int | None) -> tu
     sums = q_BHKQ.new_empty(parts_of_batch, heads, apart, 2, SIDE, dtype=torch.float32)
     grid = (apart, heads, parts_of_batch)
     _backward_filter[grid](*inputs, grad_BHVQ, sums, batch, *shape, **launch)
-    near, far = sums.sum(0).unbind(2)
-    near[:, :-1] += far[:, 1:]
-    dh_HT, known = torch.zeros_like(h_HT, dtype=torch.float32), min(lags, near.shape[1] * SIDE)
-    dh_HT[:, :known] = near.flatten(1)[:, :known]
+    dh_HT, known = torch.zeros_like(h_HT, dtype=torch.float32), min(lags, apart * SIDE)
+    dh_HT[:, :known] = folded(sums.sum(0))[:, :known]
     return dq, dk, dv, dh_HT
 
 

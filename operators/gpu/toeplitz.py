@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from operators.gpu import OPERAND, Kernel, jit, next_power, tl
+from operators.gpu import OPERAND, Kernel, jit, next_power, tl, touching
 
 SIDE = 64  # N
 COLUMNS = 128  # of a program
@@ -44,7 +44,7 @@ def _copy(h, h_row, copies, lags, width, PLACES: tl.constexpr):
 
 def shifted_copies(h_DL: Tensor) -> Tensor:
     """What `toeplitz_tile` reads: (D, WIDE, W) in bfloat16; in the last copy lag l is at place AROUND + l."""
-    h_DL = h_DL if h_DL.stride(1) == 1 else h_DL.contiguous()
+    h_DL = touching(h_DL)
     channels, lags = h_DL.shape
     width = -(-(lags + 3 * AROUND) // 16) * 16
     copies = h_DL.new_empty(channels, WIDE, width, dtype=torch.bfloat16)
@@ -91,6 +91,13 @@ def skewed_sums(x, N: tl.constexpr):
     return tl.sum(tl.where(r >= c, skewed, 0.0), axis=0), tl.sum(tl.where(r < c, skewed, 0.0), axis=0)
 
 
+def folded(sums_DA2N: Tensor) -> Tensor:
+    """Both `skewed_sums` of pairs of columns 0, 1, .. A - 1 apart as sums by lag, (D, A N)."""
+    near_DAN, far_DAN = sums_DA2N.unbind(2)
+    near_DAN[:, :-1] += far_DAN[:, 1:]
+    return near_DAN.flatten(1)
+
+
 @Kernel
 def _correlate(
     g, g_batch, g_row, z, z_batch, z_row, sums, length, batch,
@@ -120,7 +127,7 @@ def _correlate(
 
 def convolve(z_BDL: Tensor, h_DL: Tensor, *, causal: bool = True) -> Tensor:
     """y_t = sum_{s <= t} h_{t-s} z_s, or its adjoint y_s = sum_{t >= s} h_{t-s} z_t; (B, D, L) in z's dtype."""
-    z_BDL, copies = _rows(z_BDL), shifted_copies(h_DL)
+    z_BDL, copies = touching(z_BDL), shifted_copies(h_DL)
     batch, channels, length = z_BDL.shape
     out_BDL = torch.empty_like(z_BDL, memory_format=torch.contiguous_format)
     columns = -(-length // SIDE)
@@ -136,7 +143,7 @@ def convolve(z_BDL: Tensor, h_DL: Tensor, *, causal: bool = True) -> Tensor:
 
 def correlate(g_BDL: Tensor, z_BDL: Tensor) -> Tensor:
     """Gradient of the filters, sum over sequences and t of g_t z_{t-lag}; (D, L) in float32."""
-    g_BDL, z_BDL = _rows(g_BDL), _rows(z_BDL)
+    g_BDL, z_BDL = touching(g_BDL), touching(z_BDL)
     batch, channels, length = z_BDL.shape
     columns = -(-length // SIDE)
     sums_DA2N = z_BDL.new_empty(channels, columns, 2, SIDE, dtype=torch.float32)
@@ -144,10 +151,4 @@ def correlate(g_BDL: Tensor, z_BDL: Tensor) -> Tensor:
         g_BDL, g_BDL.stride(0), g_BDL.stride(1), z_BDL, z_BDL.stride(0), z_BDL.stride(1), sums_DA2N, length, batch,
         SEQUENCES=min(next_power(batch), 16), N=SIDE, COLUMNS=32, num_warps=4, num_stages=2,
     )  # fmt: skip
-    dh_DAN, later_DAN = sums_DA2N.unbind(2)
-    dh_DAN[:, :-1] += later_DAN[:, 1:]
-    return dh_DAN.flatten(1)[:, :length]
-
-
-def _rows(x_BDL: Tensor) -> Tensor:
-    return x_BDL if x_BDL.stride(2) == 1 else x_BDL.contiguous()
+    return folded(sums_DA2N)[:, :length]

@@ -8,7 +8,8 @@ from typing import Any
 import matplotlib
 
 KINDS = ("hyena-2", "heads", "heads modal", "heads smooth", "power")
-OURS = tuple(f"{kind}{how}" for kind in KINDS for how in ("", " native"))
+NATIVE = " native"  # behind the name of a kind that runs through the compiled core
+OURS = tuple(f"{kind}{how}" for kind in KINDS for how in ("", NATIVE))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -55,11 +56,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         mine = [row for row in rows if (row["mode"], row["D"], row["B"]) == (mode, width, batch)]
         dtype = min(row["dtype"] for row in mine)
         mine = [row for row in mine if row["dtype"] == dtype]
-        core = any(name.endswith(" native") for row in mine for name in row["vs_attention"])
+        core = any(name.endswith(NATIVE) for row in mine for name in row["vs_attention"])
         for name in OURS:
             points = [(row["L"], row["vs_attention"][name]) for row in mine if name in row["vs_attention"]]
             if points:
-                kind, native = name.removesuffix(" native"), name.endswith(" native")
+                kind, native = name.removesuffix(NATIVE), name.endswith(NATIVE)
                 style, color = "--" if core and not native else "-", f"C{KINDS.index(kind)}"
                 label = kind + (", core" if native else ", torch" if core else "")
                 (lines[label],) = panel.plot(*zip(*points, strict=True), style, color=color, marker=".", label=label)

@@ -18,17 +18,11 @@ from torch.nn import functional
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from operators import native
-from operators.config import HyenaConfig, ImplicitFilterConfig, ModalFilterConfig
+from operators.config import HyenaConfig
 from orchestrator.distill.swap import swap
+from tests.benchmarks.operators import kinds
 
-POSITIVE = ImplicitFilterConfig(positive=True, width=64, features=9)
-STUDENTS = {
-    "hyena-2": HyenaConfig(init="random"),
-    "heads modal": HyenaConfig(init="random", heads=8, filter=ModalFilterConfig(modes=8, positive=True)),
-    "power": HyenaConfig(
-        init="random", heads=8, feature_map="power", key_dim=8, normalise=True, key_gate=True, filter=POSITIVE
-    ),
-}
+STUDENTS = {name: config for name, config in kinds(heads=8).items() if name in ("hyena-2", "heads modal", "power")}
 
 
 def build(length: int, config: HyenaConfig | None, device: str) -> Any:

@@ -29,7 +29,7 @@ from operators import native
 from operators.config import HyenaConfig, ImplicitFilterConfig, ModalFilterConfig
 from operators.registry import build
 from tests.benchmarks.contenders import Attention, TextbookHyena
-from tests.benchmarks.drawing import plot, table
+from tests.benchmarks.drawing import NATIVE, plot, table
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD_WIDTH = 64
@@ -38,15 +38,14 @@ QUADRATIC_LIMIT = 8192  # positions that O(L^2) contenders are measured up to, i
 DECODED = 32
 IN_A_ROW = 10
 EAGER = False  # with launches, on a GPU
-NATIVE, TORCH = " native", " torch"
+TORCH = " torch"
 MOST_POSITIONS = {"prefill": 32768, "training": 16384, "decode": 65536}  # of a batch: attention takes minutes beyond
 POSITIVE = ImplicitFilterConfig(positive=True, width=64, features=9)
 
 
-def contenders(width: int, length: int, device: str = "cpu") -> dict[str, Any]:
-    """Everything that is compared, built for a width and a longest sequence."""
-    heads = max(1, width // HEAD_WIDTH)
-    ours = {
+def kinds(heads: int) -> dict[str, HyenaConfig]:
+    """Our operators that are compared."""
+    return {
         "hyena-2": HyenaConfig(init="random"),
         "heads": HyenaConfig(init="random", heads=heads),
         "heads modal": HyenaConfig(init="random", heads=heads, filter=ModalFilterConfig(modes=8, positive=True)),
@@ -55,6 +54,12 @@ def contenders(width: int, length: int, device: str = "cpu") -> dict[str, Any]:
             init="random", heads=heads, feature_map="power", key_dim=8, normalise=True, key_gate=True, filter=POSITIVE
         ),
     }
+
+
+def contenders(width: int, length: int, device: str = "cpu") -> dict[str, Any]:
+    """Everything that is compared, built for a width and a longest sequence."""
+    heads = max(1, width // HEAD_WIDTH)
+    ours = kinds(heads)
     found: dict[str, Any] = {"attention": Attention(width, heads), "textbook": TextbookHyena(width, length)}
     for name, config in ours.items():
         operator: Any = build(config, width, length)

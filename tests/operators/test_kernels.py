@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -251,7 +250,7 @@ def test_every_operator_agrees_with_the_cpu(case: str) -> None:
 @pytest.mark.parametrize("case", WIDE)
 @pytest.mark.parametrize("narrow", [True, False])
 def test_nothing_waits_for_the_gpu_and_bits_repeat(case: str, narrow: bool) -> None:
-    operator: Any = build(replace(WIDE[case]), 64, 300)
+    operator: Any = build(WIDE[case], 64, 300)
     operator.initialise(None, generator())
     operator, x_BLD = operator.to(DEVICE), on(2, 200, 64, seed=1)
 
