@@ -32,8 +32,8 @@ class Operator(Protocol):
     def reference(self, x_BLD: Tensor) -> Tensor:
         """`forward` from the definition, O(L^2), differentiable by autograd."""
 
-    def init_state(self, batch: int) -> State:
-        """State of `batch` sequences of which nothing was seen."""
+    def init_state(self, batch: int, mode: str | None = None, *, croppable: bool = True) -> State:
+        """State of `batch` sequences of which nothing was seen; ValueError for a mode that the operator lacks."""
 
     def extend(self, x_BLD: Tensor, state: State, mask_BL: Tensor | None = None) -> tuple[Tensor, State]:
         """Outputs of n >= 1 new positions after those in `state`, and the state, changed in place."""

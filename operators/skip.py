@@ -27,8 +27,8 @@ class Skip(nn.Module):
         """The definition: zero times the input."""
         return 0.0 * x_BLD
 
-    def init_state(self, batch: int) -> State:
-        """State that only counts positions."""
+    def init_state(self, batch: int, mode: str | None = None, *, croppable: bool = True) -> State:
+        """State that only counts positions, whatever the mode."""
         return State(batch, self.max_length)
 
     def extend(self, x_BLD: Tensor, state: State, mask_BL: Tensor | None = None) -> tuple[Tensor, State]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from operators.config import (
@@ -20,16 +21,22 @@ from operators.config import (
     OperatorConfig,
     SkipConfig,
 )
-from orchestrator.distill.swap import swap
+from orchestrator.distill.swap import decode_by, fit_errors, swap
 
 FILTERS = {"implicit": ImplicitFilterConfig, "modal": ModalFilterConfig, "fir": FirFilterConfig}
 
 
 class LayerswapConfig(GPTNeoXConfig):
-    """A GPT-NeoX configuration, and `operators`: layer index (as text) -> configuration of what is there."""
+    """A GPT-NeoX configuration, and `operators`: layer index (as text) -> configuration of what is there.
+
+    `step_mode` and `croppable` choose how swapped layers decode (`swap.decode_by`): with `step_mode="modal"` and
+    `croppable=False` as arguments of `from_pretrained` from a state that does not grow.
+    """
 
     model_type = "layerswap_gpt_neox"
     operators: dict[str, Any] | None = None
+    step_mode: str | None = None
+    croppable: bool = True
 
 
 class LayerswapForCausalLM(GPTNeoXForCausalLM):
@@ -41,6 +48,11 @@ class LayerswapForCausalLM(GPTNeoXForCausalLM):
         super().__init__(config)
         for layer, values in sorted((config.operators or {}).items(), key=lambda item: int(item[0])):
             swap(self, [int(layer)], operator_config(values), torch.Generator(), initialise=False)
+        decode_by(self, config.step_mode, croppable=config.croppable)
+
+    def fit_errors(self) -> dict[int, Tensor]:
+        """Relative errors (C,) of the filters of layers that decode by modes fitted to them, see `swap.fit_errors`."""
+        return fit_errors(self)
 
 
 def operator_config(values: dict[str, Any]) -> OperatorConfig:

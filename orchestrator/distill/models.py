@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from operators.config import OperatorConfig
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.families import family_of
-from orchestrator.distill.swap import SwappedAttention, swap
+from orchestrator.distill.swap import swap, swapped
 from orchestrator.files import read_json, write_json
 from orchestrator.study.spec import Architecture, ImportSpec
 
@@ -78,13 +78,8 @@ def import_teacher(spec: ImportSpec, place: Workplace) -> dict[str, Any]:
 
 def save_student(student: Any, base: Mapping[str, torch.Tensor] | None, folder: Path) -> None:
     """Write which layers are swapped by what, and all tensors that differ from the teacher's (`base`)."""
-    blocks = family_of(student).layers(student)
-    attribute = family_of(student).attribute
-    placed = {i: getattr(block, attribute) for i, block in enumerate(blocks)}
     operators = {
-        str(i): _OPERATOR.dump_python(module.operator.config, mode="json")
-        for i, module in placed.items()
-        if isinstance(module, SwappedAttention)
+        str(placed.layer): _OPERATOR.dump_python(placed.operator.config, mode="json") for placed in swapped(student)
     }
     tensors = {}
     for name, tensor in student.state_dict().items():

@@ -17,19 +17,26 @@ from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 
 from operators.config import OperatorConfig
 from operators.registry import build
+from operators.skip import Skip
 from operators.state import State
 from operators.transfer import AttentionStatistics
 from orchestrator.distill.families import family_of
 
 
 class SwappedAttention(nn.Module):
-    """An operator with the call signature of the attention it replaces."""
+    """An operator with the call signature of the attention it replaces.
+
+    Attributes:
+        step_mode, croppable: the states that decoding starts from, see `Hyena.init_state`.
+    """
 
     def __init__(self, operator: Any, layer: int, cache_argument: str) -> None:
         super().__init__()
         self.operator = operator
         self.layer = layer
         self.cache_argument = cache_argument
+        self.step_mode: str | None = None
+        self.croppable = True
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **others: Any
@@ -39,10 +46,26 @@ class SwappedAttention(nn.Module):
         new = hidden_states.shape[1]
         if cache is None:
             return self.operator(hidden_states, real_tokens(attention_mask, 0, new)), None
-        state = _state(cache, self.layer, self.operator, hidden_states.shape[0])
+        state = self._state(cache, hidden_states.shape[0])
         mask_BL = real_tokens(attention_mask, state.length, new)
         output, _ = self.operator.extend(hidden_states, state, mask_BL)
         return output, None
+
+    def new_state(self, batch: int) -> State:
+        """The state of `batch` sequences of which nothing was seen. ValueError for a mode that the operator lacks."""
+        state: State = self.operator.init_state(batch, self.step_mode, croppable=self.croppable)
+        return state
+
+    def _state(self, cache: Cache, batch: int) -> State:
+        while len(cache.layers) <= self.layer:
+            cache.layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]
+        held = cache.layers[self.layer]
+        if not isinstance(held, OperatorCacheLayer):
+            held = OperatorCacheLayer(self.new_state(batch), held)
+            cache.layers[self.layer] = held
+        if held.state.length == 0 and held.state.batch != batch:
+            held.state = self.new_state(batch)
+        return held.state
 
 
 class OperatorCacheLayer(CacheLayerMixin):
@@ -52,12 +75,11 @@ class OperatorCacheLayer(CacheLayerMixin):
     being compileable. So in a static cache this layer says what the layer it replaces would.
     """
 
-    is_croppable = True
     is_sliding = False
 
     def __init__(self, state: State, replaced: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.state = state
+        self.state, self.is_croppable = state, state.croppable
         self.fixed: int | None = replaced.max_cache_len if isinstance(replaced, StaticLayer) else None
         self.is_compileable = self.fixed is not None
         self.is_initialized = True
@@ -140,6 +162,36 @@ def swap(
     return placed
 
 
+def decode_by(model: Any, step_mode: str | None, *, croppable: bool = True) -> None:
+    """Choose how swapped layers decode, see `Hyena.init_state`; None: each in the usual way of its operator.
+
+    Raises `ValueError`, and changes nothing, where the operator of a layer has no such mode.
+    """
+    chosen = [placed for placed in swapped(model) if not isinstance(placed.operator, Skip)]
+    for placed in chosen:
+        try:
+            placed.operator.init_state(1, step_mode)
+        except ValueError as error:
+            raise ValueError(f"layer {placed.layer}: {error}") from None
+    for placed in chosen:
+        placed.step_mode, placed.croppable = step_mode, croppable
+
+
+def fit_errors(model: Any) -> dict[int, Tensor]:
+    """Of layers that decode by modes that were fitted to their filters, the relative error of every filter, (C,).
+
+    Computes the fit where it is not known: seconds a layer.
+    """
+    fitted = {placed.layer: placed.operator.frozen() for placed in swapped(model) if placed.step_mode == "modal"}
+    return {layer: filters.fitted[1] for layer, filters in fitted.items() if filters.modes is None}
+
+
+def swapped(model: Any) -> list[SwappedAttention]:
+    """What took the place of attention, by layer."""
+    found = [attention_of(model, layer) for layer in range(len(family_of(model).layers(model)))]
+    return [module for module in found if isinstance(module, SwappedAttention)]
+
+
 def attention_of(model: Any, layer: int) -> nn.Module:
     """The module that mixes positions in a layer, swapped or not."""
     family = family_of(model)
@@ -158,15 +210,3 @@ def real_tokens(attention_mask: Tensor | None, start: int, length: int) -> Tenso
     row_BL = attention_mask[:, 0, -1, start : start + length]
     mask_BL = row_BL if row_BL.dtype == torch.bool else row_BL == 0
     return None if bool(mask_BL.all()) else mask_BL
-
-
-def _state(cache: Cache, layer: int, operator: Any, batch: int) -> State:
-    while len(cache.layers) <= layer:
-        cache.layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]
-    held = cache.layers[layer]
-    if not isinstance(held, OperatorCacheLayer):
-        held = OperatorCacheLayer(operator.init_state(batch), held)
-        cache.layers[layer] = held
-    if held.state.length == 0 and held.state.batch != batch:
-        held.state = operator.init_state(batch)
-    return held.state

@@ -10,10 +10,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, StaticCache
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
-from operators.config import HyenaConfig, OperatorConfig, SkipConfig
+from operators.config import HyenaConfig, ModalFilterConfig, OperatorConfig, SkipConfig
 from orchestrator.distill.families import family_of
 from orchestrator.distill.models import load_teacher
-from orchestrator.distill.swap import SwappedAttention, attention_of, real_tokens, swap
+from orchestrator.distill.swap import SwappedAttention, attention_of, decode_by, fit_errors, real_tokens, swap
 
 OPERATORS = {"order 2": HyenaConfig(), "order 3": HyenaConfig(order=3), "heads": HyenaConfig(heads=4)}
 HYBRID = {"all": (0, 1, 2), "hybrid, attention first": (1, 2), "hybrid, attention last": (0,), "none": ()}
@@ -191,6 +191,47 @@ def test_prompt_lookup_crops_states(tiny_teacher: Path, ids: torch.Tensor, layer
     repeated = torch.cat([ids[:1, :8], ids[:1, :8]], dim=1)
     looked = continued(student, repeated, prompt_lookup_num_tokens=3)
     assert torch.equal(looked, continued(student, repeated, use_cache=False))
+
+
+@pytest.mark.parametrize("croppable", [True, False])
+@pytest.mark.parametrize("mode", ["tiled", "direct", "modal"])
+def test_layers_decode_by_the_mode_that_is_chosen(
+    tiny_teacher: Path, ids: torch.Tensor, mode: str, croppable: bool
+) -> None:
+    modal = HyenaConfig(filter=ModalFilterConfig(modes=4))
+    student = student_of(tiny_teacher, (0, 2), modal)
+    wanted = continued(student, ids, use_cache=False)
+    decode_by(student, mode, croppable=croppable)
+    assert torch.equal(continued(student, ids), wanted)
+    cache = student(ids).past_key_values
+    assert [cache.layers[layer].state.mode for layer in (0, 2)] == [mode, mode]
+    assert cache.is_croppable == croppable
+    assert fit_errors(student) == {}
+
+
+def test_fitted_modes_decode_within_their_reported_error(tiny_teacher: Path, ids: torch.Tensor) -> None:
+    student = load_teacher(tiny_teacher).eval()
+    swap(student, (0, 1), HyenaConfig(), generator())
+    swap(student, (2,), SkipConfig(), generator())
+    whole = logits(student, ids)
+    decode_by(student, "modal", croppable=False)
+    errors = fit_errors(student)
+    assert {layer: tuple(error_C.shape) for layer, error_C in errors.items()} == {0: (32,), 1: (32,)}
+    assert 0 < max(error_C.max().item() for error_C in errors.values()) < 0.01
+    with torch.no_grad():
+        output = student(input_ids=ids[:, :5])
+        stepped = [student(ids[:, i : i + 1], past_key_values=output.past_key_values).logits for i in range(5, 20)]
+    difference = (torch.cat(stepped, dim=1) - whole[:, 5:]).norm() / whole.norm()
+    assert 0 < difference < 0.01
+
+
+def test_a_mode_that_a_layer_lacks_is_refused_by_layer_and_nothing_changes(tiny_teacher: Path) -> None:
+    student = load_teacher(tiny_teacher)
+    swap(student, (0,), HyenaConfig(), generator())
+    first, *_ = swap(student, (1,), HyenaConfig(heads=4), generator())
+    with pytest.raises(ValueError, match="layer 1: mode must be one of direct with implicit filters and heads but is"):
+        decode_by(student, "modal")
+    assert first.step_mode is None
 
 
 @every_hybrid

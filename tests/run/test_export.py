@@ -34,6 +34,11 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eva
 assert torch.equal(model(torch.arange(40)[None]).logits, torch.load(logits))
 cached, plain = (model.generate(torch.arange(5)[None], max_new_tokens=6, do_sample=False, use_cache=c) for c in (1, 0))
 assert torch.equal(cached, plain)
+try:
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, step_mode="modal")
+    raise SystemExit("took a mode that heads lack")
+except ValueError as error:
+    assert "mode must be one of" in str(error)
 assert not any(name.split(".")[0] in ("operators", "orchestrator") for name in sys.modules)
 """
 
