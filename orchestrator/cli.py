@@ -187,7 +187,8 @@ def export(
         export_student(store.artefacts(key), store.artefacts(made.teacher.train.key), tokenizer, to)
     except ValueError as error:
         _bad_input(error)
-    print(f"wrote {to}; load it with AutoModelForCausalLM.from_pretrained({str(to)!r}, trust_remote_code=True)")
+    print(f"wrote {to}; load it with AutoModelForCausalLM.from_pretrained({str(to)!r}, trust_remote_code=True),")
+    print("its tokenizer with AutoTokenizer and the same arguments")
 
 
 @app.command()
