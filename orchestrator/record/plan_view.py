@@ -12,7 +12,7 @@ from typing import Any
 from orchestrator.distill.journal import read_journal
 from orchestrator.record.estimate import estimate
 from orchestrator.record.progress import distinct_steps
-from orchestrator.record.records import values_text
+from orchestrator.record.records import trial_words
 from orchestrator.run.store import Store, tree_bytes
 from orchestrator.study.plan import Plan, Trial, operator_name
 from orchestrator.study.spec import ThroughputSpec, short
@@ -44,6 +44,7 @@ def plan_summary(plan: Plan, store: Store, speeds: dict[str, ThroughputSpec]) ->
         "estimate": estimate(plan, store, speeds, len(os.sched_getaffinity(0))),
         "controls": list(plan.controls),
         "values": {trial.name: trial.values for trial in plan.trials},
+        "words": trial_words(plan),
         "teacher": {"key": plan.teacher.train.key, "tokens": plan.teacher.own_tokens, "state": _state(plan, store)},
         "tree": _tree(list(plan.trials), 0, store),
     }
@@ -54,7 +55,7 @@ def plan_text(plan: Plan, store: Store, speeds: dict[str, ThroughputSpec]) -> st
     summary = plan_summary(plan, store, speeds)
     teacher = summary["teacher"]
     trained = f", {_tokens(teacher['tokens'])} tokens" if teacher["tokens"] else ""
-    rows = list(_rows(summary["tree"], "", "", summary["values"]))
+    rows = list(_rows(summary["tree"], "", "", summary["words"]))
     wide = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
     lines = [f"{summary['study']}: {plan.study.question}".strip(": "), ""]
     lines += [f"teacher  {plan.total_layers} layers{trained}{_mark(teacher['state'])}"]
@@ -148,8 +149,8 @@ def _mark(state: str) -> str:
     return {"done": " ✓", "begun": " …", "new": ""}[state]
 
 
-def _rows(nodes: list[Node], indent: str, operator: str, values: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """Stages, tokens, trials and their values of every stretch below `indent`."""
+def _rows(nodes: list[Node], indent: str, operator: str, words: dict[str, str]) -> Iterator[tuple[str, str, str, str]]:
+    """Stages, tokens, trials and their words of every stretch below `indent`."""
     for index, node in enumerate(nodes):
         last = index == len(nodes) - 1
         stretch = [node]
@@ -159,10 +160,10 @@ def _rows(nodes: list[Node], indent: str, operator: str, values: dict[str, Any])
         told = " → ".join(name + _mark(stage["state"]) for name, stage in zip(names, stretch, strict=True))
         own = f"{node['operator']}  " if node["operator"] != operator else ""
         ends = stretch[-1]["ends"]
-        tried = values_text(values[ends[0]]) if ends else ""
+        tried = words[ends[0]] if ends else ""
         tokens = _tokens(sum(stage["tokens"] for stage in stretch))
         yield f"{indent}{'└─' if last else '├─'} {own}{told}", tokens, ", ".join(ends), tried
-        yield from _rows(stretch[-1]["children"], indent + ("   " if last else "│  "), node["operator"], values)
+        yield from _rows(stretch[-1]["children"], indent + ("   " if last else "│  "), node["operator"], words)
 
 
 def _cost_text(summary: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from orchestrator.run.store import Store
-from orchestrator.study.plan import Plan, Step, operator_name
+from orchestrator.study.plan import Plan, Step, Trial, operator_name
 from orchestrator.study.spec import ThroughputSpec
 
 Record = dict[str, Any]
@@ -47,6 +47,7 @@ def make_records(
             "swapped_layers": list(step.swapped),
             "total_layers": plan.total_layers,
             "values": {},
+            "words": "",
             "stage_key": step.train.key,
             "run_id": run_id(step),
             "reused": step.train.key not in trained,
@@ -54,6 +55,7 @@ def make_records(
             **more,
         }
 
+    words = trial_words(plan)
     rows = [*record("teacher", "teacher", plan.teacher)]
     if rows:
         rows[0]["metrics"]["teacher_tokens"] = getattr(plan.teacher.train, "token_budget", None)
@@ -61,7 +63,8 @@ def make_records(
         rows += record("control", name, step)
     for trial in plan.trials:
         for index, step in enumerate(trial.steps):
-            place = {"trial": trial.name, "stage_index": index, "stage_count": len(trial.steps), "values": trial.values}
+            place = {"trial": trial.name, "stage_index": index, "stage_count": len(trial.steps)}
+            place |= {"values": trial.values, "words": words[trial.name]}
             label = "joint" if step.joint else f"stage {index + 1}"
             rows += record("stage", f"{trial.name} {label}", step, joint=step.joint, **place)
     return rows
@@ -87,9 +90,36 @@ def pareto_front(records: list[Record], speed: str, length: str) -> list[Record]
     return front[::-1]
 
 
-def values_text(values: dict[str, Any]) -> str:
-    """A point of the search space in a few words: `losses=kl:1.0,ce:0.5`."""
-    return " ".join(f"{key.split('.')[-1]}={_short(value)}" for key, value in values.items())
+def trial_words(plan: Plan) -> dict[str, str]:
+    """By trial its point of the search space in a few words: `losses=kl:1.0,ce:0.5`.
+
+    An operator is told by its name and, where others of that name are tried, by the values in which these differ.
+    """
+    alike: dict[str, list[dict[str, Any]]] = {}
+    for trial in plan.trials:
+        alike.setdefault(operator_name(trial.study.operator), []).append(_leaves(trial.values.get("operator")))
+
+    def words(trial: Trial, key: str, value: Any) -> str:
+        if key != "operator":
+            return f"{key.split('.')[-1]}={_short(value)}"
+        name = operator_name(trial.study.operator)
+        own = {leaf: _short(said) for leaf, said in _leaves(value).items() if not _agree(alike[name], leaf)}
+        return f"operator={name}" + (f"({','.join(f'{leaf}:{said}' for leaf, said in own.items())})" if own else "")
+
+    return {t.name: " ".join(words(t, key, value) for key, value in t.values.items()) for t in plan.trials}
+
+
+def _leaves(value: Any) -> dict[str, Any]:
+    """The values in nested mappings by dotted keys."""
+    found: dict[str, Any] = {}
+    for key, inner in (value if isinstance(value, dict) else {}).items():
+        nested = {f"{key}.{leaf}": last for leaf, last in _leaves(inner).items()} if isinstance(inner, dict) else {}
+        found |= nested or {key: inner}
+    return found
+
+
+def _agree(points: list[dict[str, Any]], leaf: str) -> bool:
+    return all(leaf in point and point[leaf] == points[0].get(leaf) for point in points)
 
 
 def _short(value: Any) -> str:

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from orchestrator.files import write_json, write_text
-from orchestrator.record.records import Record, best_path, pareto_front, values_text
+from orchestrator.record.records import Record, best_path, pareto_front
 from orchestrator.study.plan import Plan
 
 COLUMNS = ["row", "swapped", "tokens", "perplexity", "ratio", "agree", "hit", "miss", "copied", "prefill", "decode"]
@@ -50,7 +50,7 @@ def answer(plan: Plan, records: list[Record], run: dict[str, Any], commands: lis
     lines += [text_table(table(chosen, length)), ""]
     if path:
         lines += [
-            f"best path: {path[0]['trial']} {values_text(path[0]['values'])}",
+            f"best path: {path[0]['trial']} {path[0]['words']}",
             text_table(table(path, length)),
             "",
         ]
@@ -70,7 +70,7 @@ def markdown(plan: Plan, records: list[Record], run: dict[str, Any]) -> str:
     if path:
         parts += [
             f"## Best path: {path[0]['trial']}",
-            f"`{values_text(path[0]['values'])}`",
+            f"`{path[0]['words']}`",
             pipe_table(table(path, length)),
         ]
     parts += ["## Every trial at its last stage", pipe_table(table(_ends(records), length, "trial"))]
@@ -111,7 +111,7 @@ def table(rows: list[Record], length: str, name: str = "name") -> pd.DataFrame:
     lines = []
     for row in rows:
         metrics = row["metrics"]
-        values = f" {values_text(row['values'])}" if name == "trial" else ""
+        values = f" {row['words']}" if name == "trial" else ""
         lines.append(
             {
                 "row": f"{row[name]}{values}",

@@ -16,7 +16,7 @@ from orchestrator.run.store import Store
 ROOT = Path(__file__).resolve().parents[2]
 TREE = """\
 teacher  3 layers, 61 k tokens
-├─ hyena-2  0-1 → 2 → joint  26 k  trial-00  operator=order:2
+├─ hyena-2  0-1 → 2 → joint  26 k  trial-00  operator=hyena-2
 └─ hyena-4h  0-1 → 2         15 k
    ├─ joint                  10 k  trial-01  losses=kl:1.0
    └─ joint                  10 k  trial-02  losses=kl:1.0,ce:0.5
@@ -53,6 +53,19 @@ def test_the_default_study_fits_a_screen(tmp_path: Path) -> None:
     assert len(lines) <= 30
     assert max(map(len, lines)) <= 120
     assert sum("trial-" in line for line in lines) == 18
+
+
+def test_operators_are_told_by_name_and_by_what_tells_those_of_one_name_apart(tmp_path: Path) -> None:
+    power = "kind: hyena, heads: 4, feature_map: power"
+    modal = f"{{{power}, filter: {{kind: modal, modes: 4}}}}"
+    tried = f"[{{{power}, key_dim: 4}}, {{{power}, key_dim: 8}}, {modal}, {{kind: skip}}]"
+    words = summary(tmp_path / "home", "--set", f"search.space={{operator: {tried}, seed: [0]}}")["words"]
+    assert list(words.values()) == [
+        "operator=hyena-4h-power(key_dim:4) seed=0",
+        "operator=hyena-4h-power(key_dim:8) seed=0",
+        "operator=hyena-4h-power-modal seed=0",
+        "operator=skip seed=0",
+    ]
 
 
 def test_a_trial_that_ends_where_another_goes_on_stands_at_its_own_stage(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def row(kind: str, name: str, swapped: int, ratio: float, **more: Any) -> dict[s
         metrics |= {"prefill_ratio": {"128": speed}, "decode_ratio": {"128": speed}}
     base = {
         "kind": kind, "name": name, "swapped_layers": list(range(swapped)), "total_layers": 3, "metrics": metrics,
-        "values": {}, "operator": "hyena-2", "trial": None, "stage_index": None, "stage_count": None,
+        "values": {}, "words": "", "operator": "hyena-2", "trial": None, "stage_index": None, "stage_count": None,
     }  # fmt: skip
     return base | more
 
@@ -44,7 +44,7 @@ def plan() -> Plan:
 @pytest.fixture
 def rows() -> list[dict[str, Any]]:
     def stage(trial: str, index: int, swapped: int, ratio: float, speed: float) -> dict[str, Any]:
-        place = {"trial": trial, "stage_index": index, "stage_count": 2, "values": {"seed": 1}}
+        place = {"trial": trial, "stage_index": index, "stage_count": 2, "values": {"seed": 1}, "words": "seed=1"}
         return row("stage", f"{trial} stage {index + 1}", swapped, ratio, speed=speed, **place)
 
     return [
