@@ -24,6 +24,19 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
 
 
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """The value and, as `sha256`, the digest of its canonical text."""
+    return {**value, "sha256": hashlib.sha256(canonical_json(value).encode()).hexdigest()}
+
+
+def unsealed(value: dict[str, Any]) -> dict[str, Any]:
+    """A value without its digest, or as it is where it has none; `ValueError` where the digest is another's."""
+    whole = {key: inner for key, inner in value.items() if key != "sha256"}
+    if whole != value and sealed(whole) != value:
+        raise ValueError("it does not have the digest that it states")
+    return whole
+
+
 def sha256_file(path: Path) -> str:
     """Hex digest of a file's bytes."""
     digest = hashlib.sha256()

@@ -1,12 +1,13 @@
 """Mid-stage checkpoints: safetensors and JSON, checked by digest, the newest two kept.
 
-Invariant: a checkpoint is used only if its tensors have the digest its manifest states, so a torn or flipped one
-leads back to the one before it.
+Invariant: a checkpoint is used only if its manifest and its tensors have the digests that the manifest states, so a
+torn or flipped one leads back to the one before it.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from orchestrator.distill.context import checkpoint_folders
-from orchestrator.files import published_directory, read_json, sha256_file, write_json
+from orchestrator.files import published_directory, read_json, sealed, sha256_file, unsealed, write_json
 
 KEEP = 2
 TENSORS = "state.safetensors"
@@ -40,34 +41,33 @@ def save_checkpoint(
     with published_directory(work / f"step-{step:06d}") as folder:
         save_file({name: value.cpu().contiguous().clone() for name, value in tensors.items()}, folder / TENSORS)
         digest = sha256_file(folder / TENSORS)
-        write_json(folder / MANIFEST, {"step": step, "seconds": seconds, "numbers": numbers, "sha256": digest})
+        manifest = {"step": step, "seconds": seconds, "numbers": numbers, "tensors": digest}
+        write_json(folder / MANIFEST, sealed(manifest))
     for old in checkpoint_folders(work)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def load_checkpoint(
-    work: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]
-) -> tuple[int, float, list[str]]:
-    """Restore the newest whole checkpoint in place.
+    work: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], say: Callable[[str], object]
+) -> tuple[int, float]:
+    """Restore the newest whole checkpoint in place; one that is found damaged is said, then removed.
 
     Returns:
-        The step to go on from (0 where there is no checkpoint), the seconds spent so far, and a line for every
-        checkpoint that was found damaged and left out.
+        The step to go on from (0 where there is no checkpoint), and the seconds spent so far.
     """
-    said: list[str] = []
     for folder in reversed(checkpoint_folders(work)):
         try:
-            manifest = read_json(folder / MANIFEST)
-            if sha256_file(folder / TENSORS) != manifest["sha256"]:
+            manifest = unsealed(read_json(folder / MANIFEST))
+            if sha256_file(folder / TENSORS) != manifest["tensors"]:
                 raise ValueError("its tensors do not have the digest of its manifest")
             tensors = load_file(folder / TENSORS)
         except (OSError, ValueError, KeyError) as error:
-            said.append(f"checkpoint {folder.name} is damaged ({error}); going back to the one before it")
+            say(f"checkpoint {folder.name} is damaged ({error}); going back to the one before it")
             shutil.rmtree(folder, ignore_errors=True)
             continue
         _restore(tensors, manifest["numbers"], model, optimizers)
-        return int(manifest["step"]), float(manifest["seconds"]), said
-    return 0, 0.0, said
+        return int(manifest["step"]), float(manifest["seconds"])
+    return 0, 0.0
 
 
 def _restore(

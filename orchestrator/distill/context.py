@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -40,6 +40,7 @@ class Workplace:
 
     `inputs` are the artefact directories of its parents by role, `work` holds its checkpoints and survives a crash,
     `journal` is the directory of its journal, `out` is empty and is published as a whole when the function returns.
+    `say` tells whoever drives a run what it has to know at once, whatever becomes of the stage.
     """
 
     inputs: Mapping[str, Path]
@@ -47,6 +48,7 @@ class Workplace:
     journal: Path
     out: Path
     context: RunContext
+    say: Callable[[str], object]
 
 
 def checkpoint_folders(work: Path) -> list[Path]:

@@ -71,7 +71,7 @@ def is_first() -> bool:
     return world_size() == 1 or dist.get_rank() == 0
 
 
-def in_turn(load: Callable[[], tuple[int, T, Any]]) -> tuple[int, T, Any]:
+def in_turn(load: Callable[[], tuple[int, T]]) -> tuple[int, T]:
     """Let the first rank `load` a checkpoint, which may tidy up damaged ones, then the others.
 
     Raises `RuntimeError` where they found other steps to go on from.

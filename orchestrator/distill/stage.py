@@ -85,7 +85,7 @@ def distil(spec: DistilSpec, place: Workplace) -> Result:
     generator = torch.Generator().manual_seed(spec.seed)
     swap(student, spec.new_layers, spec.operator, generator, statistics=_statistics(spec, student, place))
     student.to(device).train()
-    result: Result = {"seconds": 0.0, "tokens": 0, "tokens_per_s": None, "said": []}
+    result: Result = {"seconds": 0.0, "tokens": 0, "tokens_per_s": None}
     if spec.phases:
         optimizers = make_optimizers(student, spec.optimizer, spec.freeze)
         result = train(_distillation(spec, teacher, student, optimizers, place), place)

@@ -78,15 +78,15 @@ def train(training: Training, place: Workplace) -> dict[str, Any]:
     """Train to the last step, from the newest checkpoint if there is one.
 
     Returns:
-        `seconds` of training over all attempts, `tokens`, `tokens_per_s`, `resumed_at` (the step that the last attempt
-        began at) and `said` (of damaged checkpoints).
+        `seconds` of training over all attempts, `tokens`, `tokens_per_s` and `resumed_at`, the step that the last
+        attempt began at.
 
     Raises:
         NonFiniteLoss: names the step and the parts of the loss.
         Stopped: the run was asked to stop; a checkpoint of this step is written.
     """
     context = place.context
-    start, before, said = in_turn(lambda: load_checkpoint(place.work, training.model, training.optimizers))
+    start, before = in_turn(lambda: load_checkpoint(place.work, training.model, training.optimizers, place.say))
     journal = Journal(place.journal)
     began = saved = logged = time.monotonic()
     logged_step = start
@@ -119,7 +119,7 @@ def train(training: Training, place: Workplace) -> dict[str, Any]:
     seconds = before + time.monotonic() - began
     tokens = training.steps * training.tokens_per_step
     rate = tokens / max(seconds, 1e-9)
-    return {"seconds": seconds, "tokens": tokens, "tokens_per_s": rate, "resumed_at": start, "said": said}
+    return {"seconds": seconds, "tokens": tokens, "tokens_per_s": rate, "resumed_at": start}
 
 
 def _step(training: Training, step: int) -> dict[str, float]:

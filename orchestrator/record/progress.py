@@ -153,7 +153,7 @@ class Progress:
             told += f" ({operator / 1e6:.2f} M operator and {rest / 1e6:.2f} M other parameters trained)"
         if trained.get("resumed_at"):
             told += f", resumed at step {trained['resumed_at']}"
-        return "\n          ".join([f"done   {name}: {told}", *trained.get("said", [])])
+        return f"done   {name}: {told}"
 
     def _say(self, text: str) -> None:
         self.told = time.monotonic()

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import platform
 import shutil
@@ -26,11 +25,12 @@ import time
 import traceback
 import uuid
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from orchestrator.distill.context import RunContext, Stopped, Workplace
-from orchestrator.files import canonical_json, fsync_tree, read_json, sha256_file, write_json, write_text
+from orchestrator.files import fsync_tree, read_json, sealed, sha256_file, unsealed, write_json, write_text
 from orchestrator.run.claims import LEASE, LOCK, Claim, Flock, claim_of, exclusively
 from orchestrator.run.mirror import DONE, Mirror
 from orchestrator.study.spec import place_of, short, spec_from_json
@@ -98,10 +98,7 @@ class Store:
 
         Raises `ValueError` where it is torn or altered, `OSError` where it is gone.
         """
-        manifest: dict[str, Any] = read_json(self.folder(key) / DONE)
-        if manifest.pop("sha256", None) not in (None, _digest(manifest)):
-            raise ValueError(f"{DONE} of stage {short(key)} is damaged")
-        return manifest
+        return unsealed(read_json(self.folder(key) / DONE))
 
     def result(self, key: str) -> dict[str, Any]:
         """What the stage function returned."""
@@ -134,10 +131,7 @@ class Store:
             bad = self.damaged(key)
             if bad:
                 (self.folder(key) / DONE).unlink(missing_ok=True)
-                said.append(f"stage {short(key)}: {bad} is damaged or gone: the stage is computed again")
-        if said:
-            with contextlib.suppress(OSError), (self.root / SAID).open("a", encoding="utf-8") as log:
-                log.write("".join(f"{line}\n" for line in said))
+                said.append(self.say(key, f"{bad} is damaged or gone: the stage is computed again"))
         return said
 
     def tidy(self, keys: Iterable[str]) -> None:
@@ -149,6 +143,13 @@ class Store:
                     if ours and self.finished(key):
                         shutil.rmtree(folder / "work", ignore_errors=True)
                         _clear(folder)
+
+    def say(self, key: str, text: str) -> str:
+        """Tell whoever drives a run at this moment something about a stage; returns the line."""
+        line = f"stage {short(key)}: {text}"
+        with contextlib.suppress(OSError), (self.root / SAID).open("a", encoding="utf-8") as log:
+            log.write(f"{line}\n")
+        return line
 
     def said(self, after: int) -> tuple[list[str], int]:
         """What any process said of damage after the first `after` bytes of the log, and how long it is now."""
@@ -249,7 +250,7 @@ def _attempt(spec: Any, spec_json: str, store: Store, folder: Path, context: Run
         work.mkdir(exist_ok=True)
         inputs = {role: store.artefacts(key) for role, key in spec.parents.items()}
         run = run_stage if spec.world_size == 1 else run_on_ranks
-        result = run(spec, Workplace(inputs, work, folder, out, context))
+        result = run(spec, Workplace(inputs, work, folder, out, context, partial(store.say, spec.key)))
         if claim.lost():
             raise ClaimLost(f"stage {short(spec.key)} was taken over by another process")
         _publish(spec, folder, out, result, began, busy)
@@ -330,12 +331,8 @@ def _publish(spec: Any, folder: Path, out: Path, result: dict[str, Any], began: 
         "finished": time.time(),
         "files": {path.relative_to(artefacts).as_posix(): sha256_file(path) for path in files},
     }
-    write_json(folder / DONE, {**manifest, "sha256": _digest(manifest)})
+    write_json(folder / DONE, sealed(manifest))
     shutil.rmtree(folder / "work", ignore_errors=True)
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(manifest).encode()).hexdigest()
 
 
 def _maybe(path: Path) -> dict[str, Any] | None:

@@ -83,6 +83,9 @@ def harm_checkpoint(scene: Scene, harm: Callable[[bytes], bytes], word: str) -> 
     told = f"{stage}: {newest.name}/{path.name} {word}, "
     if scene.random.random() < 0.5:
         return told + f"then killed {kill(scene, stage)}"
+    scene.run.process.kill()
+    assert stage.pid is not None
+    signal_to(stage.pid, KILL)  # at once: when their leader dies, stopped processes may be let go on, and save again
     end(scene)
     return told + "then killed the driver"
 

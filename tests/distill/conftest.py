@@ -35,7 +35,13 @@ def ids() -> torch.Tensor:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
+def said() -> list[str]:
+    """What stages of the test's workplaces said."""
+    return []
+
+
+@pytest.fixture
+def place(tmp_path: Path, said: list[str]) -> Place:
     """Makes the workplace called `name`, anew or as it was left, with an empty `out`."""
 
     def make(name: str = "stage", inputs: Mapping[str, Path] | None = None, **context: Any) -> Workplace:
@@ -44,6 +50,6 @@ def place(tmp_path: Path) -> Place:
         out = root / f"out-{len(list(root.glob('out-*')))}"
         out.mkdir()
         told = {"checkpoint_seconds": 0.0, "log_every": 2, **context}
-        return Workplace(inputs or {}, root / "work", root, out, RunContext(store=str(tmp_path), **told))
+        return Workplace(inputs or {}, root / "work", root, out, RunContext(store=str(tmp_path), **told), said.append)
 
     return make

@@ -41,7 +41,7 @@ place = folder / str(rank)
 (place / "out").mkdir(parents=True)
 inputs = {"tokens": Store(Path(store)).artefacts(spec.tokens)}
 context = RunContext(store, checkpoint_seconds=1e9, log_every=1)
-run_stage(spec, Workplace(inputs, place / "work", place, place / "out", context))
+run_stage(spec, Workplace(inputs, place / "work", place, place / "out", context, print))
 dist.destroy_process_group()
 """
 # Two ranks sum the gradients of a batch in another order than one does, which differs by about 1e-7 of their size.
