@@ -37,7 +37,7 @@ def save_checkpoint(
                     tensors[where] = value
                 else:
                     numbers[where] = value
-    tensors["random"] = torch.get_rng_state()
+    tensors |= {name: generator.get_state() for name, generator in _generators(model).items()}
     with published_directory(work / f"step-{step:06d}") as folder:
         save_file({name: value.cpu().contiguous().clone() for name, value in tensors.items()}, folder / TENSORS)
         digest = sha256_file(folder / TENSORS)
@@ -92,4 +92,15 @@ def _restore(
                 _, _, position, name = where.split("/", 3)
                 state.setdefault(int(position), {})[name] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    torch.set_rng_state(tensors["random"])
+    for name, generator in _generators(model).items():
+        if name in tensors:  # the attempt before may have had another device
+            generator.set_state(tensors[name])
+
+
+def _generators(model: nn.Module) -> dict[str, torch.Generator]:
+    """By name, what random numbers are drawn from: the processor's, and that of the GPU the model is on."""
+    found = {"random": torch.default_generator}
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        found["random/device"] = torch.cuda.default_generators[device.index]
+    return found

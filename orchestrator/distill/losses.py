@@ -22,7 +22,8 @@ from orchestrator.distill.families import family_of
 from orchestrator.distill.swap import attention_of
 from orchestrator.study.schema import LogitKL, Losses
 
-LOGITS_PER_CHUNK = 1 << 22  # float32 numbers of one chunk's logits: 16 MB
+# Float32 numbers of one chunk's logits: 16 MB, which a CPU's cache holds; 256 MB, which keep an accelerator busy.
+LOGITS_PER_CHUNK, LOGITS_ELSEWHERE = 1 << 22, 1 << 26
 
 
 @dataclasses.dataclass
@@ -136,7 +137,8 @@ def logit_losses(
     student_ND = student_BLD[:, :-1].flatten(0, 1)
     teacher_ND = None if teacher_BLD is None or kl.weight == 0 else teacher_BLD[:, :-1].flatten(0, 1)
     targets_N = ids_BL[:, 1:].flatten()
-    size = max(1, LOGITS_PER_CHUNK // student_head.weight.shape[0])
+    most = LOGITS_PER_CHUNK if student_ND.device.type == "cpu" else LOGITS_ELSEWHERE
+    size = max(1, most // student_head.weight.shape[0])
 
     def chunk(hidden: Tensor, target: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
         logits = student_head(hidden).float()
@@ -156,7 +158,8 @@ def logit_losses(
     for start in range(0, count, size):
         cut = slice(start, start + size)
         given = (student_ND[cut], targets_N[cut], None if teacher_ND is None else teacher_ND[cut])
-        values = chunk(*given) if count <= size else checkpoint(chunk, *given, use_reentrant=False)
+        again = count > size  # nothing in a chunk is random
+        values = checkpoint(chunk, *given, use_reentrant=False, preserve_rng_state=False) if again else chunk(*given)
         sums = sums + torch.stack(values)
     mean = sums / count
     return mean[0], mean[1]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from orchestrator.distill.muon import BatchedMuon
 from orchestrator.study.schema import Optimizer
 
 MUON_MOMENTUM = 0.95
@@ -94,5 +95,7 @@ def _optimizer(
     if not settings:
         return None
     if matrices:
-        return torch.optim.Muon(settings, lr=base, weight_decay=config.weight_decay, momentum=MUON_MOMENTUM)
+        on_cpu = all(p.device.type == "cpu" for group in settings for p in group["params"])
+        muon = torch.optim.Muon if on_cpu else BatchedMuon
+        return muon(settings, lr=base, weight_decay=config.weight_decay, momentum=MUON_MOMENTUM)
     return torch.optim.AdamW(settings, lr=base, betas=config.betas, weight_decay=config.weight_decay)

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from operators.config import HyenaConfig, ImplicitFilterConfig
+from orchestrator.distill import muon
 from orchestrator.distill.models import load_teacher
 from orchestrator.distill.optim import make_optimizers, schedule, set_learning_rate, trainable_counts
 from orchestrator.distill.swap import swap
@@ -142,3 +144,28 @@ def test_a_factor_scales_each_groups_own_rate_and_is_not_remembered(student: Any
     set_learning_rate(optimizers, 0.5)
     after = rates(student, optimizers)
     assert after == {name: (kind, rate * 0.5) for name, (kind, rate) in before.items()}
+
+
+@pytest.mark.parametrize(("decay", "nesterov"), [(0.1, True), (0.0, False)])
+def test_muon_of_many_matrices_is_torchs(decay: float, nesterov: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide, tall, square, one of its kind, one without a gradient; batches that are cut."""
+    monkeypatch.setattr(muon, "TOGETHER", 2 * 24 * 40)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(24, 40), (40, 24), (24, 40), (24, 24), (24, 40), (1, 7), (40, 24), (24, 40)]
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    ours, theirs = ([nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    settings: dict[str, Any] = {"lr": 0.02, "weight_decay": decay, "nesterov": nesterov}
+    optimizers = muon.BatchedMuon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    for _ in range(4):
+        for index, pair in enumerate(zip(ours, theirs, strict=True)):
+            gradient = torch.randn(shapes[index], generator=generator)
+            for parameter in pair:
+                parameter.grad = None if index == 4 else gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    moved = [(wanted - x).norm() for wanted, x in zip(theirs, start, strict=True)]
+    for found, wanted, far in zip(ours, theirs, moved, strict=True):
+        assert (found - wanted).norm() <= 0.01 * far  # products are rounded to bfloat16
+    assert torch.equal(ours[4], start[4]) and not torch.equal(ours[0], start[0])
+    names = [list(optimizer.state_dict()["state"][0]) for optimizer in optimizers]
+    assert names[0] == names[1] == [muon.BUFFER]

@@ -33,10 +33,10 @@ class Killed(BaseException):
     """Stands for a process that ends without a chance to tidy up."""
 
 
-def training(killed_at: int | None = None, poison: float = 0.0) -> Training:
+def training(killed_at: int | None = None, poison: float = 0.0, device: str = "cpu") -> Training:
     """A small model with dropout, so that the random state matters, under Muon and AdamW."""
     prepare(Numerics(), seed=0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.Linear(8, 1))
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.Linear(8, 1)).to(device)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if p.ndim != 2]
     optimizers: list[torch.optim.Optimizer] = [
@@ -47,7 +47,7 @@ def training(killed_at: int | None = None, poison: float = 0.0) -> Training:
     def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         if step == killed_at:
             raise Killed
-        x_BD = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+        x_BD = torch.randn(4, 6, generator=torch.Generator().manual_seed(step)).to(device)
         value = (model(x_BD) - x_BD.sum(-1, keepdim=True)).pow(2).mean()
         value = value * poison if poison and step == 6 else value
         return value, {"loss/fit": value.detach()}
