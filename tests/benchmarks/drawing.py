@@ -13,18 +13,19 @@ OURS = tuple(f"{kind}{how}" for kind in KINDS for how in ("", NATIVE))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """For every mode milliseconds of the rivals, and how many times as fast ours are."""
+    """For every mode milliseconds of the rivals and of the projections alone, and how many times as fast ours are."""
     parts = []
     for mode in dict.fromkeys(row["mode"] for row in rows):
         mine = [row for row in rows if row["mode"] == mode]
         names = [name for name in OURS if any(name in row["ms"] for row in mine)]
         convolutions = [] if mode == "decode" else [name for name in names if name.startswith("hyena-2")]
-        head = ["dtype", "D", "B", "L", "attention ms", *(["textbook ms"] if convolutions else [])]
+        head = ["dtype", "D", "B", "L", "attention ms", *(["textbook ms", "projections ms"] if convolutions else [])]
         head += [f"{name} / attention" for name in names] + [f"{name} / textbook" for name in convolutions]
         lines = [f"### {mode}", "", f"| {' | '.join(head)} |", f"|---|{'--:|' * (len(head) - 1)}"]
         for row in mine:
             cells = [row["dtype"], row["D"], row["B"], row["L"], _milliseconds(row, "attention")]
-            cells += [_milliseconds(row, "textbook")] if convolutions else []
+            if convolutions:
+                cells += [_milliseconds(row, "textbook"), f"{row['floors']['projections']:.2f}"]
             cells += [_times(row["vs_attention"].get(name)) for name in names]
             cells += [_times(row.get("vs_textbook", {}).get(name)) for name in convolutions]
             lines.append(f"| {' | '.join(map(str, cells))} |")

@@ -2,7 +2,8 @@
 
 `python -m tests.benchmarks.operators --out DIR`, or `make bench`. One process, one thread, repeats of all contenders in
 turn, medians; a ratio is the median of the ratios of one turn, above 1 where ours is faster. Floors stand beside them:
-the projections alone as matrix products, and a copy of the inputs. Contenders named "native" run through the compiled
+the projections alone as matrix products, and a copy of the inputs. What a rival takes over the former is the most that
+any operator with these projections can reach. Contenders named "native" run through the compiled
 core, where there is one; with `--device cuda` everything runs on the GPU, ours by kernels, those named "torch" without.
 Not a test: figures depend on the machine.
 
@@ -188,15 +189,25 @@ def precision(dtype: str, device: str) -> Any:
     return torch.autocast(device, dtype=torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
 
 
-def floors(width: int, x: torch.Tensor, dtype: str) -> dict[str, float]:
-    """Milliseconds of the projections of attention and order-2 Hyena as one matrix product, and of a copy of x."""
-    device = x.device.type
-    matrix = torch.randn(width, 4 * width, device=device)
-    rows = x.flatten(0, 1)
-    with precision(dtype, device), torch.no_grad():
-        product = statistics.median(timed(lambda: rows @ matrix, device) for _ in range(5))
-    copied = statistics.median(timed(x.clone, device) for _ in range(5))
-    return {"projections": 1e3 * product, "copy": 1e3 * copied}
+def floors(width: int, x: torch.Tensor, dtype: str, mode: str) -> dict[str, float]:
+    """Milliseconds of the two projections of attention and order-2 Hyena alone, for training with their gradients,
+    everything in `dtype` before; and of a copy of x."""
+    device, trained = x.device.type, mode == "training"
+    rows = x.flatten(0, 1).to(getattr(torch, dtype)).requires_grad_(trained)
+    weights = [torch.randn(count * width, width, device=device, dtype=rows.dtype) for count in (3, 1)]
+    gradients = [torch.randn(len(rows), len(weight), device=device, dtype=rows.dtype) for weight in weights]
+
+    def products() -> None:
+        outputs = [nn.functional.linear(rows, weight.requires_grad_(trained)) for weight in weights]
+        if trained:
+            torch.autograd.grad(outputs, [rows, *weights], gradients)
+
+    with torch.set_grad_enabled(trained):
+        taken = {"projections": products, "copy": x.clone}
+        return {
+            name: 1e3 * statistics.median(timed(work, device) for _ in range(5))  # type: ignore[arg-type]
+            for name, work in taken.items()
+        }
 
 
 def measure(
@@ -231,8 +242,8 @@ def measure(
         ours = [name for name in modules if name not in ("attention", "textbook")]
         if rival in modules:
             row[f"vs_{rival}"] = {name: statistics.median(t[rival] / t[name] for t in turns) for name in ours}
-    if mode == "prefill":
-        row["floors"] = floors(width, x, dtype)
+    if mode != "decode":
+        row["floors"] = floors(width, x, dtype, mode)
     if mode == "training":
         row["saved_mb"] = {}
         for name, module in modules.items():
