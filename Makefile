@@ -1,6 +1,7 @@
 # make setup | study | ui | test | test-all | check | format | chaos | bench | bench-tree | build-ext: every target installs what it needs into .venv first.
 PYTHON ?= python3
 STUDY ?= studies/layerwise.yaml
+ARGS ?=
 PORT ?= 5000
 SEEDS ?= 0-49
 SCALE ?= 0.1
@@ -11,7 +12,7 @@ INSTALLED := .venv/.installed
 .PHONY: setup study plan status report ui test test-all check format chaos bench bench-tree build-ext clean
 
 study: $(INSTALLED)
-	@$(BIN)/layerswap run $(STUDY)
+	@$(BIN)/layerswap run $(STUDY) $(ARGS)
 
 plan status report: $(INSTALLED)
 	@$(BIN)/layerswap $@ $(STUDY)

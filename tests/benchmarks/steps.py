@@ -1,0 +1,112 @@
+"""Training steps of a study's teacher and of its students on a GPU, Muon's matrices one at a time and in batches.
+
+`python -m tests.benchmarks.steps studies/gpu.yaml`. Steps as stages make them, optimizer, losses and checks of their
+numbers in them, on random tokens; students start random, since speed does not depend on it. Medians of turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator.distill import muon, optim
+from orchestrator.distill.losses import batch_losses, next_token_loss
+from orchestrator.distill.models import new_teacher
+from orchestrator.distill.swap import swap
+from orchestrator.distill.train import Parts, Training, autocast, prepare
+from orchestrator.distill.train import _step as step
+from orchestrator.study.loader import read_document, validate
+from orchestrator.study.plan import make_plan
+from orchestrator.study.sources import resolve
+from orchestrator.study.spec import DistilSpec, TeacherSpec
+
+WAYS = {"one at a time": torch.optim.Muon, "in batches": muon.BatchedMuon}
+STEPS, TURNS = 4, 6
+
+
+def teaching(spec: TeacherSpec, teacher: Any, device: str) -> Training:
+    """Steps of a copy of the teacher."""
+    model = copy.deepcopy(teacher).train().requires_grad_(True)
+    size = (spec.batch_size, spec.sequence_length)
+    ids_BL = torch.randint(spec.architecture.vocabulary, size, device=device)
+
+    def loss(_: int) -> tuple[torch.Tensor, Parts]:
+        with autocast(spec.numerics, device):
+            entropy = next_token_loss(model, ids_BL)
+        return entropy, {"loss/ce": entropy.detach()}
+
+    made = optim.make_optimizers(model, spec.optimizer)
+    return Training(model, made, spec.optimizer, 1000, ids_BL.numel(), loss)
+
+
+def distilling(spec: DistilSpec, teacher: Any, device: str) -> Training:
+    """Steps of a student, all layers of the stage swapped."""
+    student = copy.deepcopy(teacher).cpu()
+    operator = dataclasses.replace(spec.operator, init="random")
+    swap(student, spec.new_layers, operator, torch.Generator().manual_seed(0))
+    student.to(device).train()
+    size = (spec.batch_size, spec.sequence_length)
+    ids_BL = torch.randint(teacher.config.vocab_size, size, device=device)
+
+    def loss(_: int) -> tuple[torch.Tensor, Parts]:
+        with autocast(spec.numerics, device):
+            return batch_losses(teacher, student, ids_BL, spec.layers, spec.phases[0].losses)
+
+    made = optim.make_optimizers(student, spec.optimizer, spec.freeze)
+    return Training(student, made, spec.optimizer, 1000, ids_BL.numel(), loss)
+
+
+def wait() -> None:
+    """Until the GPU, if there is one, has nothing to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def compare(make: Callable[[], Training]) -> dict[str, float]:
+    """Milliseconds of a step by way, the ways in turn."""
+    runs = {}
+    for way, optim.BatchedMuon in WAYS.items():  # type: ignore[misc]
+        runs[way] = make()
+    taken: dict[str, list[float]] = {way: [] for way in WAYS}
+    for turn in range(TURNS):
+        for way, training in runs.items():
+            wait()
+            began = time.perf_counter()
+            for index in range(STEPS):
+                step(training, index)
+            wait()
+            if turn:  # the first warms up
+                taken[way].append(1e3 * (time.perf_counter() - began) / STEPS)
+    return {way: statistics.median(times) for way, times in taken.items()}
+
+
+def main() -> None:
+    """Measure and print a line for the teacher and for every kind of student."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.steps", description=__doc__)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args()
+    device, document = options.device, read_document(options.study)
+    study = validate(document)
+    specs = make_plan(document, study, resolve(study, options.study.parent)).specs.values()
+    taught = next(spec for spec in specs if isinstance(spec, TeacherSpec))
+    prepare(taught.numerics, taught.seed)
+    teacher = new_teacher(taught.architecture, taught.seed).to(device).eval().requires_grad_(False)
+    kinds: dict[str, Callable[[], Training]] = {"teacher": lambda: teaching(taught, teacher, device)}
+    for spec in specs:
+        if isinstance(spec, DistilSpec) and spec.phases:
+            kinds[str(spec.operator)] = lambda spec=spec: distilling(spec, teacher, device)  # type: ignore[misc]
+    for name, make in kinds.items():
+        print(name, {way: round(milliseconds, 1) for way, milliseconds in compare(make).items()}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
