@@ -115,7 +115,7 @@ def _zombies(home: Home, store: Store) -> Iterator[Finding]:
     """MLflow runs that say RUNNING while nobody runs in this home."""
     if not (home.root / "mlflow.db").is_file() or home.used or any(store.locked(key) for key in store.all_keys()):
         return
-    from orchestrator.record.tracking import still_running  # takes seconds, so only where there is a database
+    from orchestrator.record.runs import still_running  # takes seconds, so only where there is a database
 
     for name, run_id, end in still_running(home.database):
         yield Finding(

@@ -10,6 +10,7 @@ from orchestrator.study.plan import Plan, Step, Trial, operator_name
 from orchestrator.study.spec import ThroughputSpec
 
 Record = dict[str, Any]
+OWN = "the study's own values"  # of a trial that sets none
 QUALITY = ("perplexity", "perplexity_ratio", "accuracy", "agreement", "kl", "hit_nll", "miss_nll")
 
 
@@ -97,24 +98,28 @@ def trial_words(plan: Plan) -> dict[str, str]:
     """
     alike: dict[str, list[dict[str, Any]]] = {}
     for trial in plan.trials:
-        alike.setdefault(operator_name(trial.study.operator), []).append(_leaves(trial.values.get("operator")))
+        alike.setdefault(operator_name(trial.study.operator), []).append(leaves(trial.values.get("operator")))
 
     def words(trial: Trial, key: str, value: Any) -> str:
         if key != "operator":
             return f"{key.split('.')[-1]}={_short(value)}"
         name = operator_name(trial.study.operator)
-        own = {leaf: _short(said) for leaf, said in _leaves(value).items() if not _agree(alike[name], leaf)}
+        own = {leaf: _short(said) for leaf, said in leaves(value).items() if not _agree(alike[name], leaf)}
         return f"operator={name}" + (f"({','.join(f'{leaf}:{said}' for leaf, said in own.items())})" if own else "")
 
-    return {t.name: " ".join(words(t, key, value) for key, value in t.values.items()) for t in plan.trials}
+    return {
+        trial.name: " ".join(words(trial, key, value) for key, value in trial.values.items()) or OWN
+        for trial in plan.trials
+    }
 
 
-def _leaves(value: Any) -> dict[str, Any]:
-    """The values in nested mappings by dotted keys."""
+def leaves(value: Any) -> dict[str, Any]:
+    """The values in nested mappings, and in lists of mappings, by dotted keys."""
+    if isinstance(value, list | tuple) and value and isinstance(value[0], dict):
+        value = dict(enumerate(value))
     found: dict[str, Any] = {}
     for key, inner in (value if isinstance(value, dict) else {}).items():
-        nested = {f"{key}.{leaf}": last for leaf, last in _leaves(inner).items()} if isinstance(inner, dict) else {}
-        found |= nested or {key: inner}
+        found |= {f"{key}.{leaf}": last for leaf, last in leaves(inner).items()} or {str(key): inner}
     return found
 
 

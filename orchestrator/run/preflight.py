@@ -41,6 +41,11 @@ def check_run(plan: Plan, context: RunContext, cluster: Cluster) -> None:
     check_before_start(plan.specs.values(), context, cluster)
 
 
+def idle_gpus(context: RunContext, cluster: Cluster) -> int:
+    """How many GPUs of this machine the run was not asked to use."""
+    return cluster.gpus if cluster.address is None and context.device == "cpu" else 0
+
+
 def _check_core(plan: Plan) -> None:
     """Raise `ClusterError` where stages ask for a compiled core and this machine has none."""
     numerics = [getattr(spec, "numerics", None) for spec in plan.specs.values()]

@@ -8,7 +8,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 
 from orchestrator.record.home import Home
-from orchestrator.record.tracking import make_database
+from orchestrator.record.runs import make_database
 
 
 def test_two_makers_and_a_torn_beginning_give_one_whole_database(tmp_path: Path) -> None:

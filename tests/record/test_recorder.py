@@ -22,7 +22,8 @@ from orchestrator.record import recorder as recorder_module
 from orchestrator.record import tracking as tracking_module
 from orchestrator.record.home import Home
 from orchestrator.record.recorder import Recorder
-from orchestrator.record.tracking import TOLD, Tracker
+from orchestrator.record.runs import TOLD
+from orchestrator.record.tracking import Tracker
 from orchestrator.run.store import Store
 from orchestrator.study.loader import read_document, validate
 from orchestrator.study.plan import Plan, Step, make_plan, throughput_specs
@@ -331,9 +332,10 @@ def test_a_run_made_twice_is_kept_once(scene: Scene) -> None:
     scene.all_done()
     tracker = Tracker(scene.home, scene.plan, scene.speeds)
     tracker.sync()
-    twin = tracker.client.create_run(tracker.experiment, tags=tracker.tags[tracker.runs["study"]])
+    runs = tracker.runs
+    twin = runs.client.create_run(runs.experiment, tags=runs.tags[runs.ids["study"]])
     assert finish(scene.recorder()) == []
-    assert tracker.client.get_run(twin.info.run_id).info.lifecycle_stage == "deleted"
+    assert runs.client.get_run(twin.info.run_id).info.lifecycle_stage == "deleted"
     assert sorted(scene.statuses().values()) == ["FINISHED"] * 6
 
 

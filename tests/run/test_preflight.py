@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.distill.context import RunContext
+from orchestrator.run.preflight import idle_gpus
 from orchestrator.run.sweep import Cluster, connected
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,3 +38,12 @@ def test_a_plan_that_does_not_fit_a_running_cluster_is_told_and_nothing_is_writt
     assert "asks for 2 threads and the largest node has 1 cores: lower threads" in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["s.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("address", "gpus", "device", "idle"),
+    [(None, 2, "cpu", 2), (None, 2, "cuda", 0), (None, 0, "cpu", 0), ("10.0.0.1:6379", 2, "cpu", 0)],
+)
+def test_gpus_that_nobody_asked_for_are_counted(address: str | None, gpus: int, device: str, idle: int) -> None:
+    context = RunContext(store="s", device=device)
+    assert idle_gpus(context, Cluster(address, cpus=2, gpus=gpus)) == idle
