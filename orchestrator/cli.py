@@ -81,7 +81,7 @@ def run(
     ray_address: Annotated[
         str | None, typer.Option(help="a Ray cluster to run on; default: one on this machine")
     ] = None,
-    device: Annotated[str, typer.Option(help="where stages run: cpu, cuda")] = "cpu",
+    device: Annotated[str | None, typer.Option(help="where stages run: cpu, cuda; default: cpu")] = None,
     gpus_per_stage: Annotated[
         float | None, typer.Option(min=0, help="of each process of a stage, 0.5 for half; default: 1 on cuda, else 0")
     ] = None,
@@ -110,6 +110,7 @@ def run(
 
         root = job.home.store.resolve()
         stop = root / f"stop-{uuid.uuid4().hex[:8]}"
+        asked, device = device is not None, device or "cpu"
         gpus = gpus_per_stage if gpus_per_stage is not None else float(device.startswith("cuda"))
         context = RunContext(
             str(root), device, checkpoint_seconds, locations=resolved.locations, gpus_per_stage=gpus,
@@ -119,7 +120,7 @@ def run(
         try:
             copies = Mirror(mirror) if mirror is not None else None
             check_run(made, context, cluster)
-            if idle := idle_gpus(context, cluster):
+            if not asked and (idle := idle_gpus(context, cluster)):
                 print(f"note: GPUs of this machine that stay idle: {idle}; --device cuda uses them", file=sys.stderr)
             store = _store(study, home, write=True)
             interrupt.stop = stop

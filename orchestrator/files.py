@@ -31,9 +31,8 @@ def sealed(value: dict[str, Any]) -> dict[str, Any]:
 
 def unsealed(value: dict[str, Any]) -> dict[str, Any]:
     """A value without its digest, or as it is where it has none; `ValueError` where the digest is another's."""
-    whole = dict(value)
-    stated = whole.pop("sha256", None)
-    if stated is not None and sealed(whole)["sha256"] != stated:
+    whole = {key: inner for key, inner in value.items() if key != "sha256"}
+    if "sha256" in value and sealed(whole) != value:
         raise ValueError("it does not have the digest that it states")
     return whole
 

@@ -1,6 +1,6 @@
 """MLflow's runs by what they stand for: found again by a tag, made once, told each thing once.
 
-The only importer of mlflow. Knows neither plans nor stores.
+The only importer of mlflow. What the runs stand for is `tracking`'s to say.
 """
 
 from __future__ import annotations

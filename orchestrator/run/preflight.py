@@ -1,4 +1,5 @@
-"""What would stop a run is told before it writes anything: an unknown device, an absent cluster, too few cores.
+"""What would stop a run is told before it writes anything: an unknown device, an absent cluster, too few cores. And
+what it leaves unused.
 
 Place in the flow: between the plan and the sweep. Invariant: no answer takes long, and nothing is created but the
 store where the nodes of a cluster have to show that they see it.

@@ -134,14 +134,15 @@ def prefill(module: nn.Module, x: torch.Tensor, dtype: str) -> float:
 
 
 def training(module: nn.Module, x: torch.Tensor, dtype: str) -> float:
-    """Seconds of forward and backward, gradients of inputs included."""
-    inputs = x.clone().requires_grad_()
+    """Seconds of forward and, from a gradient of the output on, backward, gradients of inputs included."""
+    inputs, gradient = x.clone().requires_grad_(), torch.randn_like(x)
+    given = {gradient.dtype: gradient, torch.bfloat16: gradient.bfloat16()}
 
     def step() -> None:
         module.zero_grad(set_to_none=True)
         with precision(dtype, x.device.type):
             output = module(inputs)
-        output.float().square().mean().backward()
+        output.backward(given[output.dtype])
 
     seconds = timed(step, x.device.type)
     module.zero_grad(set_to_none=True)

@@ -1,7 +1,8 @@
-"""Training steps of a study's teacher and of its students on a GPU, Muon's matrices one at a time and in batches.
+"""Training steps of a study's teacher and students on a GPU, Muon's matrices one at a time and in batches.
 
-`python -m tests.benchmarks.steps studies/gpu.yaml`. Steps as stages make them, optimizer, losses and checks of their
-numbers in them, on random tokens; students start random, since speed does not depend on it. Medians of turns.
+`python -m tests.benchmarks.steps studies/gpu.yaml`, or another study that makes its teacher and trains by Muon. Steps are
+those of stages, with optimizer, losses and the check of their numbers, but on random tokens that are there before, and
+students start random, since speed does not depend on it. Medians of turns.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from operators.config import HyenaConfig
 from orchestrator.distill import muon, optim
 from orchestrator.distill.losses import batch_losses, next_token_loss
 from orchestrator.distill.models import new_teacher
@@ -48,10 +50,11 @@ def teaching(spec: TeacherSpec, teacher: Any, device: str) -> Training:
 
 
 def distilling(spec: DistilSpec, teacher: Any, device: str) -> Training:
-    """Steps of a student, all layers of the stage swapped."""
+    """Steps of a student with all layers swapped that the stage ends with, by the losses of its first phase."""
     student = copy.deepcopy(teacher).cpu()
+    assert isinstance(spec.operator, HyenaConfig)
     operator = dataclasses.replace(spec.operator, init="random")
-    swap(student, spec.new_layers, operator, torch.Generator().manual_seed(0))
+    swap(student, spec.layers, operator, torch.Generator().manual_seed(0))
     student.to(device).train()
     size = (spec.batch_size, spec.sequence_length)
     ids_BL = torch.randint(teacher.config.vocab_size, size, device=device)
@@ -64,12 +67,6 @@ def distilling(spec: DistilSpec, teacher: Any, device: str) -> Training:
     return Training(student, made, spec.optimizer, 1000, ids_BL.numel(), loss)
 
 
-def wait() -> None:
-    """Until the GPU, if there is one, has nothing to do."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def compare(make: Callable[[], Training]) -> dict[str, float]:
     """Milliseconds of a step by way, the ways in turn."""
     runs = {}
@@ -78,11 +75,11 @@ def compare(make: Callable[[], Training]) -> dict[str, float]:
     taken: dict[str, list[float]] = {way: [] for way in WAYS}
     for turn in range(TURNS):
         for way, training in runs.items():
-            wait()
+            torch.cuda.synchronize()
             began = time.perf_counter()
             for index in range(STEPS):
                 step(training, index)
-            wait()
+            torch.cuda.synchronize()
             if turn:  # the first warms up
                 taken[way].append(1e3 * (time.perf_counter() - began) / STEPS)
     return {way: statistics.median(times) for way, times in taken.items()}
@@ -94,15 +91,19 @@ def main() -> None:
     parser.add_argument("study", type=Path)
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
+    if not options.device.startswith("cuda"):
+        parser.error("on a CPU there is one kind of Muon: give --device cuda")
     device, document = options.device, read_document(options.study)
     study = validate(document)
     specs = make_plan(document, study, resolve(study, options.study.parent)).specs.values()
-    taught = next(spec for spec in specs if isinstance(spec, TeacherSpec))
+    taught = next((spec for spec in specs if isinstance(spec, TeacherSpec)), None)
+    if taught is None or study.recipe.optimizer.method != "muon":
+        parser.error(f"{options.study} must make its teacher and train by Muon: see studies/gpu.yaml")
     prepare(taught.numerics, taught.seed)
     teacher = new_teacher(taught.architecture, taught.seed).to(device).eval().requires_grad_(False)
     kinds: dict[str, Callable[[], Training]] = {"teacher": lambda: teaching(taught, teacher, device)}
     for spec in specs:
-        if isinstance(spec, DistilSpec) and spec.phases:
+        if isinstance(spec, DistilSpec) and spec.phases and isinstance(spec.operator, HyenaConfig):
             kinds[str(spec.operator)] = lambda spec=spec: distilling(spec, teacher, device)  # type: ignore[misc]
     for name, make in kinds.items():
         print(name, {way: round(milliseconds, 1) for way, milliseconds in compare(make).items()}, flush=True)

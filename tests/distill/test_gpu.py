@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from operators.config import HyenaConfig, ImplicitFilterConfig
+from operators.config import FirFilterConfig, HyenaConfig, ImplicitFilterConfig, ModalFilterConfig
 from orchestrator.distill import stage
 from orchestrator.distill.evaluate import greedy
 from orchestrator.distill.models import WEIGHTS, load_student, load_teacher
@@ -28,7 +28,14 @@ POWER = HyenaConfig(
     heads=4, feature_map="power", degree=4, key_dim=8, normalise=True, key_gate=True,
     filter=ImplicitFilterConfig(positive=True, width=64, features=9),
 )  # fmt: skip
-OPERATORS = {"order 2": HyenaConfig(), "heads": HyenaConfig(heads=4), "power": POWER}
+OPERATORS = {
+    "order 2": HyenaConfig(),
+    "heads": HyenaConfig(heads=4),
+    "power": POWER,
+    "modal": HyenaConfig(heads=4, filter=ModalFilterConfig(modes=4)),
+    "order 2, modal": HyenaConfig(filter=ModalFilterConfig(modes=4)),
+    "order 2, short": HyenaConfig(filter=FirFilterConfig(taps=64)),
+}
 LENGTH = 1024  # so long that attention's gradients are sums over blocks, whose order must not change
 
 

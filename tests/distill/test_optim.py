@@ -169,3 +169,8 @@ def test_muon_of_many_matrices_is_torchs(decay: float, nesterov: bool, monkeypat
     assert torch.equal(ours[4], start[4]) and not torch.equal(ours[0], start[0])
     names = [list(optimizer.state_dict()["state"][0]) for optimizer in optimizers]
     assert names[0] == names[1] == [muon.BUFFER]
+
+
+def test_muon_in_batches_knows_one_rule_for_learning_rates() -> None:
+    with pytest.raises(ValueError, match="adjust_lr_fn must be original here but is 'match_rms_adamw'"):
+        muon.BatchedMuon([nn.Parameter(torch.ones(2, 2))], adjust_lr_fn="match_rms_adamw")
