@@ -12,8 +12,9 @@ from typing import TextIO
 
 from orchestrator.distill.journal import read_journal
 from orchestrator.run.store import Store
-from orchestrator.study.plan import Plan, Step
+from orchestrator.study.plan import Plan
 from orchestrator.study.spec import ThroughputSpec
+from orchestrator.study.stages import Step
 
 EVERY = 20.0  # seconds between lines when nothing happens
 

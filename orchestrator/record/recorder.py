@@ -18,8 +18,9 @@ from filelock import FileLock, Timeout
 from orchestrator.record.home import Home
 from orchestrator.record.tracking import Tracker
 from orchestrator.run.store import Store
-from orchestrator.study.plan import Plan, Step
+from orchestrator.study.plan import Plan
 from orchestrator.study.spec import ThroughputSpec
+from orchestrator.study.stages import Step
 
 EVERY = 3.0  # seconds between rounds
 PATIENCE = 6.0  # seconds without an answer after which the end of a run does not wait any more

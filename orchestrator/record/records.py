@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from orchestrator.run.store import Store
-from orchestrator.study.plan import Plan, Step, Trial, operator_name
+from orchestrator.study.plan import Plan, Trial, operator_name
 from orchestrator.study.spec import ThroughputSpec
+from orchestrator.study.stages import Step
 
 Record = dict[str, Any]
 OWN = "the study's own values"  # of a trial that sets none

@@ -15,8 +15,9 @@ from orchestrator.distill.journal import read_journal
 from orchestrator.record.home import Home
 from orchestrator.record.runs import MARKER, Point, Runs
 from orchestrator.run.store import Store
-from orchestrator.study.plan import Plan, Step, Trial, operator_name
+from orchestrator.study.plan import Plan, Trial, operator_name
 from orchestrator.study.spec import ThroughputSpec, short
+from orchestrator.study.stages import Step
 
 BATCH = 500
 SUMMARY = (

@@ -16,9 +16,10 @@ import ray
 from orchestrator.distill.context import RunContext
 from orchestrator.run.claims import claim_of
 from orchestrator.run.cluster import READS_FILES, Node, pinned, uses_device
+from orchestrator.run.compute import ClaimLost, Disturbed, StageClaimed, compute
 from orchestrator.run.distributed import RankDied
 from orchestrator.run.mirror import Mirror
-from orchestrator.run.store import ClaimLost, Disturbed, StageClaimed, Store, compute
+from orchestrator.run.store import Store
 from orchestrator.study.spec import spec_from_json
 
 POLL_SECONDS = 0.5

@@ -14,41 +14,19 @@ from typing import Any
 from operators.config import HyenaConfig, SkipConfig
 from orchestrator.study.explain import steps_of
 from orchestrator.study.loader import Document, StudyError, with_values
-from orchestrator.study.schedule import swap_order
-from orchestrator.study.schema import Numerics, Phase, Pretrain, Study
+from orchestrator.study.schema import Study
 from orchestrator.study.search import sample
 from orchestrator.study.sources import Resolved
 from orchestrator.study.spec import (
     DistilSpec,
-    EvaluateSpec,
     ImportSpec,
-    PhaseSpec,
     ScratchSpec,
     Spec,
     TeacherSpec,
     ThroughputSpec,
     TokensSpec,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """A trained stage and its evaluation, at its place on a path."""
-
-    train: Spec
-    evaluate: EvaluateSpec
-    swapped: tuple[int, ...]
-    tokens: int  # trained on the path so far, this stage included
-    joint: bool = False
-
-    @property
-    def own_tokens(self) -> int:
-        """Tokens that this stage itself trains on."""
-        spec: Any = self.train
-        if hasattr(spec, "token_budget"):
-            return int(spec.token_budget)
-        steps = sum(phase.steps for phase in getattr(spec, "phases", ()))
-        return int(steps * spec.batch_size * spec.sequence_length) if steps else 0
+from orchestrator.study.stages import Step, alone, evaluation_of, path_of, roots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,16 +83,16 @@ def make_plan(document: Document, study: Study, resolved: Resolved) -> Plan:
     """
     _check_lengths(document, study, resolved)
     with _placed(document):
-        tokens, teacher = _roots(study, resolved)
+        tokens, teacher = roots(study, resolved)
     layers = resolved.architecture.layers
     trials = []
     for index, values in enumerate(sample(study)):
         point, at = with_values(document, values)
         _check_operator(at, point, resolved)
         with _placed(at):
-            steps = tuple(_path(point, tokens, teacher, layers))
+            steps = tuple(path_of(point, tokens, teacher, layers))
         trials.append(Trial(f"trial-{index:02d}", values, point, steps))
-    root = Step(teacher, _evaluate(study, tokens, teacher, teacher.key), (), 0)
+    root = Step(teacher, evaluation_of(study, tokens, teacher, teacher.key), (), 0)
     controls = dict(_controls(study, resolved, tokens, teacher, trials))
     return Plan(study, tokens, root, controls, tuple(trials), layers)
 
@@ -135,7 +113,7 @@ def throughput_specs(plan: Plan, hardware: str) -> dict[str, ThroughputSpec]:
             throughput=plan.study.throughput,
             train_batch_size=student.batch_size if student else plan.study.recipe.batch_size,
             sequence_length=plan.study.data.sequence_length,
-            numerics=_alone(student.numerics if student else plan.study.numerics),
+            numerics=alone(student.numerics if student else plan.study.numerics),
             hardware=hardware,
         )
     return found
@@ -179,57 +157,6 @@ def _check_operator(document: Document, point: Study, resolved: Resolved) -> Non
         )
 
 
-def _roots(study: Study, resolved: Resolved) -> tuple[TokensSpec, TeacherSpec | ImportSpec]:
-    imported = ImportSpec(fingerprint=resolved.teacher) if resolved.teacher is not None else None
-    tokens = TokensSpec(
-        train=resolved.train,
-        validation=resolved.validation,
-        validation_share=None if resolved.validation else study.data.validation_share,
-        sequence_length=study.data.sequence_length,
-        vocabulary=None if imported else study.data.effective_vocabulary,
-        teacher=imported.key if imported else None,
-    )
-    if imported is not None:
-        return tokens, imported
-    made = study.teacher
-    assert isinstance(made, Pretrain)
-    _steps_of(made.tokens, made.batch_size, study, "teacher.tokens")
-    _check_shares(made.batch_size, study, "teacher.batch_size")
-    teacher = TeacherSpec(
-        tokens=tokens.key,
-        architecture=resolved.architecture,
-        token_budget=made.tokens,
-        batch_size=made.batch_size,
-        sequence_length=study.data.sequence_length,
-        optimizer=made.optimizer,
-        numerics=study.numerics.model_copy(update={"threads": made.threads}),
-        seed=study.seed,
-    )
-    return tokens, teacher
-
-
-def _evaluate(study: Study, tokens: TokensSpec, teacher: Spec, subject: str) -> EvaluateSpec:
-    return EvaluateSpec(
-        tokens=tokens.key,
-        teacher=teacher.key,
-        subject=subject,
-        sequence_length=study.data.sequence_length,
-        evaluation=study.evaluation,
-        numerics=_alone(study.numerics),
-    )
-
-
-def _alone(numerics: Numerics) -> Numerics:
-    """The numerics of what does not train: one process, however many share a batch, and full precision of products."""
-    return numerics.model_copy(update={"world_size": 1, "matmul": "highest"})
-
-
-def _check_shares(batch_size: int, study: Study, key: str) -> None:
-    ranks = study.numerics.world_size
-    if batch_size % ranks:
-        raise StudyError(f"{key}: {batch_size} sequences cannot be shared equally by numerics.world_size {ranks}")
-
-
 @contextlib.contextmanager
 def _placed(document: Document) -> Iterator[None]:
     """Errors that begin with a key get its place in the study file."""
@@ -238,49 +165,6 @@ def _placed(document: Document) -> Iterator[None]:
     except StudyError as error:
         key = str(error).split(":")[0]
         raise StudyError(f"{document.place(tuple(steps_of(key)))}: {error}") from None
-
-
-def _path(study: Study, tokens: TokensSpec, teacher: Spec, layers: int) -> Iterator[Step]:
-    order = swap_order(study, layers)
-    stages = [(new, study.recipe.phases, False) for new in order]
-    if study.recipe.joint:
-        everything = tuple(sorted(layer for stage in order for layer in stage))
-        if not study.recipe.phases:  # the joint stage is the only one, and swaps as well
-            stages = []
-        stages.append((everything, study.recipe.joint, True))
-    parent, sequences = teacher.key, 0
-    swapped: tuple[int, ...] = ()
-    window = study.recipe.batch_size
-    _check_shares(window, study, "recipe.batch_size")
-    for trained, phases, joint in stages:
-        new = tuple(layer for layer in trained if layer not in swapped)
-        swapped = tuple(sorted({*swapped, *trained}))
-        key = "recipe.joint" if joint else "recipe.phases"
-        planned = tuple(_phase(phase, len(trained), study, f"{key}.{i}") for i, phase in enumerate(phases))
-        spec = DistilSpec(
-            tokens=tokens.key, teacher=teacher.key, parent=parent, layers=trained, new_layers=new,
-            operator=study.operator, phases=planned, batch_size=window,
-            sequence_length=study.data.sequence_length, first_sequence=sequences, freeze=study.recipe.freeze,
-            optimizer=study.recipe.optimizer, numerics=study.numerics, seed=study.seed,
-        )  # fmt: skip
-        sequences += window * sum(phase.steps for phase in planned)
-        parent = spec.key
-        trained_tokens = sequences * study.data.sequence_length
-        yield Step(spec, _evaluate(study, tokens, teacher, spec.key), swapped, trained_tokens, joint)
-
-
-def _phase(phase: Phase, layers: int, study: Study, key: str) -> PhaseSpec:
-    tokens = phase.tokens if phase.tokens is not None else (phase.tokens_per_layer or 0) * layers
-    key += ".tokens" if phase.tokens is not None else ".tokens_per_layer"
-    return PhaseSpec(losses=phase.losses, steps=_steps_of(tokens, study.recipe.batch_size, study, key))
-
-
-def _steps_of(tokens: int, batch_size: int, study: Study, key: str) -> int:
-    size = batch_size * study.data.sequence_length
-    if tokens < size:
-        told = f"{tokens} tokens are less than one step of {size} (batch_size x sequence_length)"
-        raise StudyError(f"{key}: {told}: raise it, or lower one of those")
-    return tokens // size
 
 
 def _controls(
@@ -316,16 +200,16 @@ def _controls(
             if name in names:
                 name += f" {spec.key[:6]}"
             names.add(name)
-            yield name, Step(spec, _evaluate(study, tokens, teacher, spec.key), last.swapped, last.tokens)
+            yield name, Step(spec, evaluation_of(study, tokens, teacher, spec.key), last.swapped, last.tokens)
     if study.controls.skip:
         for skipped in [*((layer,) for layer in range(layers)), tuple(range(layers))]:
             name = f"skip {skipped[0]}" if len(skipped) == 1 else "skip all"
             skip = DistilSpec(
                 tokens=tokens.key, teacher=teacher.key, parent=teacher.key, layers=skipped, new_layers=skipped,
                 operator=SkipConfig(), phases=(), batch_size=1, sequence_length=study.data.sequence_length,
-                first_sequence=0, freeze=(), optimizer=study.recipe.optimizer, numerics=_alone(study.numerics), seed=0,
+                first_sequence=0, freeze=(), optimizer=study.recipe.optimizer, numerics=alone(study.numerics), seed=0,
             )  # fmt: skip
-            yield name, Step(skip, _evaluate(study, tokens, teacher, skip.key), skipped, 0)
+            yield name, Step(skip, evaluation_of(study, tokens, teacher, skip.key), skipped, 0)
 
 
 def operator_name(operator: Any) -> str:

@@ -60,7 +60,7 @@ def main(study: Path, given: Path, out: Path) -> None:
 
     def trainable(config: dict[str, Any]) -> None:
         from orchestrator.distill.context import RunContext
-        from orchestrator.run.store import compute
+        from orchestrator.run.compute import compute
 
         context = RunContext(str(out / config["trial"]), locations=locations)
         for train, evaluate in paths[config["trial"]]:

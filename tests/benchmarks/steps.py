@@ -1,8 +1,8 @@
 """Training steps of a study's teacher and students on a GPU, Muon's matrices one at a time and in batches.
 
-`python -m tests.benchmarks.steps studies/gpu.yaml`, or another study that makes its teacher and trains by Muon. Steps are
-those of stages, with optimizer, losses and the check of their numbers, but on random tokens that are there before, and
-students start random, since speed does not depend on it. Medians of turns.
+`python -m tests.benchmarks.steps studies/gpu.yaml`, or another study that makes its teacher and trains by Muon. Steps
+are those of stages, with optimizer, losses and the check of their numbers, but the tokens are random and there before,
+and students start random, since speed does not depend on it. Medians of turns.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ import yaml
 
 from orchestrator.distill.context import RunContext
 from orchestrator.files import read_json, write_json
-from orchestrator.run.store import compute
+from orchestrator.run.compute import compute
 from orchestrator.study.plan import Plan
 from tests.benchmarks.plain import give, load
 

@@ -26,8 +26,9 @@ from orchestrator.record.runs import TOLD
 from orchestrator.record.tracking import Tracker
 from orchestrator.run.store import Store
 from orchestrator.study.loader import read_document, validate
-from orchestrator.study.plan import Plan, Step, make_plan, throughput_specs
+from orchestrator.study.plan import Plan, make_plan, throughput_specs
 from orchestrator.study.sources import resolve
+from orchestrator.study.stages import Step
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_TRIAL = ("controls={skip: false, scratch: none}", "search.space=[{operator: [{kind: hyena, order: 2}]}]")

@@ -16,8 +16,9 @@ from orchestrator.distill.context import RunContext
 from orchestrator.run import broker as module
 from orchestrator.run.broker import Broker, StageFailed
 from orchestrator.run.cluster import Node
+from orchestrator.run.compute import StageClaimed
 from orchestrator.run.mirror import Mirror
-from orchestrator.run.store import StageClaimed, Store
+from orchestrator.run.store import Store
 from orchestrator.study.schema import Evaluation, Numerics, Optimizer
 from orchestrator.study.spec import (
     Architecture,

@@ -18,7 +18,8 @@ from orchestrator.distill import stage
 from orchestrator.distill.context import RunContext
 from orchestrator.run import claims
 from orchestrator.run.claims import EXIT_LOST, Claim, Flock, Lease, claim_of
-from orchestrator.run.store import ClaimLost, StageClaimed, Store, compute
+from orchestrator.run.compute import ClaimLost, StageClaimed, compute
+from orchestrator.run.store import Store
 from orchestrator.study.spec import TokensSpec
 
 TTL = 4000.0  # its holder renews it every quarter of that: never while a test runs, unless the test says so

@@ -18,8 +18,9 @@ from filelock import FileLock
 from orchestrator.distill import stage as stage_module
 from orchestrator.distill.context import RunContext
 from orchestrator.distill.train import Stopped
-from orchestrator.run import store as store_module
-from orchestrator.run.store import Disturbed, Store, StoreError, compute
+from orchestrator.run import compute as compute_module
+from orchestrator.run.compute import Disturbed, compute
+from orchestrator.run.store import Store, StoreError
 from orchestrator.study.sources import Location
 from orchestrator.study.spec import SourceIdentity, TokensSpec
 
@@ -76,7 +77,7 @@ def family(text: Small, monkeypatch: pytest.MonkeyPatch) -> tuple[Small, TokensS
     spec, context, store = text
     compute(spec.model_dump_json(), context)
     child = Child.model_construct(**dict(spec), parent=spec.key)
-    monkeypatch.setattr(store_module, "spec_from_json", lambda _: child)
+    monkeypatch.setattr(compute_module, "spec_from_json", lambda _: child)
     monkeypatch.setattr(
         stage_module, "run_stage", lambda _, place: {"bytes": len((place.inputs["parent"] / "train.bin").read_bytes())}
     )

@@ -20,8 +20,9 @@ from orchestrator.distill.ranks import PeerLost
 from orchestrator.distill.train import NonFiniteLoss
 from orchestrator.files import write_json
 from orchestrator.run.cluster import Cluster, connected
+from orchestrator.run.compute import compute
 from orchestrator.run.distributed import RankDied, _cause
-from orchestrator.run.store import Store, compute
+from orchestrator.run.store import Store
 from orchestrator.study.schema import Numerics, Optimizer
 from orchestrator.study.spec import Architecture, TeacherSpec
 

@@ -10,8 +10,9 @@ import fsspec
 import pytest
 
 from orchestrator.distill.context import RunContext
+from orchestrator.run.compute import compute
 from orchestrator.run.mirror import Mirror, MirrorError
-from orchestrator.run.store import Store, compute
+from orchestrator.run.store import Store
 from orchestrator.study.spec import TokensSpec
 
 _names = itertools.count()

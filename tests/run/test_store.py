@@ -9,7 +9,8 @@ from filelock import FileLock
 
 from orchestrator.distill.context import RunContext
 from orchestrator.distill.data import DataError
-from orchestrator.run.store import StageClaimed, Store, compute
+from orchestrator.run.compute import StageClaimed, compute
+from orchestrator.run.store import Store
 from orchestrator.study.spec import TokensSpec
 
 

@@ -1,0 +1,134 @@
+"""A study's values -> the stages they ask for: the text, the teacher, a path of students.
+
+Pure functions; a `StudyError` begins with the key at fault. Invariant: a stage names all it depends on, so equal
+values from equal parents are one stage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from orchestrator.study.loader import StudyError
+from orchestrator.study.schedule import swap_order
+from orchestrator.study.schema import Numerics, Phase, Pretrain, Study
+from orchestrator.study.sources import Resolved
+from orchestrator.study.spec import DistilSpec, EvaluateSpec, ImportSpec, PhaseSpec, Spec, TeacherSpec, TokensSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A trained stage and its evaluation, at its place on a path."""
+
+    train: Spec
+    evaluate: EvaluateSpec
+    swapped: tuple[int, ...]
+    tokens: int  # trained on the path so far, this stage included
+    joint: bool = False
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens that this stage itself trains on."""
+        spec: Any = self.train
+        if hasattr(spec, "token_budget"):
+            return int(spec.token_budget)
+        steps = sum(phase.steps for phase in getattr(spec, "phases", ()))
+        return int(steps * spec.batch_size * spec.sequence_length) if steps else 0
+
+
+def roots(study: Study, resolved: Resolved) -> tuple[TokensSpec, TeacherSpec | ImportSpec]:
+    """The text and the teacher, which every path begins with."""
+    imported = ImportSpec(fingerprint=resolved.teacher) if resolved.teacher is not None else None
+    tokens = TokensSpec(
+        train=resolved.train,
+        validation=resolved.validation,
+        validation_share=None if resolved.validation else study.data.validation_share,
+        sequence_length=study.data.sequence_length,
+        vocabulary=None if imported else study.data.effective_vocabulary,
+        teacher=imported.key if imported else None,
+    )
+    if imported is not None:
+        return tokens, imported
+    made = study.teacher
+    assert isinstance(made, Pretrain)
+    _steps_of(made.tokens, made.batch_size, study, "teacher.tokens")
+    _check_shares(made.batch_size, study, "teacher.batch_size")
+    teacher = TeacherSpec(
+        tokens=tokens.key,
+        architecture=resolved.architecture,
+        token_budget=made.tokens,
+        batch_size=made.batch_size,
+        sequence_length=study.data.sequence_length,
+        optimizer=made.optimizer,
+        numerics=study.numerics.model_copy(update={"threads": made.threads}),
+        seed=study.seed,
+    )
+    return tokens, teacher
+
+
+def evaluation_of(study: Study, tokens: TokensSpec, teacher: Spec, subject: str) -> EvaluateSpec:
+    """What is measured of the stage with the key `subject`."""
+    return EvaluateSpec(
+        tokens=tokens.key,
+        teacher=teacher.key,
+        subject=subject,
+        sequence_length=study.data.sequence_length,
+        evaluation=study.evaluation,
+        numerics=alone(study.numerics),
+    )
+
+
+def alone(numerics: Numerics) -> Numerics:
+    """The numerics of what does not train: one process, however many share a batch, and full precision of products."""
+    return numerics.model_copy(update={"world_size": 1, "matmul": "highest"})
+
+
+def _check_shares(batch_size: int, study: Study, key: str) -> None:
+    ranks = study.numerics.world_size
+    if batch_size % ranks:
+        raise StudyError(f"{key}: {batch_size} sequences cannot be shared equally by numerics.world_size {ranks}")
+
+
+def path_of(study: Study, tokens: TokensSpec, teacher: Spec, layers: int) -> Iterator[Step]:
+    """The stages from the teacher to the last student, in their order."""
+    order = swap_order(study, layers)
+    stages = [(new, study.recipe.phases, False) for new in order]
+    if study.recipe.joint:
+        everything = tuple(sorted(layer for stage in order for layer in stage))
+        if not study.recipe.phases:  # the joint stage is the only one, and swaps as well
+            stages = []
+        stages.append((everything, study.recipe.joint, True))
+    parent, sequences = teacher.key, 0
+    swapped: tuple[int, ...] = ()
+    window = study.recipe.batch_size
+    _check_shares(window, study, "recipe.batch_size")
+    for trained, phases, joint in stages:
+        new = tuple(layer for layer in trained if layer not in swapped)
+        swapped = tuple(sorted({*swapped, *trained}))
+        key = "recipe.joint" if joint else "recipe.phases"
+        planned = tuple(_phase(phase, len(trained), study, f"{key}.{i}") for i, phase in enumerate(phases))
+        spec = DistilSpec(
+            tokens=tokens.key, teacher=teacher.key, parent=parent, layers=trained, new_layers=new,
+            operator=study.operator, phases=planned, batch_size=window,
+            sequence_length=study.data.sequence_length, first_sequence=sequences, freeze=study.recipe.freeze,
+            optimizer=study.recipe.optimizer, numerics=study.numerics, seed=study.seed,
+        )  # fmt: skip
+        sequences += window * sum(phase.steps for phase in planned)
+        parent = spec.key
+        trained_tokens = sequences * study.data.sequence_length
+        yield Step(spec, evaluation_of(study, tokens, teacher, spec.key), swapped, trained_tokens, joint)
+
+
+def _phase(phase: Phase, layers: int, study: Study, key: str) -> PhaseSpec:
+    tokens = phase.tokens if phase.tokens is not None else (phase.tokens_per_layer or 0) * layers
+    key += ".tokens" if phase.tokens is not None else ".tokens_per_layer"
+    return PhaseSpec(losses=phase.losses, steps=_steps_of(tokens, study.recipe.batch_size, study, key))
+
+
+def _steps_of(tokens: int, batch_size: int, study: Study, key: str) -> int:
+    size = batch_size * study.data.sequence_length
+    if tokens < size:
+        told = f"{tokens} tokens are less than one step of {size} (batch_size x sequence_length)"
+        raise StudyError(f"{key}: {told}: raise it, or lower one of those")
+    return tokens // size
