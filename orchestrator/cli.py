@@ -75,6 +75,7 @@ def plan(
 
 @app.command()
 def run(
+    command: typer.Context,
     study: StudyFile,
     overrides: Overrides = None,
     home: HomeDirectory = None,
@@ -101,7 +102,7 @@ def run(
         os.environ.setdefault(name, value)  # for the worker processes, which inherit it
     with Interrupt() as interrupt:
         made, resolved = _load(study, overrides)
-        job = _job(study, overrides, home, made, tracking_uri)
+        job = _job(command, study, home, made, tracking_uri)
         from orchestrator.distill.context import RunContext
         from orchestrator.record.driver import run_study
         from orchestrator.run.cluster import Cluster, ClusterError
@@ -145,6 +146,7 @@ def status(study: StudyFile, overrides: Overrides = None, home: HomeDirectory = 
 
 @app.command()
 def report(
+    command: typer.Context,
     study: StudyFile,
     overrides: Overrides = None,
     home: HomeDirectory = None,
@@ -153,7 +155,7 @@ def report(
 ) -> None:
     """Print the answer from what is finished, write the report's files and send MLflow what it lacks."""
     made, _ = _load(study, overrides)
-    job = _job(study, overrides, home, made, tracking_uri)
+    job = _job(command, study, home, made, tracking_uri)
     _store(study, home, must_exist=True)
     if json_file is not None and (json_file.is_dir() or not json_file.parent.is_dir()):
         _bad_input(f"--json {json_file} cannot be written: give the path of a file in a directory that exists")
@@ -169,6 +171,7 @@ def report(
 
 @app.command()
 def export(
+    command: typer.Context,
     study: StudyFile,
     to: Annotated[Path, typer.Option("--to", help="folder to write, which must not exist")],
     overrides: Overrides = None,
@@ -177,7 +180,7 @@ def export(
 ) -> None:
     """Write a finished student as a Hugging Face folder for AutoModelForCausalLM."""
     made, _ = _load(study, overrides)
-    job = _job(study, overrides, home, made)
+    job = _job(command, study, home, made)
     from orchestrator.distill.export import export_student
     from orchestrator.record.driver import exported_stage
 
@@ -296,20 +299,40 @@ def _store(study: Path, home: Path | None, *, write: bool = False, must_exist: b
         _bad_input(error)
 
 
-def _job(
-    study: Path, overrides: list[str] | None, home: Path | None, made: Plan, tracking_uri: str | None = None
-) -> Any:
+def _job(command: typer.Context, study: Path, home: Path | None, made: Plan, tracking_uri: str | None = None) -> Any:
     from orchestrator.record.driver import Job
     from orchestrator.record.home import Home
 
     place = Home(_home(study, home).root, tracking_uri)
     if tracking_uri is not None and "://" not in tracking_uri:
         _bad_input(f"--tracking-uri {tracking_uri}: no URI; write http://HOST:PORT, or sqlite:////FILE for a database")
+    return Job(made, place, throughput_specs(made, _hardware()), _commands(command))
 
-    again = ["layerswap run", str(study), *(f"--set {shlex.quote(item)}" for item in overrides or ())]
-    again += [f"--home {shlex.quote(str(home))}"] if home is not None else []
-    again += [f"--tracking-uri {shlex.quote(tracking_uri)}"] if tracking_uri is not None else []
-    return Job(made, place, throughput_specs(made, _hardware()), study, " ".join(again))
+
+def _commands(command: typer.Context) -> dict[str, str]:
+    """By name, this command and those that may follow it, with what it was given on its line or by the environment."""
+    given: dict[str, list[str]] = {}
+    for parameter in command.command.params:
+        name = str(parameter.name)
+        source, value = command.get_parameter_source(name), command.params[name]
+        if source is None or source.name not in ("COMMANDLINE", "ENVIRONMENT"):
+            continue
+        option = [parameter.opts[0]] if parameter.param_type_name == "option" else []
+        for one in value if isinstance(value, list | tuple) else [value]:
+            said = f"{one:g}" if isinstance(one, float) else str(getattr(one, "value", one))
+            given[name] = [*given.get(name, []), *option, said]
+
+    def with_words(name: str, *taken: str) -> str:
+        return shlex.join(["layerswap", name, *(word for each in taken for word in given.get(each, []))])
+
+    study = ("study", "overrides", "home")
+    browse = f"make ui STUDY={shlex.join(given['study'])}" if "home" not in given else with_words("ui", "study", "home")
+    return {
+        str(command.info_name): with_words(str(command.info_name), *given),
+        "report": with_words("report", *study, "tracking_uri"),
+        "export": with_words("export", *study),
+        "ui": given["tracking_uri"][-1] if "tracking_uri" in given else browse,
+    }
 
 
 def _hardware() -> str:

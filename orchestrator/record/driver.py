@@ -44,8 +44,7 @@ class Job:
     plan: Plan
     home: Home
     speeds: dict[str, ThroughputSpec]
-    study_file: Path
-    command: str  # the same command goes on after an interruption
+    commands: dict[str, str]  # by name, with the words that belong to this study
 
     @property
     def name(self) -> str:
@@ -120,13 +119,13 @@ def report(
     summary = {"best_perplexity_ratio": best[-1]["metrics"]["perplexity_ratio"]} if best else {}
     told = outcome or Outcome(last.get("stopped") or {})
     recorder.finish(told.stopped, told.failures, summary, sorted(files.values()))
-    for line in recorder.behind(f"layerswap report {job.study_file}"):
+    for line in recorder.behind(job.commands["report"]):
         print(line, file=sys.stderr)
     commands = [
         f"report:   {folder / 'report.md'}",
-        f"records:  layerswap report {job.study_file} --json records.json",
-        f"export:   layerswap export {job.study_file} --to student",
-        f"browse:   make ui STUDY={job.study_file}",
+        f"records:  {job.commands['report']} --json records.json",
+        f"export:   {job.commands['export']} --to student",
+        f"browse:   {job.commands['ui']}",
     ]
     return records, answer(job.plan, records, last, commands)
 
@@ -196,7 +195,7 @@ class _Watch:
 
 def _tell(job: Job, outcome: Outcome, text: str, stopped_by: int) -> int:
     if stopped_by:
-        told = ["stopped; nothing finished is lost", *_unfinished(job), f"go on with: {job.command}"]
+        told = ["stopped; nothing finished is lost", *_unfinished(job), f"go on with: {job.commands['run']}"]
         print("\n".join(told), file=sys.stderr)
         return 128 + stopped_by
     print(f"\n{text}", flush=True)
@@ -205,7 +204,9 @@ def _tell(job: Job, outcome: Outcome, text: str, stopped_by: int) -> int:
     for name, reason in outcome.failures.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     if outcome.failures:
-        print(f"{len(outcome.failures)} failed, the rest is finished; go on with: {job.command}", file=sys.stderr)
+        print(
+            f"{len(outcome.failures)} failed, the rest is finished; go on with: {job.commands['run']}", file=sys.stderr
+        )
         return 1
     return 0
 

@@ -132,7 +132,7 @@ def test_ctrl_c_stops_at_a_checkpoint_and_says_how_to_go_on(long: Long, stranger
         "stopping at the next checkpoint; once more stops at once",
         "stopped; nothing finished is lost",
         f"  teacher goes on after step {step}, {step * 512:,} of 81,920,000 tokens",
-        f"go on with: layerswap run {long.root}/long.yaml --home {long.home}",
+        f"go on with: layerswap run {long.root}/long.yaml --home {long.home} --checkpoint-seconds 1000",
     ]
     assert list(long.home.glob("store/stop*")) == []
     from mlflow import MlflowClient
