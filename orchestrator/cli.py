@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import platform
-import shlex
 import socket
 import sys
 import uuid
@@ -300,39 +299,14 @@ def _store(study: Path, home: Path | None, *, write: bool = False, must_exist: b
 
 
 def _job(command: typer.Context, study: Path, home: Path | None, made: Plan, tracking_uri: str | None = None) -> Any:
+    from orchestrator.record.commands import commands_of
     from orchestrator.record.driver import Job
     from orchestrator.record.home import Home
 
     place = Home(_home(study, home).root, tracking_uri)
     if tracking_uri is not None and "://" not in tracking_uri:
         _bad_input(f"--tracking-uri {tracking_uri}: no URI; write http://HOST:PORT, or sqlite:////FILE for a database")
-    return Job(made, place, throughput_specs(made, _hardware()), _commands(command))
-
-
-def _commands(command: typer.Context) -> dict[str, str]:
-    """By name, this command and those that may follow it, with what it was given on its line or by the environment."""
-    given: dict[str, list[str]] = {}
-    for parameter in command.command.params:
-        name = str(parameter.name)
-        source, value = command.get_parameter_source(name), command.params[name]
-        if source is None or source.name not in ("COMMANDLINE", "ENVIRONMENT"):
-            continue
-        option = [parameter.opts[0]] if parameter.param_type_name == "option" else []
-        for one in value if isinstance(value, list | tuple) else [value]:
-            said = f"{one:g}" if isinstance(one, float) else str(getattr(one, "value", one))
-            given[name] = [*given.get(name, []), *option, said]
-
-    def with_words(name: str, *taken: str) -> str:
-        return shlex.join(["layerswap", name, *(word for each in taken for word in given.get(each, []))])
-
-    study = ("study", "overrides", "home")
-    browse = f"make ui STUDY={shlex.join(given['study'])}" if "home" not in given else with_words("ui", "study", "home")
-    return {
-        str(command.info_name): with_words(str(command.info_name), *given),
-        "report": with_words("report", *study, "tracking_uri"),
-        "export": with_words("export", *study),
-        "ui": given["tracking_uri"][-1] if "tracking_uri" in given else browse,
-    }
+    return Job(made, place, throughput_specs(made, _hardware()), commands_of(command))
 
 
 def _hardware() -> str:

@@ -1,11 +1,12 @@
-"""What the command says about itself."""
+"""What the command says of other commands."""
 
 from __future__ import annotations
 
 import pytest
 import typer
 
-from orchestrator.cli import _commands, app
+from orchestrator.cli import app
+from orchestrator.record.commands import commands_of
 
 OPTIONS = ["--set", "a=b c", "--set", "d=1", "--device", "cuda", "--gpus-per-stage", "0.25", "--claims", "lease"]
 PLACE = "s.yaml --set 'a=b c' --set d=1 --home 'my home'"
@@ -13,7 +14,7 @@ PLACE = "s.yaml --set 'a=b c' --set d=1 --home 'my home'"
 
 def commands(name: str, *options: str) -> dict[str, str]:
     command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
-    return _commands(command.make_context(name, ["s.yaml", *options]))
+    return commands_of(command.make_context(name, ["s.yaml", *options]))
 
 
 def test_the_commands_that_follow_have_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
