@@ -1,4 +1,4 @@
-"""The commands that a run names: to go on, to report, to export, to browse; with the options that this one was given."""
+"""The commands that a run names, to go on, report, export and browse, with the options that this one was given."""
 
 from __future__ import annotations
 
