@@ -61,13 +61,13 @@ SPECS: dict[str, Any] = {
 # A change of these is a new identity of every stage computed so far: say so in the CHANGELOG, and raise STAGE_VERSION
 # where the same specification would give another result.
 KEYS = {
-    "tokens": "d4106e31393fe217fa526a6480af5aa8994ad160815533127e4eb1f881c81e9f",
-    "import": "9df2c567f861cfe8d67bafe895eacbbde9fb66c82bf4ed0c208c08800b775175",
-    "teacher": "737e72cc66f82a35fa74adb11b5bb8ffac543135869c6bdb816d54b17fbd169a",
-    "distil": "8344029a55d51b7caecb47ef31bb90fed842e079e47e3d8c3b26ff420f30d26f",
-    "scratch": "affea34e42a404c8e6f70c5ff76547e405218b76cc95852977b36b89632003c3",
-    "evaluate": "f1cd7ce885c4d9acb345760067db63df08d0ad69582270e970921bd356a6d57a",
-    "throughput": "849b69e9660d976582435a53eb79bb24f36d3507bc0db2885d5b2fbc3f10796e",
+    "tokens": "a438b21de0f4c8fc3de2c274b98d1d13cc1add2708807beb5b9d7f2ce421257f",
+    "import": "253735f99ebd5815835ee7322ec5ad691c0f9dd844dfb9be4cc0835ff1292778",
+    "teacher": "1142cb9e82061c4d552cb30622982b53fee40330000577cd16a65e71b9a477c3",
+    "distil": "dbba79d542b74491c796290639df9db75595836677385223f978eec2870cfb49",
+    "scratch": "e88e6e45054f3976c113af385288aff0853e4835c54836d723766f5e032cf57c",
+    "evaluate": "55dd1a82ad7b0b5374793f78dcb9c65bacaebc947338218546a0bfe04f375f0b",
+    "throughput": "f953f392fb284a8208db6bb3c9cdc8bacea36b6482c5e699148feaf0266b7886",
 }
 WORDS = {  # another value for a field whose words are given
     "source": "jsonl", "method": "adamw", "dtype": "bfloat16", "window": "linear", "init": "random",
