@@ -6,12 +6,7 @@ import os
 import signal
 import time
 
-from tests.chaos.aim import (
-    Hit,
-    catch_publishing,
-    kill,
-    kill_named,
-)
+from tests.chaos.aim import Hit, catch_publishing, kill, kill_named
 from tests.chaos.scene import CONTINUE, KILL, STOP, Scene, Stage, signal_to
 
 
