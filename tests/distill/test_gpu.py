@@ -11,14 +11,13 @@ import pytest
 import torch
 
 from operators.config import FirFilterConfig, HyenaConfig, ImplicitFilterConfig, ModalFilterConfig
-from orchestrator.distill import stage
 from orchestrator.distill.evaluate import greedy
 from orchestrator.distill.models import WEIGHTS, load_student, load_teacher
 from orchestrator.distill.stage import run_stage
 from orchestrator.distill.train import train
 from orchestrator.study.schema import Losses, Numerics, Optimizer
 from orchestrator.study.spec import Architecture, DistilSpec, PhaseSpec, TeacherSpec
-from tests.distill.test_train import Killed, bits, history, training
+from tests.distill.test_train import Killed, bits, die_at_the_sixth, history, training
 
 pytestmark = [
     pytest.mark.gpu,
@@ -68,14 +67,7 @@ def saved(made: Any) -> dict[str, bytes]:
 def killed_and_again(name: str, place: Any, spec: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The workplace of a stage whose process died at its sixth batch and that went on from its checkpoint."""
     with monkeypatch.context() as patched:
-        calls, real = iter(range(100)), stage.batch
-
-        def dying(*words: Any) -> Any:
-            if next(calls) == 5:
-                raise Killed
-            return real(*words)
-
-        patched.setattr(stage, "batch", dying)
+        die_at_the_sixth(patched, "batch")
         with pytest.raises(Killed):
             run_stage(spec, place(name, inputs, device="cuda"))
     again = place(name, inputs, device="cuda")

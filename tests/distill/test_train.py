@@ -33,6 +33,18 @@ class Killed(BaseException):
     """Stands for a process that ends without a chance to tidy up."""
 
 
+def die_at_the_sixth(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let the process of a stage end at its sixth call of `stage.name`, and go on when it is called again."""
+    real, calls = getattr(stage, name), iter(range(100))
+
+    def dying(*words: Any) -> Any:
+        if next(calls) == 5:
+            raise Killed
+        return real(*words)
+
+    monkeypatch.setattr(stage, name, dying)
+
+
 def training(killed_at: int | None = None, poison: float = 0.0, device: str = "cpu") -> Training:
     """A small model with dropout, so that the random state matters, under Muon and AdamW."""
     prepare(Numerics(), seed=0)
@@ -216,14 +228,7 @@ def test_a_distil_stage_killed_and_resumed_saves_the_same_bytes(
     )  # fmt: skip
     whole = place("whole", inputs)
     run_stage(spec, whole)
-    real, calls = stage.batch_losses, iter(range(100))
-
-    def dying(*words: Any) -> Any:
-        if next(calls) == 5:
-            raise Killed
-        return real(*words)
-
-    monkeypatch.setattr(stage, "batch_losses", dying)
+    die_at_the_sixth(monkeypatch, "batch_losses")
     with pytest.raises(Killed):
         run_stage(spec, place("killed", inputs))
     again = place("killed", inputs)
