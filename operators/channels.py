@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from operators.config import HyenaConfig
-from operators.convolution import compute_dtype, long_conv_reference
-from operators.decode import Filters
-from operators.filters import draw_uniform
-from operators.gated import Inputs, gated, gated_trained
+from operators.convolution.causal import compute_dtype, long_conv_reference
+from operators.convolution.gated import Inputs, gated, gated_trained
+from operators.decoding.frozen import Filters
+from operators.decoding.state import State
+from operators.decoding.steps import STEP_MODES
+from operators.filters.base import draw_uniform
 from operators.gpu import accelerated
 from operators.gpu.channels import gated as gated_by_kernels
 from operators.gpu.channels import takes as takes_by_kernels
@@ -22,9 +24,7 @@ from operators.native import serves
 from operators.native.channels import convolve, convolve_trained
 from operators.native.decode import open_window, step, takes
 from operators.native.projection import project
-from operators.state import State
-from operators.steps import STEP_MODES
-from operators.transfer import AttentionWeights
+from operators.transfer.attention import AttentionWeights
 
 GATE_WEIGHT = 0.02
 

@@ -17,21 +17,21 @@ import math
 import torch
 from torch import Tensor, nn
 
-from operators.chunked import Bases
 from operators.config import HyenaConfig
-from operators.convolution import compute_dtype, short_conv
-from operators.decode import Filters
-from operators.forms import mix_fastest, weights_for
-from operators.fused import mix_fused
-from operators.head_states import Recurrence, extend, first_state, freeze, step
+from operators.convolution.causal import compute_dtype, short_conv
+from operators.convolution.recompute import recomputed
+from operators.decoding.frozen import Filters
+from operators.decoding.state import State
+from operators.filters.modes import Modes
 from operators.hyena import Hyena, outside_autocast
-from operators.low_rank import centred_products
-from operators.mixing import mix, mix_reference, mix_step
-from operators.modes import Modes
+from operators.mixing.chunked import Bases
+from operators.mixing.forms import mix_fastest, weights_for
+from operators.mixing.fused import mix_fused
+from operators.mixing.head_states import Recurrence, extend, first_state, freeze, step
+from operators.mixing.masked import mix, mix_reference, mix_step
 from operators.native.decode import step_heads, step_modal_heads, takes
-from operators.recompute import recomputed
-from operators.state import State
-from operators.transfer import AttentionWeights
+from operators.transfer.attention import AttentionWeights
+from operators.transfer.low_rank import centred_products
 
 LARGEST_GATE = 10.0  # of the exponent
 SMALLEST_SUM = 1e-6

@@ -22,16 +22,17 @@ import torch
 from torch import Tensor, nn
 
 from operators.config import HyenaConfig
-from operators.convolution import compute_dtype, short_conv, short_conv_reference
-from operators.decode import Filters
-from operators.filters import ImplicitFilter, LongFilter, draw_linear, draw_uniform
-from operators.fir import FirFilter
-from operators.modal import ModalFilter
+from operators.convolution.causal import compute_dtype, short_conv, short_conv_reference
+from operators.convolution.projection import project
+from operators.decoding.frozen import Filters
+from operators.decoding.state import ShortConv, State
+from operators.filters.base import LongFilter, draw_linear, draw_uniform
+from operators.filters.fir import FirFilter
+from operators.filters.implicit import ImplicitFilter
+from operators.filters.modal import ModalFilter
 from operators.native import in_use
 from operators.native.projection import project_step
-from operators.projection import project
-from operators.state import ShortConv, State
-from operators.transfer import AttentionWeights
+from operators.transfer.attention import AttentionWeights
 
 FILTERS: dict[str, Callable[..., LongFilter]] = {"implicit": ImplicitFilter, "modal": ModalFilter, "fir": FirFilter}
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from operators.channels import ChannelHyena
 from operators.config import HyenaConfig, OperatorConfig
+from operators.decoding.state import State
 from operators.heads import HeadHyena
 from operators.skip import Skip
-from operators.state import State
-from operators.transfer import AttentionWeights
+from operators.transfer.attention import AttentionWeights
 
 
 class Operator(Protocol):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from operators.config import SkipConfig
-from operators.state import State
-from operators.transfer import AttentionWeights
+from operators.decoding.state import State
+from operators.transfer.attention import AttentionWeights
 
 
 class Skip(nn.Module):

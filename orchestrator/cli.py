@@ -180,7 +180,7 @@ def export(
     """Write a finished student as a Hugging Face folder for AutoModelForCausalLM."""
     made, _ = _load(study, overrides)
     job = _job(command, study, home, made)
-    from orchestrator.distill.export import export_student
+    from orchestrator.distill.models.export import export_student
     from orchestrator.record.driver import exported_stage
 
     store = _store(study, home, must_exist=True)

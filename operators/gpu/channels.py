@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from operators.convolution import blocks_of, fft_size
+from operators.convolution.causal import blocks_of, fft_size
 from operators.gpu.gates import MOST_TAPS, Operand, adjoint, product
 from operators.gpu.toeplitz import convolve, correlate
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from operators.decode import Filters
+from operators.decoding.frozen import Filters
 
 
 def convolve(

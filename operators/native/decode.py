@@ -18,10 +18,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from operators.decode import Filters
+from operators.decoding.frozen import Filters
+from operators.decoding.state import CoreWindow, ShortConv, State
 from operators.native import LONGEST, serves
 from operators.native.channels import spectra_of, transform_size
-from operators.state import CoreWindow, ShortConv, State
 
 LANES, NEAR, LEAST_ROOM = 16, 32, 64
 

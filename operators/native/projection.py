@@ -13,8 +13,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from operators.convolution.projection import as_dtype
 from operators.native import in_use
-from operators.projection import as_dtype
 
 MOST_ROWS = 8
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from operators.transfer import AttentionStatistics
+from operators.transfer.attention import AttentionStatistics
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.data import batch, load_tokens, prepare_tokens
-from orchestrator.distill.evaluate import evaluate
-from orchestrator.distill.losses import batch_losses, next_token_loss
-from orchestrator.distill.memory import give_back_freed_memory
-from orchestrator.distill.models import (
+from orchestrator.distill.measuring.evaluate import evaluate
+from orchestrator.distill.measuring.statistics import SEQUENCES, attention_statistics
+from orchestrator.distill.measuring.throughput import measure_throughput
+from orchestrator.distill.models.student import (
     import_teacher,
     load_student,
     load_teacher,
@@ -27,12 +27,12 @@ from orchestrator.distill.models import (
     random_like,
     save_student,
 )
-from orchestrator.distill.optim import make_optimizers, trainable_counts
-from orchestrator.distill.ranks import share
-from orchestrator.distill.statistics import SEQUENCES, attention_statistics
-from orchestrator.distill.swap import swap
-from orchestrator.distill.throughput import measure_throughput
-from orchestrator.distill.train import Parts, Training, autocast, prepare, train
+from orchestrator.distill.models.swap import swap
+from orchestrator.distill.training.loop import Parts, Training, autocast, prepare, train
+from orchestrator.distill.training.losses import batch_losses, next_token_loss
+from orchestrator.distill.training.memory import give_back_freed_memory
+from orchestrator.distill.training.optimizers import make_optimizers, trainable_counts
+from orchestrator.distill.training.ranks import share
 from orchestrator.study.spec import DistilSpec, ScratchSpec, TeacherSpec
 
 Result = dict[str, Any]

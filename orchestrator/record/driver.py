@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from orchestrator.distill.context import RunContext, newest_step
-from orchestrator.distill.journal import read_journal
+from orchestrator.distill.training.journal import read_journal
 from orchestrator.files import canonical_json
 from orchestrator.record.home import Home
 from orchestrator.record.progress import Progress, distinct_steps

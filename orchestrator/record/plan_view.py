@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from orchestrator.distill.journal import read_journal
+from orchestrator.distill.training.journal import read_journal
 from orchestrator.record.estimate import estimate
 from orchestrator.record.progress import distinct_steps
 from orchestrator.record.records import trial_words

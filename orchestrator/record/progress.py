@@ -10,7 +10,7 @@ import sys
 import time
 from typing import TextIO
 
-from orchestrator.distill.journal import read_journal
+from orchestrator.distill.training.journal import read_journal
 from orchestrator.run.store import Store
 from orchestrator.study.plan import Plan
 from orchestrator.study.spec import ThroughputSpec

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from orchestrator.distill.journal import read_journal
+from orchestrator.distill.training.journal import read_journal
 from orchestrator.record.home import Home
 from orchestrator.record.runs import MARKER, Point, Runs
 from orchestrator.run.store import Store

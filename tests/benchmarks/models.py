@@ -19,7 +19,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from operators import native
 from operators.config import HyenaConfig
-from orchestrator.distill.swap import swap
+from orchestrator.distill.models.swap import swap
 from tests.benchmarks.operators import kinds
 
 STUDENTS = {name: config for name, config in kinds(heads=8).items() if name in ("hyena-2", "heads modal", "power")}

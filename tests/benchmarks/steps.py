@@ -19,12 +19,13 @@ from typing import Any
 import torch
 
 from operators.config import HyenaConfig
-from orchestrator.distill import muon, optim
-from orchestrator.distill.losses import batch_losses, next_token_loss
-from orchestrator.distill.models import new_teacher
-from orchestrator.distill.swap import swap
-from orchestrator.distill.train import Parts, Training, autocast, prepare
-from orchestrator.distill.train import _step as step
+from orchestrator.distill.models.student import new_teacher
+from orchestrator.distill.models.swap import swap
+from orchestrator.distill.training import muon
+from orchestrator.distill.training import optimizers as optim
+from orchestrator.distill.training.loop import Parts, Training, autocast, prepare
+from orchestrator.distill.training.loop import _step as step
+from orchestrator.distill.training.losses import batch_losses, next_token_loss
 from orchestrator.study.loader import read_document, validate
 from orchestrator.study.plan import make_plan
 from orchestrator.study.sources import resolve

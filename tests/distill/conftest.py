@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from orchestrator.distill.context import RunContext, Workplace
-from orchestrator.distill.models import load_teacher
+from orchestrator.distill.models.student import load_teacher
 
 Place = Callable[..., Workplace]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from orchestrator.distill.checkpoint import load_checkpoint, save_checkpoint
+from orchestrator.distill.training.checkpoint import load_checkpoint, save_checkpoint
 
 Pair = tuple[nn.Module, list[torch.optim.Optimizer]]
 

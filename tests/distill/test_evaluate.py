@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from operators.config import HyenaConfig
-from orchestrator.distill import evaluate as module
 from orchestrator.distill.context import Workplace
-from orchestrator.distill.evaluate import evaluate, greedy, trigram_hits
-from orchestrator.distill.models import load_teacher, parameter_count, save_student
-from orchestrator.distill.swap import swap
+from orchestrator.distill.measuring import evaluate as module
+from orchestrator.distill.measuring.evaluate import evaluate, greedy, trigram_hits
+from orchestrator.distill.models.student import load_teacher, parameter_count, save_student
+from orchestrator.distill.models.swap import swap
 from orchestrator.study.schema import Evaluation, Numerics
 from orchestrator.study.spec import EvaluateSpec
 

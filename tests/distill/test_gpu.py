@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from operators.config import FirFilterConfig, HyenaConfig, ImplicitFilterConfig, ModalFilterConfig
-from orchestrator.distill.evaluate import greedy
-from orchestrator.distill.models import WEIGHTS, load_student, load_teacher
+from orchestrator.distill.measuring.evaluate import greedy
+from orchestrator.distill.models.student import WEIGHTS, load_student, load_teacher
 from orchestrator.distill.stage import run_stage
-from orchestrator.distill.train import train
+from orchestrator.distill.training.loop import train
 from orchestrator.study.schema import Losses, Numerics, Optimizer
 from orchestrator.study.spec import Architecture, DistilSpec, PhaseSpec, TeacherSpec
 from tests.distill.test_train import Killed, bits, die_at_the_sixth, history, training

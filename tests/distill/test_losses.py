@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from operators.config import HyenaConfig
-from orchestrator.distill import losses as module
-from orchestrator.distill.losses import batch_losses, final_hidden, logit_losses, next_token_loss, recorded
-from orchestrator.distill.swap import attention_of, swap
+from orchestrator.distill.models.swap import attention_of, swap
+from orchestrator.distill.training import losses as module
+from orchestrator.distill.training.losses import batch_losses, final_hidden, logit_losses, next_token_loss, recorded
 from orchestrator.study.schema import LogitKL, Losses
 
 LAYERS = (0, 2)
@@ -20,7 +20,7 @@ LAYERS = (0, 2)
 
 @pytest.fixture
 def student(tiny_teacher: Any) -> Any:
-    from orchestrator.distill.models import load_teacher
+    from orchestrator.distill.models.student import load_teacher
 
     model = load_teacher(tiny_teacher)
     swap(model, LAYERS, HyenaConfig(heads=4), torch.Generator().manual_seed(0))

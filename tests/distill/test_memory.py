@@ -10,7 +10,7 @@ import pytest
 SCRIPT = """
 import resource
 import torch
-from orchestrator.distill.memory import give_back_freed_memory, keep_freed_memory
+from orchestrator.distill.training.memory import give_back_freed_memory, keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

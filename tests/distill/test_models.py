@@ -21,7 +21,7 @@ from operators.config import (
     SkipConfig,
 )
 from orchestrator.distill.context import Workplace
-from orchestrator.distill.models import (
+from orchestrator.distill.models.student import (
     STUDENT,
     WEIGHTS,
     import_teacher,
@@ -32,7 +32,7 @@ from orchestrator.distill.models import (
     random_like,
     save_student,
 )
-from orchestrator.distill.swap import SwappedAttention, attention_of, swap
+from orchestrator.distill.models.swap import SwappedAttention, attention_of, swap
 from orchestrator.study.sources import Location
 from orchestrator.study.spec import Architecture, ImportSpec
 

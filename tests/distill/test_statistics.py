@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from operators.config import HyenaConfig, ImplicitFilterConfig
-from orchestrator.distill.statistics import attention_statistics
-from orchestrator.distill.swap import attention_of, swap
+from orchestrator.distill.measuring.statistics import attention_statistics
+from orchestrator.distill.models.swap import attention_of, swap
 
 
 def test_profiles_are_the_mean_logarithm_by_lag(teacher: Any, ids: Tensor) -> None:

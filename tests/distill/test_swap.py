@@ -11,9 +11,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, StaticCache
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
 from operators.config import HyenaConfig, ModalFilterConfig, OperatorConfig, SkipConfig
-from orchestrator.distill.families import family_of
-from orchestrator.distill.models import load_teacher
-from orchestrator.distill.swap import SwappedAttention, attention_of, decode_by, fit_errors, real_tokens, swap
+from orchestrator.distill.models.families import family_of
+from orchestrator.distill.models.student import load_teacher
+from orchestrator.distill.models.swap import SwappedAttention, attention_of, decode_by, fit_errors, real_tokens, swap
 
 OPERATORS = {"order 2": HyenaConfig(), "order 3": HyenaConfig(order=3), "heads": HyenaConfig(heads=4)}
 HYBRID = {"all": (0, 1, 2), "hybrid, attention first": (1, 2), "hybrid, attention last": (0,), "none": ()}

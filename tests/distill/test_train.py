@@ -17,11 +17,11 @@ from operators import native
 from operators.config import HyenaConfig
 from orchestrator.distill import stage
 from orchestrator.distill.context import Workplace, newest_step
-from orchestrator.distill.journal import NAME, Journal, read_journal
-from orchestrator.distill.models import WEIGHTS
-from orchestrator.distill.optim import schedule
+from orchestrator.distill.models.student import WEIGHTS
 from orchestrator.distill.stage import run_stage
-from orchestrator.distill.train import NonFiniteLoss, Stopped, Training, autocast, prepare, train
+from orchestrator.distill.training.journal import NAME, Journal, read_journal
+from orchestrator.distill.training.loop import NonFiniteLoss, Stopped, Training, autocast, prepare, train
+from orchestrator.distill.training.optimizers import schedule
 from orchestrator.study.schema import Losses, Numerics, Optimizer
 from orchestrator.study.spec import DistilSpec, PhaseSpec
 

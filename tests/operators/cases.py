@@ -18,7 +18,7 @@ from operators.config import (
     SkipConfig,
 )
 from operators.registry import build
-from operators.transfer import AttentionStatistics, AttentionWeights
+from operators.transfer.attention import AttentionStatistics, AttentionWeights
 
 B, D, MAX = 3, 8, 80
 LINEAR = ImplicitFilterConfig(window="linear", offset=0.0, sine_frequency=1.0, depth=1, train_features=True)

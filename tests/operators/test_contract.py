@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from operators.channels import ChannelHyena
+from operators.decoding.state import State
 from operators.heads import HeadHyena
 from operators.registry import OPERATORS, Operator, build
 from operators.skip import Skip
-from operators.state import State
 from tests.operators.cases import CASES, MAX, B, D, attention, close, draw, generator, make
 
 SWITCHING = [20, *[1] * 10, 10, *[1] * 10, 7, *[1] * 23]  # chunks between steps

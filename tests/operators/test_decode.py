@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from operators import ahead
-from operators.ahead import Ahead
 from operators.config import HyenaConfig
-from operators.convolution import fft_size
-from operators.decode import Filters
+from operators.convolution.causal import fft_size
+from operators.decoding import ahead
+from operators.decoding.ahead import Ahead
+from operators.decoding.frozen import Filters
 from operators.registry import build
 from tests.operators.cases import B, D, attention, close, draw, generator
 

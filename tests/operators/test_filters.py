@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from operators.config import FilterConfig, FirFilterConfig, HyenaConfig, ImplicitFilterConfig, ModalFilterConfig
-from operators.modal import ModalFilter
-from operators.recurrence import PIECE
+from operators.decoding.recurrence import PIECE
+from operators.filters.modal import ModalFilter
 from tests.operators.cases import MAX, PROFILE, B, D, attention, close, draw, generator, hyena
 
 MODAL, REAL, FIR = ModalFilterConfig(modes=6), ModalFilterConfig(modes=6, positive=True), FirFilterConfig(taps=12)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from operators.config import HyenaConfig, ImplicitFilterConfig, ModalFilterConfig
-from operators.filters import ImplicitFilter
-from operators.fit import fit_modes
-from operators.modal import ModalFilter
+from operators.filters.fit import fit_modes
+from operators.filters.implicit import ImplicitFilter
+from operators.filters.modal import ModalFilter
 from tests.operators.cases import B, D, attention, close, draw, generator, hyena
 
 LONG = 700

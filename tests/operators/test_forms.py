@@ -10,17 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from operators import forms, mixing
-from operators.chunked import Bases, mix_chunked
 from operators.config import HyenaConfig, ModalFilterConfig
-from operators.convolution import short_conv
-from operators.forms import form_of
-from operators.fused import mix_fused
-from operators.head_states import chunk_of, extend, first_state, freeze, modal_bases, step
-from operators.mixing import mix, mix_reference
-from operators.modes import Modes
+from operators.convolution.causal import short_conv
+from operators.filters.modes import Modes
+from operators.mixing import forms
+from operators.mixing import masked as mixing
+from operators.mixing.chunked import Bases, mix_chunked
+from operators.mixing.forms import form_of
+from operators.mixing.fused import mix_fused
+from operators.mixing.head_states import chunk_of, extend, first_state, freeze, modal_bases, step
+from operators.mixing.masked import mix, mix_reference
+from operators.mixing.smooth import residual, smooth_bases
 from operators.registry import build
-from operators.smooth import residual, smooth_bases
 from tests.benchmarks.contenders import Attention
 from tests.operators.cases import close, draw, generator, hyena
 

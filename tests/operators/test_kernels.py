@@ -14,16 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from operators import convolution
 from operators.config import HyenaConfig, ImplicitFilterConfig, ModalFilterConfig
-from operators.convolution import long_conv_reference, short_conv_reference
+from operators.convolution import causal as convolution
+from operators.convolution.causal import long_conv_reference, short_conv_reference
 from operators.gpu import INTERPRETED, triton
 from operators.gpu.channels import gated
 from operators.gpu.gates import Operand, adjoint, product, short
 from operators.gpu.heads import masked_backward, masked_forward, takes
 from operators.gpu.network import sine_network
 from operators.gpu.toeplitz import convolve, correlate
-from operators.mixing import mix_reference
+from operators.mixing.masked import mix_reference
 from operators.registry import build
 from tests.operators.cases import CASES, MAX, B, D, draw, generator, make
 

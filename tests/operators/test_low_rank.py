@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from operators.config import HyenaConfig, ImplicitFilterConfig
-from operators.low_rank import Affine, centred_products
 from operators.registry import build
-from operators.transfer import AttentionStatistics, AttentionWeights
+from operators.transfer.attention import AttentionStatistics, AttentionWeights
+from operators.transfer.low_rank import Affine, centred_products
 
 D, HEADS, LENGTH = 12, 3, 64
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from operators.config import FilterConfig, FirFilterConfig, HyenaConfig, ImplicitFilterConfig, ModalFilterConfig
-from operators.decode import Filters
-from operators.recurrence import PIECE
-from operators.state import State
+from operators.decoding.frozen import Filters
+from operators.decoding.recurrence import PIECE
+from operators.decoding.state import State
 from tests.operators.cases import B, D, attention, close, draw, generator, hyena
 
 LONG = 620

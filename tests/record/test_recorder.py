@@ -16,7 +16,7 @@ import pytest
 from mlflow import MlflowClient
 from werkzeug.serving import BaseWSGIServer, make_server
 
-from orchestrator.distill.journal import Journal
+from orchestrator.distill.training.journal import Journal
 from orchestrator.files import write_json
 from orchestrator.record import recorder as recorder_module
 from orchestrator.record import tracking as tracking_module

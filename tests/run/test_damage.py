@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from orchestrator.distill import stage as stage_module
 from orchestrator.distill.context import RunContext
-from orchestrator.distill.train import Stopped
+from orchestrator.distill.training.loop import Stopped
 from orchestrator.run import compute as compute_module
 from orchestrator.run.compute import Disturbed, compute
 from orchestrator.run.store import Store, StoreError

@@ -15,9 +15,9 @@ import ray
 from safetensors.torch import load_file
 
 from orchestrator.distill.context import RunContext
-from orchestrator.distill.journal import read_journal
-from orchestrator.distill.ranks import PeerLost
-from orchestrator.distill.train import NonFiniteLoss
+from orchestrator.distill.training.journal import read_journal
+from orchestrator.distill.training.loop import NonFiniteLoss
+from orchestrator.distill.training.ranks import PeerLost
 from orchestrator.files import write_json
 from orchestrator.run.cluster import Cluster, connected
 from orchestrator.run.compute import compute

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from operators.config import FirFilterConfig, HyenaConfig, ImplicitFilterConfig, ModalFilterConfig
-from orchestrator.distill.export import export_student
-from orchestrator.distill.models import load_student, load_teacher, new_teacher, save_student
-from orchestrator.distill.swap import swap
+from orchestrator.distill.models.export import export_student
+from orchestrator.distill.models.student import load_student, load_teacher, new_teacher, save_student
+from orchestrator.distill.models.swap import swap
 from orchestrator.study.spec import Architecture
 
 SHAPE = Architecture(layers=3, hidden=32, heads=2, intermediate=64, max_length=64, vocabulary=300)

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from orchestrator.distill.context import newest_step
-from orchestrator.distill.journal import read_journal
+from orchestrator.distill.training.journal import read_journal
 from orchestrator.run.interrupt import Interrupt
 
 ROOT = Path(__file__).resolve().parents[2]

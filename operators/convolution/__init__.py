@@ -1,0 +1,1 @@
+"""Causal convolutions, gates and projections: what lies below every operator, with gradients."""

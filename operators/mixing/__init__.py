@@ -1,0 +1,1 @@
+"""How the heads of an operator gather values: masked products, or states from chunk to chunk; `forms` chooses."""

@@ -1,0 +1,1 @@
+"""What an operator inherits from the attention it replaces."""

@@ -1,0 +1,1 @@
+"""Measuring: quality against the teacher, speed against it, and what an attention does on text."""

@@ -1,0 +1,144 @@
+"""Quality of a model on validation text, the teacher beside it: likelihood, agreement, copying, generation.
+
+Perplexity alone hides what a long convolution loses first, in-context copying, so the loss is also split into hits
+(tokens that complete a trigram already seen in the window) and misses.
+
+Shapes: B windows, L positions, P = L - 1 predicted positions, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from orchestrator.distill.context import Workplace
+from orchestrator.distill.data import load_tokens, spread_windows
+from orchestrator.distill.models.student import load_student, load_teacher, parameter_count
+from orchestrator.distill.training.loop import autocast, prepare
+from orchestrator.distill.training.losses import final_hidden
+from orchestrator.study.spec import EvaluateSpec
+
+
+def evaluate(spec: EvaluateSpec, place: Workplace) -> dict[str, Any]:
+    """The metrics of a stage.
+
+    Returns:
+        perplexity, accuracy, hit_nll, miss_nll (nats per token) of the subject and, as `teacher_*`, of the teacher;
+        perplexity_ratio; agreement (share of positions with the teacher's top-1); kl (teacher || subject, nats per
+        token); generation_agreement (share of greedily generated tokens equal to the teacher's) and generation_prefix
+        (tokens before the first difference); parameters; tokens evaluated.
+    """
+    prepare(spec.numerics)
+    device = place.context.device
+    teacher = load_teacher(place.inputs["teacher"]).to(device)
+    subject = load_student(place.inputs["subject"], load_teacher(place.inputs["teacher"])).to(device).eval()
+    tokens = load_tokens(place.inputs["tokens"], "valid")
+    windows_BL = spread_windows(tokens, spec.sequence_length, spec.evaluation.tokens)
+    result = _likelihood(teacher, subject, windows_BL, spec, device)
+    result |= _generation(teacher, subject, windows_BL, spec, device)
+    bad = [name for name, value in result.items() if not math.isfinite(value)]
+    if bad:
+        raise ArithmeticError(f"evaluation gave no finite {', '.join(bad)}: the student has diverged")
+    return {**result, "parameters": parameter_count(subject)}
+
+
+def trigram_hits(window_L: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Which predicted tokens (positions 1 .. L - 1) complete a trigram already seen in the window, (L - 1,) bool."""
+    seen: set[tuple[int, int, int]] = set()
+    hits = np.zeros(len(window_L) - 1, dtype=bool)
+    values = window_L.tolist()
+    for end in range(2, len(values)):
+        trigram = (values[end - 2], values[end - 1], values[end])
+        hits[end - 1] = trigram in seen
+        seen.add(trigram)
+    return hits
+
+
+@torch.no_grad()
+def _likelihood(teacher: Any, subject: Any, windows_BL: Tensor, spec: EvaluateSpec, device: str) -> dict[str, float]:
+    hits_BP = np.stack([trigram_hits(window) for window in windows_BL.numpy()])
+    hits_N = torch.from_numpy(hits_BP).flatten()
+    columns: dict[str, list[Tensor]] = {
+        "nll": [],
+        "teacher_nll": [],
+        "right": [],
+        "teacher_right": [],
+        "same": [],
+        "kl": [],
+    }
+    for ids_BL in windows_BL.split(spec.evaluation.batch_size):
+        ids_BL = ids_BL.to(device)
+        with autocast(spec.numerics, device):
+            own_BLD, wanted_BLD = final_hidden(subject, ids_BL), final_hidden(teacher, ids_BL)
+        for ids_L, own_LD, wanted_LD in zip(ids_BL, own_BLD, wanted_BLD, strict=True):
+            _compare(columns, subject, teacher, ids_L, own_LD[:-1].float(), wanted_LD[:-1].float())
+    table = {name: torch.cat(parts).cpu().double() for name, parts in columns.items()}
+    perplexity, teacher_perplexity = (math.exp(float(table[name].mean())) for name in ("nll", "teacher_nll"))
+    return {
+        "perplexity": perplexity,
+        "perplexity_ratio": perplexity / teacher_perplexity,
+        "accuracy": float(table["right"].mean()),
+        "agreement": float(table["same"].mean()),
+        "kl": float(table["kl"].mean()),
+        "hit_share": float(hits_N.double().mean()),
+        **_split("", table["nll"], hits_N),
+        "teacher_perplexity": teacher_perplexity,
+        "teacher_accuracy": float(table["teacher_right"].mean()),
+        **_split("teacher_", table["teacher_nll"], hits_N),
+        "tokens": float(len(hits_N)),
+    }
+
+
+def _compare(
+    columns: dict[str, list[Tensor]], subject: Any, teacher: Any, ids_L: Tensor, own_PD: Tensor, wanted_PD: Tensor
+) -> None:
+    target_P = ids_L[1:]
+    own_PV = F.log_softmax(subject.get_output_embeddings()(own_PD).float(), dim=-1)
+    wanted_PV = F.log_softmax(teacher.get_output_embeddings()(wanted_PD).float(), dim=-1)
+    own_top, wanted_top = own_PV.argmax(-1), wanted_PV.argmax(-1)
+    columns["nll"].append(-own_PV.gather(1, target_P[:, None])[:, 0])
+    columns["teacher_nll"].append(-wanted_PV.gather(1, target_P[:, None])[:, 0])
+    columns["right"].append(own_top == target_P)
+    columns["teacher_right"].append(wanted_top == target_P)
+    columns["same"].append(own_top == wanted_top)
+    columns["kl"].append((wanted_PV.exp() * (wanted_PV - own_PV)).sum(-1))
+
+
+def _split(prefix: str, nll_N: Tensor, hits_N: Tensor) -> dict[str, float]:
+    """Mean loss on hits and on misses; a class without tokens has no entry, for no number would be true."""
+    chosen = {"hit_nll": nll_N[hits_N], "miss_nll": nll_N[~hits_N]}
+    return {prefix + name: float(values.mean()) for name, values in chosen.items() if len(values)}
+
+
+@torch.no_grad()
+def _generation(teacher: Any, subject: Any, windows_BL: Tensor, spec: EvaluateSpec, device: str) -> dict[str, float]:
+    settings = spec.evaluation
+    if settings.prompts == 0:
+        return {}
+    length = min(settings.prompt_tokens, spec.sequence_length)
+    prompts = windows_BL[: settings.prompts, :length].to(device)
+    new = min(settings.new_tokens, teacher.config.max_position_embeddings - length)
+    wanted, own = (greedy(model, prompts, new) for model in (teacher, subject))
+    same = wanted == own
+    prefix = same.cumprod(dim=1).sum(dim=1).double()
+    return {"generation_agreement": float(same.double().mean()), "generation_prefix": float(prefix.mean())}
+
+
+def greedy(model: Any, prompts_BL: Tensor, new_tokens: int) -> Tensor:
+    """Greedily generated continuations, (B, new_tokens); the end of text does not end them."""
+    output = model.generate(
+        prompts_BL,
+        attention_mask=torch.ones_like(prompts_BL),
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        use_cache=True,
+        pad_token_id=0,
+    )
+    tail: Tensor = output[:, prompts_BL.shape[1] :]
+    return tail

@@ -1,0 +1,65 @@
+"""What an attention does on real text, seen before it is replaced: statistics that an operator can start from.
+
+Place in the flow: `distil` asks for them on the first sequences of its own text, `swap` hands them to the operators.
+Invariant: looking changes nothing; the model is the same bits afterwards.
+
+Shapes: B sequences, L positions, H heads, T lags.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from operators.transfer.attention import AttentionStatistics
+from orchestrator.distill.models.swap import attention_of
+
+SEQUENCES = 16
+SMALLEST = 1e-9  # of a weight, so that one that underflowed to 0 has a logarithm
+
+
+@torch.no_grad()
+def attention_statistics(model: Any, layers: tuple[int, ...], ids_BL: Tensor) -> dict[int, AttentionStatistics]:
+    """By layer: the mean logarithm of the attention's weights by lag, (H, T = L), and mean and covariance of its
+    inputs, (D,) and (D, D), all float64.
+
+    Lags that the second half of the positions can all look back to are averaged over that half only: at the start of a
+    text few positions share all the weight.
+    """
+    sums: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+
+    def look(layer: int) -> Any:
+        def keep(_: nn.Module, args: Any, given: dict[str, Any], output: Any) -> None:
+            logs_BHLL = output[1].double().clamp_min(SMALLEST).log()
+            seen_HT = torch.stack([_mean_at_lag(logs_BHLL, lag) for lag in range(logs_BHLL.shape[-1])], dim=-1)
+            x_ND = (args[0] if args else given["hidden_states"]).double().flatten(0, 1)
+            found = [seen_HT, x_ND.mean(0), x_ND.t() @ x_ND / len(x_ND)]
+            before = sums[layer] or [torch.zeros_like(one) for one in found]
+            sums[layer] = [a + b for a, b in zip(before, found, strict=True)]
+
+        return keep
+
+    handles = [attention_of(model, layer).register_forward_hook(look(layer), with_kwargs=True) for layer in layers]
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the one that makes the weights
+    try:
+        for ids_L in ids_BL:
+            model.base_model(input_ids=ids_L[None], use_cache=False)
+    finally:
+        model.set_attn_implementation(implementation)
+        for handle in handles:
+            handle.remove()
+    return {layer: _statistics(*(one / len(ids_BL) for one in total)) for layer, total in sums.items()}
+
+
+def _statistics(profile_HT: Tensor, mean_D: Tensor, moment_DD: Tensor) -> AttentionStatistics:
+    return AttentionStatistics(profile_HT, mean_D, moment_DD - torch.outer(mean_D, mean_D))
+
+
+def _mean_at_lag(logs_BHLL: Tensor, lag: int) -> Tensor:
+    """Mean over the sequences and the positions that look back `lag`, (H,)."""
+    length = logs_BHLL.shape[-1]
+    first = max(0, length // 2 - lag)
+    return logs_BHLL.diagonal(-lag, dim1=-2, dim2=-1)[..., first:].mean((0, -1))

@@ -1,0 +1,163 @@
+"""Speed of a student's architecture against its teacher's: training, prefill and decode.
+
+Weights do not change speed, so a measurement belongs to an architecture and every student of that shape shares it.
+Both models run in turn in one process that has the machine to itself; ratios are medians of ratios by turn.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from operators import native
+from orchestrator.distill.context import Workplace
+from orchestrator.distill.models.student import load_teacher
+from orchestrator.distill.models.swap import swap
+from orchestrator.distill.training.loop import autocast, prepare
+from orchestrator.distill.training.losses import next_token_loss
+from orchestrator.distill.training.memory import give_back_freed_memory
+from orchestrator.study.spec import ThroughputSpec
+
+Timed = Callable[[Any], float]  # model -> seconds
+
+
+def measure_throughput(spec: ThroughputSpec, place: Workplace) -> dict[str, Any]:
+    """Tokens per second and ratios to the teacher (above 1 is faster).
+
+    Returns:
+        train_tokens_per_s and train_ratio; prefill_tokens_per_s, prefill_ratio, decode_tokens_per_s and decode_ratio as
+        mappings from length; train_peak_mb, the process's peak memory in a training step; with `teacher_*` beside them;
+        core, what prefill and decode ran through: the compiled one where there is one ("native"), else "torch".
+    """
+    prepare(spec.numerics)
+    device = place.context.device
+    core = "native" if native.use(device == "cpu") else "torch"
+    teacher = load_teacher(place.inputs["teacher"]).to(device)
+    student = load_teacher(place.inputs["teacher"])
+    swap(student, spec.layers, spec.operator, torch.Generator().manual_seed(0))
+    student.to(device)
+    settings = spec.throughput
+    result: dict[str, Any] = {"core": core}
+    longest = teacher.config.max_position_embeddings
+    batch, size = settings.batch_size, (spec.train_batch_size, spec.sequence_length)
+    for length in settings.lengths:
+        if length > longest or length <= settings.decode_tokens:
+            raise ValueError(
+                f"throughput.lengths: {length} must exceed decode_tokens {settings.decode_tokens} and be at most the "
+                f"teacher's {longest} positions"
+            )
+        context = length - settings.decode_tokens
+        measured = {
+            "prefill": (batch * length, lambda model, n=length: _prefill(model, batch, n, spec, device)),
+            "decode": (
+                batch * settings.decode_tokens,
+                lambda model, n=context: _decode(model, batch, n, settings.decode_tokens, spec, device),
+            ),
+        }
+        for name, (tokens, timed) in measured.items():
+            for key, value in _compare(timed, tokens, teacher, student, settings.repeats).items():
+                result.setdefault(key.format(name), {})[str(length)] = value
+    native.use(spec.numerics.core == "native")
+    train = _compare(lambda m: _train(m, *size, spec, device), size[0] * size[1], teacher, student, settings.repeats)
+    result |= {key.format("train"): value for key, value in train.items()}
+    _reset_peak(device)
+    _train(student, *size, spec, device)
+    return {**result, "train_peak_mb": _peak_mb(device)}
+
+
+def _compare(timed: Timed, tokens: int, teacher: Any, student: Any, repeats: int) -> dict[str, float]:
+    timed(teacher), timed(student)  # warm-up
+    pairs = [(timed(teacher), timed(student)) for _ in range(repeats)]
+    return {
+        "teacher_{}_tokens_per_s": tokens / statistics.median(first for first, _ in pairs),
+        "{}_tokens_per_s": tokens / statistics.median(second for _, second in pairs),
+        "{}_ratio": statistics.median(first / second for first, second in pairs),
+    }
+
+
+@torch.no_grad()
+def _prefill(model: Any, batch: int, length: int, spec: ThroughputSpec, device: str) -> float:
+    model.eval()
+    ids = _ids(model, batch, length, device)
+    with _clock(device) as clock, autocast(spec.numerics, device):
+        model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    return clock.seconds
+
+
+@torch.no_grad()
+def _decode(model: Any, batch: int, context: int, tokens: int, spec: ThroughputSpec, device: str) -> float:
+    model.eval()
+    with autocast(spec.numerics, device):
+        output = model(input_ids=_ids(model, batch, context, device), use_cache=True, logits_to_keep=1)
+        with _clock(device) as clock:
+            for _ in range(tokens):
+                following = output.logits[:, -1:].argmax(-1)
+                output = model(input_ids=following, past_key_values=output.past_key_values, use_cache=True)
+    return clock.seconds
+
+
+def _train(model: Any, batch: int, length: int, spec: ThroughputSpec, device: str) -> float:
+    model.train().requires_grad_(True)
+    ids = _ids(model, batch, length, device)
+    with _clock(device) as clock:
+        with autocast(spec.numerics, device):
+            loss = next_token_loss(model, ids)
+        loss.backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+    return clock.seconds
+
+
+def _ids(model: Any, batch: int, length: int, device: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(model.config.vocab_size, (batch, length), generator=generator).to(device)
+
+
+class _clock:
+    """Seconds spent inside the context, work on the device included."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.seconds = 0.0
+
+    def __enter__(self) -> _clock:
+        self._wait()
+        self.began = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._wait()
+        self.seconds = time.perf_counter() - self.began
+
+    def _wait(self) -> None:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+
+def _reset_peak(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        return
+    give_back_freed_memory()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the high-water mark of this process
+    except OSError:
+        return
+
+
+def _peak_mb(device: str) -> float:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) / 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

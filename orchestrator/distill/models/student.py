@@ -1,0 +1,121 @@
+"""Models and what a stage keeps of them: a Hugging Face folder for teachers, a difference against it for students.
+
+Invariant: a student that is loaded is bitwise the student that was saved; tensors are loaded strictly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
+from transformers.utils import logging as transformers_logging
+
+from operators.config import OperatorConfig
+from orchestrator.distill.context import Workplace
+from orchestrator.distill.models.families import family_of
+from orchestrator.distill.models.swap import swap, swapped
+from orchestrator.files import read_json, write_json
+from orchestrator.study.spec import Architecture, ImportSpec
+
+transformers_logging.disable_progress_bar()
+STUDENT = "student.json"
+WEIGHTS = "student.safetensors"
+_OPERATOR: TypeAdapter[Any] = TypeAdapter(OperatorConfig)
+
+
+def new_teacher(shape: Architecture, seed: int) -> Any:
+    """A GPT-NeoX of the given shape with random weights drawn from `seed`.
+
+    The output head starts at zero, which learns a little more per token; rotary embedding is on a quarter of each head.
+    """
+    torch.manual_seed(seed)
+    config = GPTNeoXConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=shape.intermediate,
+        max_position_embeddings=shape.max_length,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25},
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    torch.nn.init.zeros_(model.get_output_embeddings().weight)
+    return model
+
+
+def random_like(folder: Path, seed: int) -> Any:
+    """A model of the configuration in `folder` with random weights drawn from `seed`."""
+    torch.manual_seed(seed)
+    config = AutoConfig.from_pretrained(folder)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+
+
+def load_teacher(folder: Path) -> Any:
+    """The teacher of a Hugging Face folder, float32, in evaluation mode and frozen."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    return model.eval().requires_grad_(False)
+
+
+def import_teacher(spec: ImportSpec, place: Workplace) -> dict[str, Any]:
+    """Bring a pretrained model and its tokenizer into the store, weights in float32 as they will be used."""
+    location = place.context.locations[spec.fingerprint]
+    name = location.hub or location.files[0]
+    model = AutoModelForCausalLM.from_pretrained(name, revision=location.revision, dtype=torch.float32)
+    family_of(model)
+    model.save_pretrained(place.out)
+    AutoTokenizer.from_pretrained(name, revision=location.revision).save_pretrained(place.out)
+    return {"parameters": parameter_count(model)}
+
+
+def save_student(student: Any, base: Mapping[str, torch.Tensor] | None, folder: Path) -> None:
+    """Write which layers are swapped by what, and all tensors that differ from the teacher's (`base`)."""
+    operators = {
+        str(placed.layer): _OPERATOR.dump_python(placed.operator.config, mode="json") for placed in swapped(student)
+    }
+    tensors = {}
+    for name, tensor in student.state_dict().items():
+        known = None if base is None else base.get(name)
+        if known is None or not torch.equal(known, tensor):
+            tensors[name] = tensor.detach().cpu().contiguous().clone()
+    save_file(tensors, folder / WEIGHTS)
+    write_json(folder / STUDENT, {"operators": operators, "complete": base is None})
+
+
+def load_student(folder: Path, teacher: Any) -> Any:
+    """Turn `teacher` (in place) into the student saved in `folder`; a folder of a teacher gives it back as it is.
+
+    Raises `ValueError` where the saved tensors do not fit the model.
+    """
+    if not (folder / STUDENT).exists():
+        return teacher
+    saved = read_json(folder / STUDENT)
+    for layer, config in sorted(saved["operators"].items(), key=lambda item: int(item[0])):
+        operator = _OPERATOR.validate_python(config)
+        swap(teacher, [int(layer)], operator, torch.Generator(), initialise=False)
+    tensors = load_file(folder / WEIGHTS)
+    wanted = teacher.state_dict()
+    unknown = sorted(set(tensors) - set(wanted))
+    operator_names = {name for name in wanted if ".operator." in name}
+    missing = sorted((set(wanted) if saved["complete"] else operator_names) - set(tensors))
+    shapes = sorted(name for name in set(tensors) & set(wanted) if tensors[name].shape != wanted[name].shape)
+    if unknown or missing or shapes:
+        told = f"unknown {unknown[:3]}, missing {missing[:3]}, of another shape {shapes[:3]}"
+        raise ValueError(f"{folder / WEIGHTS} does not fit the model: {told}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            wanted[name].copy_(tensor)
+    return teacher
+
+
+def parameter_count(model: torch.nn.Module) -> int:
+    """Parameters, a shared one counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())

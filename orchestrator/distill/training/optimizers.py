@@ -1,0 +1,101 @@
+"""Optimizers and the learning-rate schedule of a stage, both pure functions of configuration and step."""
+
+from __future__ import annotations
+
+import fnmatch
+from typing import Any
+
+import torch
+from torch import nn
+
+from orchestrator.distill.training.muon import BatchedMuon
+from orchestrator.study.schema import Optimizer
+
+MUON_MOMENTUM = 0.95
+
+
+def make_optimizers(model: Any, config: Optimizer, freeze: tuple[str, ...] = ()) -> list[torch.optim.Optimizer]:
+    """Optimizers over the parameters that are to train; all others are frozen.
+
+    Muon takes weight matrices (not embeddings, output heads or filters), AdamW the rest. Parameters outside swapped
+    operators get `rest_scale` times the learning rate; a scale of 0 freezes them. Raises `ValueError` for a glob in
+    `freeze` that matches no parameter and where nothing is left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in freeze:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"recipe.freeze: {pattern!r} matches no parameter; names look like {names[0]!r}")
+    tables = set(_tables(model))
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        operator = ".operator." in name
+        fixed = _fixed_in_operator(name) and not parameter.requires_grad
+        frozen = fixed or any(fnmatch.fnmatch(name, pattern) for pattern in freeze)
+        parameter.requires_grad_(not frozen and (operator or config.rest_scale > 0))
+        if parameter.requires_grad:
+            plain = parameter.ndim == 2 and name not in tables and ".filter." not in name and "short_" not in name
+            groups.setdefault((config.method == "muon" and plain, operator), []).append(parameter)
+    if not groups:
+        raise ValueError("recipe.freeze leaves no parameter to train: take a pattern out")
+    return [
+        made
+        for matrices in (True, False)
+        if (made := _optimizer(matrices, {op: g for (m, op), g in groups.items() if m == matrices}, config))
+    ]
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Scale every group's own learning rate, kept in `initial_lr`, by `factor`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+
+def schedule(step: int, steps: int, config: Optimizer) -> float:
+    """Warmup-stable-decay: the factor at `step` of `steps`, in (0, 1]; linear at both ends."""
+    warmup, decay = config.warmup * steps, config.decay * steps
+    rising = (step + 1) / warmup if warmup > 0 else 1.0
+    falling = (steps - step) / decay if decay > 0 else 1.0
+    return min(1.0, rising, falling)
+
+
+def trainable_counts(model: nn.Module) -> dict[str, int]:
+    """How many parameters train, in the operators and in the rest, of how many."""
+    operator = [p for name, p in model.named_parameters() if ".operator." in name]
+    rest = [p for name, p in model.named_parameters() if ".operator." not in name]
+    return {
+        "operator_trainable": sum(p.numel() for p in operator if p.requires_grad),
+        "operator_parameters": sum(p.numel() for p in operator),
+        "rest_trainable": sum(p.numel() for p in rest if p.requires_grad),
+        "rest_parameters": sum(p.numel() for p in rest),
+    }
+
+
+def _tables(model: Any) -> list[str]:
+    """Names of embedding and output-head weights, which are look-up tables more than maps."""
+    modules = dict(model.named_modules())
+    head = model.get_output_embeddings()
+    found = [name for name, module in modules.items() if isinstance(module, nn.Embedding) or module is head]
+    return [f"{name}.weight" for name in found]
+
+
+def _fixed_in_operator(name: str) -> bool:
+    """Whether an operator itself decides if this parameter trains (its positional features, say)."""
+    return ".operator.filter." in name
+
+
+def _optimizer(
+    matrices: bool, groups: dict[bool, list[nn.Parameter]], config: Optimizer
+) -> torch.optim.Optimizer | None:
+    base = config.matrix_lr if matrices else config.lr
+    settings: list[dict[str, Any]] = []
+    for operator, parameters in sorted(groups.items(), reverse=True):
+        rate = base if operator else base * config.rest_scale
+        settings.append({"params": parameters, "lr": rate, "initial_lr": rate})
+    if not settings:
+        return None
+    if matrices:
+        on_cpu = all(p.device.type == "cpu" for group in settings for p in group["params"])
+        muon = torch.optim.Muon if on_cpu else BatchedMuon
+        return muon(settings, lr=base, weight_decay=config.weight_decay, momentum=MUON_MOMENTUM)
+    return torch.optim.AdamW(settings, lr=base, betas=config.betas, weight_decay=config.weight_decay)
