@@ -66,6 +66,26 @@ def test_a_room_imports_only_rooms_before_it(path: Path) -> None:
     assert [module for module in ours if room_of(module) not in allowed] == []
 
 
+def test_no_files_import_each_other_in_a_circle() -> None:
+    modules = {module_of(path): path for path in SOURCES}
+    taken = {
+        name: {_module_in(modules, other) for other in imported(path)} - {None, name} for name, path in modules.items()
+    }
+    left = dict(taken)
+    while free := [name for name, others in left.items() if others.isdisjoint(left)]:
+        for name in free:
+            del left[name]
+    assert left == {}, "these import each other, or what does"
+
+
+def _module_in(modules: dict[str, Path], imported_name: str) -> str | None:
+    """The module of ours that an imported name is or lies in."""
+    if imported_name in modules:
+        return imported_name
+    above = imported_name.rpartition(".")[0]
+    return above if above in modules else None
+
+
 @every_source
 @pytest.mark.parametrize(("package", "room"), [("ray", "orchestrator.run"), ("mlflow", "orchestrator.record")])
 def test_ray_and_mlflow_have_one_room_each(path: Path, package: str, room: str) -> None:
@@ -113,7 +133,7 @@ def test_top_level_holds_what_a_newcomer_expects() -> None:
 
 
 def test_the_plan_and_the_surgery_know_the_same_families() -> None:
-    from orchestrator.distill.families import FAMILIES as SURGERY
+    from orchestrator.distill.models.families import FAMILIES as SURGERY
     from orchestrator.study.sources import FAMILIES as PLANNED
 
     assert PLANNED.keys() == SURGERY.keys()

@@ -21,8 +21,8 @@ from typing import Any
 from orchestrator.distill.context import RunContext, Stopped, Workplace
 from orchestrator.files import fsync_tree, sealed, sha256_file, write_json, write_text
 from orchestrator.run.claims import Claim, claim_of
-from orchestrator.run.mirror import DONE, Mirror
-from orchestrator.run.store import ATTEMPT, FAILURE, Store, StoreError, clear_torn, tree_bytes
+from orchestrator.run.mirror import Mirror
+from orchestrator.run.store import ATTEMPT, DONE, FAILURE, Store, StoreError, clear_torn, tree_bytes
 from orchestrator.study.spec import short, spec_from_json
 
 

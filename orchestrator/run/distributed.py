@@ -78,7 +78,7 @@ def _on_rank(given: dict[str, Any]) -> Result | None:
 
 def _cause(failures: dict[int, Exception], told: str) -> Exception:
     """The first rank's own error; `RankDied` where all that is known is that ranks died or missed another."""
-    from orchestrator.distill.ranks import PeerLost
+    from orchestrator.distill.training.ranks import PeerLost
 
     for _, failure in sorted(failures.items()):
         if not isinstance(failure, PeerLost) and type(failure).__module__.split(".")[0] != "ray":

@@ -13,18 +13,15 @@ import shutil
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import fsspec
 
 from orchestrator.files import fsync_tree, sha256_file, write_text
 from orchestrator.run.claims import exclusively
+from orchestrator.run.store import DONE, Store
 from orchestrator.study.spec import place_of, short
 
-if TYPE_CHECKING:
-    from orchestrator.run.store import Store
-
-DONE = "DONE.json"
 BESIDE = ("spec.json", "journal.jsonl")  # what a stage has beside its artefacts
 
 

@@ -26,9 +26,9 @@ from typing import Any
 
 from orchestrator.files import read_json, sha256_file, unsealed, write_text
 from orchestrator.run.claims import LEASE, LOCK, Flock, exclusively
-from orchestrator.run.mirror import DONE
 from orchestrator.study.spec import place_of, short
 
+DONE = "DONE.json"
 VERSION = "1"  # of the store's layout
 ATTEMPT = "attempt.json"
 FAILURE = "failure.json"
