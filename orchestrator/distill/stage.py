@@ -28,6 +28,7 @@ from orchestrator.distill.models.student import (
     save_student,
 )
 from orchestrator.distill.models.swap import swap
+from orchestrator.distill.training.head import check_output_head
 from orchestrator.distill.training.loop import Parts, Training, autocast, prepare, train
 from orchestrator.distill.training.losses import batch_losses, next_token_loss
 from orchestrator.distill.training.memory import give_back_freed_memory
@@ -67,6 +68,7 @@ def train_from_scratch(spec: ScratchSpec, place: Workplace) -> Result:
         model = new_teacher(spec.architecture, spec.seed)
     else:
         model = random_like(place.inputs["teacher"], spec.seed)
+        check_output_head(model.eval())
     swap(model, spec.layers, spec.operator, torch.Generator().manual_seed(spec.seed))
     model.to(place.context.device).train()
     optimizers = make_optimizers(model, spec.optimizer)
@@ -80,6 +82,7 @@ def distil(spec: DistilSpec, place: Workplace) -> Result:
     prepare(spec.numerics, spec.seed)
     device = place.context.device
     teacher = load_teacher(place.inputs["teacher"]).to(device)
+    check_output_head(teacher)
     base = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     student = load_student(place.inputs["parent"], load_teacher(place.inputs["teacher"]))
     generator = torch.Generator().manual_seed(spec.seed)

@@ -12,7 +12,8 @@ from torch import Tensor
 from operators.config import HyenaConfig
 from orchestrator.distill.models.swap import attention_of, swap
 from orchestrator.distill.training import losses as module
-from orchestrator.distill.training.losses import batch_losses, final_hidden, logit_losses, next_token_loss, recorded
+from orchestrator.distill.training.head import OutputHead, final_hidden
+from orchestrator.distill.training.losses import batch_losses, logit_losses, next_token_loss, recorded
 from orchestrator.study.schema import LogitKL, Losses
 
 LAYERS = (0, 2)
@@ -133,7 +134,7 @@ def test_the_total_is_the_weighted_sum_of_the_parts(teacher: Any, student: Any, 
 def test_chunks_change_neither_losses_nor_gradients(
     teacher: Any, student: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch, positions: int, kl: LogitKL
 ) -> None:
-    heads = (teacher.get_output_embeddings(), student.get_output_embeddings())
+    heads = OutputHead(teacher), OutputHead(student)
     found = []
     for size in (1 << 22, positions * 300):
         monkeypatch.setattr(module, "LOGITS_PER_CHUNK", size)

@@ -19,8 +19,9 @@ from torch import Tensor
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.data import load_tokens, spread_windows
 from orchestrator.distill.models.student import load_student, load_teacher, parameter_count
+from orchestrator.distill.training.head import OutputHead, check_output_head, final_hidden
 from orchestrator.distill.training.loop import autocast, prepare
-from orchestrator.distill.training.losses import final_hidden
+from orchestrator.distill.training.losses import chunk_size
 from orchestrator.study.spec import EvaluateSpec
 
 
@@ -36,6 +37,7 @@ def evaluate(spec: EvaluateSpec, place: Workplace) -> dict[str, Any]:
     prepare(spec.numerics)
     device = place.context.device
     teacher = load_teacher(place.inputs["teacher"]).to(device)
+    check_output_head(teacher)
     subject = load_student(place.inputs["subject"], load_teacher(place.inputs["teacher"])).to(device).eval()
     tokens = load_tokens(place.inputs["tokens"], "valid")
     windows_BL = spread_windows(tokens, spec.sequence_length, spec.evaluation.tokens)
@@ -71,12 +73,16 @@ def _likelihood(teacher: Any, subject: Any, windows_BL: Tensor, spec: EvaluateSp
         "same": [],
         "kl": [],
     }
+    heads = OutputHead(subject), OutputHead(teacher)
+    size = chunk_size(heads[0], torch.device(device))
     for ids_BL in windows_BL.split(spec.evaluation.batch_size):
         ids_BL = ids_BL.to(device)
         with autocast(spec.numerics, device):
             own_BLD, wanted_BLD = final_hidden(subject, ids_BL), final_hidden(teacher, ids_BL)
         for ids_L, own_LD, wanted_LD in zip(ids_BL, own_BLD, wanted_BLD, strict=True):
-            _compare(columns, subject, teacher, ids_L, own_LD[:-1].float(), wanted_LD[:-1].float())
+            rows = (own_LD[:-1].float(), wanted_LD[:-1].float(), ids_L[1:])
+            for own_PD, wanted_PD, target_P in zip(*(row.split(size) for row in rows), strict=True):
+                _compare(columns, heads[0](own_PD), heads[1](wanted_PD), target_P)
     table = {name: torch.cat(parts).cpu().double() for name, parts in columns.items()}
     perplexity, teacher_perplexity = (math.exp(float(table[name].mean())) for name in ("nll", "teacher_nll"))
     return {
@@ -94,12 +100,8 @@ def _likelihood(teacher: Any, subject: Any, windows_BL: Tensor, spec: EvaluateSp
     }
 
 
-def _compare(
-    columns: dict[str, list[Tensor]], subject: Any, teacher: Any, ids_L: Tensor, own_PD: Tensor, wanted_PD: Tensor
-) -> None:
-    target_P = ids_L[1:]
-    own_PV = F.log_softmax(subject.get_output_embeddings()(own_PD).float(), dim=-1)
-    wanted_PV = F.log_softmax(teacher.get_output_embeddings()(wanted_PD).float(), dim=-1)
+def _compare(columns: dict[str, list[Tensor]], own_PV: Tensor, wanted_PV: Tensor, target_P: Tensor) -> None:
+    own_PV, wanted_PV = (F.log_softmax(logits.float(), dim=-1) for logits in (own_PV, wanted_PV))
     own_top, wanted_top = own_PV.argmax(-1), wanted_PV.argmax(-1)
     columns["nll"].append(-own_PV.gather(1, target_P[:, None])[:, 0])
     columns["teacher_nll"].append(-wanted_PV.gather(1, target_P[:, None])[:, 0])

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from orchestrator.distill.models.families import family_of
 from orchestrator.distill.models.swap import attention_of
+from orchestrator.distill.training.head import OutputHead, final_hidden
 from orchestrator.study.schema import LogitKL, Losses
 
 # Float32 numbers of one chunk's logits: 16 MB, which a CPU's cache holds; 256 MB, which keep an accelerator busy.
@@ -96,7 +97,7 @@ def batch_losses(
             terms["hidden_mse"] = (losses.hidden_mse, torch.stack(list(each.values())).mean())
             parts |= {f"loss/hidden_mse/layer_{i}": value.detach() for i, value in each.items()}
         if kl.weight > 0 or losses.ce > 0:
-            heads = (teacher.get_output_embeddings(), student.get_output_embeddings())
+            heads = OutputHead(teacher), OutputHead(student)
             divergence, entropy = logit_losses(teacher_final, student_final, *heads, ids_BL, kl, losses.ce > 0)
             if kl.weight > 0:
                 terms["kl"] = (kl.weight, divergence)
@@ -111,21 +112,21 @@ def batch_losses(
 
 def next_token_loss(model: Any, ids_BL: Tensor) -> Tensor:
     """Mean cross-entropy of the next token, nats per valid token; logits in chunks."""
-    head = model.get_output_embeddings()
-    return logit_losses(None, final_hidden(model, ids_BL), None, head, ids_BL, LogitKL(weight=0.0), True)[1]
+    no_kl = LogitKL(weight=0.0)
+    return logit_losses(None, final_hidden(model, ids_BL), None, OutputHead(model), ids_BL, no_kl, True)[1]
 
 
-def final_hidden(model: Any, ids_BL: Tensor) -> Tensor:
-    """The last hidden state, (B, L, D), without making logits."""
-    hidden: Tensor = model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
-    return hidden
+def chunk_size(head: OutputHead, device: torch.device) -> int:
+    """Positions whose logits are made at a time on a device."""
+    most = LOGITS_PER_CHUNK if device.type == "cpu" else LOGITS_ELSEWHERE
+    return max(1, most // head.vocabulary)
 
 
 def logit_losses(
     teacher_BLD: Tensor | None,
     student_BLD: Tensor,
-    teacher_head: Any,
-    student_head: Any,
+    teacher_head: OutputHead | None,
+    student_head: OutputHead,
     ids_BL: Tensor,
     kl: LogitKL,
     with_ce: bool,
@@ -137,15 +138,14 @@ def logit_losses(
     student_ND = student_BLD[:, :-1].flatten(0, 1)
     teacher_ND = None if teacher_BLD is None or kl.weight == 0 else teacher_BLD[:, :-1].flatten(0, 1)
     targets_N = ids_BL[:, 1:].flatten()
-    most = LOGITS_PER_CHUNK if student_ND.device.type == "cpu" else LOGITS_ELSEWHERE
-    size = max(1, most // student_head.weight.shape[0])
+    size = chunk_size(student_head, student_ND.device)
 
     def chunk(hidden: Tensor, target: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
         logits = student_head(hidden).float()
         divergence = entropy = logits.new_zeros(())
         if with_ce:
             entropy = F.cross_entropy(logits, target, reduction="sum")
-        if teacher is not None:
+        if teacher is not None and teacher_head is not None:
             with torch.no_grad():
                 wanted = F.log_softmax(teacher_head(teacher).float() / kl.temperature, dim=-1)
             have = F.log_softmax(logits / kl.temperature, dim=-1)
