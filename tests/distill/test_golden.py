@@ -1,0 +1,260 @@
+"""Stages against plain torch, where all is computed a second time (`plain`): losses step by step, weights at the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from operators.config import HyenaConfig
+from orchestrator.distill.context import Workplace
+from orchestrator.distill.models.student import WEIGHTS
+from orchestrator.distill.stage import run_stage
+from orchestrator.distill.training.journal import read_journal
+from orchestrator.study.schema import Evaluation, LogitKL, Losses, Numerics, Optimizer
+from orchestrator.study.spec import Architecture, DistilSpec, EvaluateSpec, PhaseSpec, ScratchSpec, TeacherSpec
+from tests.distill import plain
+from tests.distill.plain import Plain, Rates, Taught
+
+LENGTH, BATCH, WINDOWS, SEED, HEADS = 16, 3, 17, 5, 4
+CLIP = 0.6
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> np.ndarray[Any, Any]:
+    """Seventeen windows, so that stages read parts of three epochs, and a rest; as stages find it in `tmp_path`."""
+    values = np.random.default_rng(0).integers(1, 300, LENGTH * WINDOWS + 5).astype(np.uint16)
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    values.tofile(folder / "train.bin")
+    (folder / "tokens.json").write_text(json.dumps({"dtype": "uint16"}))
+    return values
+
+
+def weights_of(folder: Path) -> plain.Weights:
+    """A Hugging Face folder's tensors under the names of the state dict."""
+    saved = load_file(folder / "model.safetensors")
+    return {name.replace("embed_out", "lm_head"): tensor for name, tensor in saved.items()}
+
+
+def rates_of(config: Optimizer, freeze: tuple[str, ...] = ()) -> Rates:
+    fields = config.model_dump(exclude={"method"})
+    return Rates(muon=config.method == "muon", freeze=freeze, **fields)
+
+
+def agrees(place: Workplace, taught: Taught, tolerance: float) -> None:
+    """The journal tells the losses, gradient norms and learning rates of the second computation."""
+    told = [line["metrics"] for line in read_journal(place.journal)]
+    for name, wanted in (
+        ("loss/total", taught.losses),
+        ("gradient_norm", taught.norms),
+        ("learning_rate_factor", taught.factors),
+    ):
+        assert [line[name] for line in told] == pytest.approx(wanted, rel=tolerance), name
+
+
+def moved_alike(found: plain.Weights, wanted: plain.Weights, start: plain.Weights, tolerance: float) -> None:
+    """Every tensor moved as far and to the same place; what did not move there did not move here."""
+    assert found.keys() == wanted.keys()
+    told = []
+    for name, tensor in found.items():
+        far = (wanted[name] - start[name]).norm() if name in start else wanted[name].norm()
+        off = (tensor - wanted[name]).norm()
+        if off > tolerance * far:
+            told.append(f"{name}: off by {off / far:.2e} of its way")
+    assert not told, "\n".join(told)
+
+
+FREEZE = ("*.query_key_value.bias", "*.layers.0.mlp.*", "lm_head.weight")
+ADAMW = Optimizer(
+    method="adamw", lr=4e-3, rest_scale=0.4, weight_decay=0.3, betas=(0.7, 0.9), gradient_clip=CLIP,
+    warmup=0.4, decay=0.5,
+)  # fmt: skip
+MUON = ADAMW.model_copy(update={"method": "muon", "matrix_lr": 0.02})
+PHASES = (
+    PhaseSpec(losses=Losses(mixer_mse=1.5, hidden_mse=0.5), steps=4),
+    PhaseSpec(losses=Losses(kl=LogitKL(weight=0.7, temperature=2.0), ce=0.2), steps=5),
+)
+
+
+def distil_spec(
+    layers: tuple[int, ...], new: tuple[int, ...], first: int, optimizer: Optimizer, **more: Any
+) -> DistilSpec:
+    return DistilSpec(
+        tokens="t", teacher="r", parent="p", layers=layers, new_layers=new, operator=HyenaConfig(), phases=PHASES,
+        batch_size=BATCH, sequence_length=LENGTH, first_sequence=first, freeze=FREEZE, optimizer=optimizer,
+        numerics=Numerics(**more), seed=SEED,
+    )  # fmt: skip
+
+
+def loss_of(phase: int, teacher: Plain, student: Plain, ids_BL: torch.Tensor, layers: tuple[int, ...]) -> torch.Tensor:
+    """The weighted losses of `PHASES`, written out."""
+    if phase == 0:
+        mixer = plain.mixer_error(teacher, student, ids_BL, layers)
+        return 1.5 * mixer + 0.5 * plain.stream_error(teacher, student, ids_BL, layers)
+    return 0.7 * plain.divergence(teacher, student, ids_BL, 2.0) + 0.2 * plain.surprise(student, ids_BL)
+
+
+def distilled_plainly(
+    teacher: Plain, student: Plain, layers: tuple[int, ...], text: Any, first: int, rates: Rates
+) -> Taught:
+    order = plain.sequences(text, LENGTH, SEED + 1)
+    for _ in range(first):
+        next(order)
+
+    def loss(step: int) -> torch.Tensor:
+        ids_BL = torch.stack([next(order) for _ in range(BATCH)])
+        return loss_of(0 if step < 4 else 1, teacher, student, ids_BL, layers)
+
+    return plain.train(student, loss, 9, rates)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "near", "tolerance"), [(ADAMW, 1e-5, 5e-3), (MUON, 1e-3, 1e-1)], ids=["adamw", "muon"]
+)
+def test_two_distillation_stages_are_what_plain_torch_computes(
+    place: Any, tiny_teacher: Path, tmp_path: Path, text: Any, optimizer: Optimizer, near: float, tolerance: float
+) -> None:
+    inputs = {"tokens": tmp_path / "tokens", "teacher": tiny_teacher, "parent": tiny_teacher}
+    weights = weights_of(tiny_teacher)
+    teacher, student = Plain(weights, HEADS), Plain(weights, HEADS)
+    first = 0
+    for stage, (layers, new) in enumerate([((1,), (1,)), ((0, 1), (0,))]):
+        made = place(f"stage {stage}", inputs, log_every=1)
+        run_stage(distil_spec(layers, new, first, optimizer), made)
+        start = dict(student.weights)
+        plain.put(student, new, HyenaConfig(), 96, SEED, from_attention=True)
+        start = {**start, **{k: v for k, v in student.weights.items() if ".operator." in k}}
+        taught = distilled_plainly(teacher, student, layers, text, first, rates_of(optimizer, FREEZE))
+        agrees(made, taught, near)
+        found = {n: t for n, t in weights.items() if n in student.weights} | load_file(made.out / WEIGHTS)
+        moved_alike(found, student.weights, start, tolerance)
+        assert min(taught.norms) < CLIP < max(taught.norms), taught.norms
+        first += 9 * BATCH
+        inputs["parent"] = made.out
+
+
+SHAPE = Architecture(layers=2, hidden=64, heads=HEADS, intermediate=48, max_length=32, vocabulary=300)
+CONFIG: dict[str, Any] = {
+    "vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": HEADS,
+    "intermediate_size": 48, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25},
+}  # fmt: skip
+
+
+def random_model(dropout: float = 0.0) -> Plain:
+    """What transformers draws from the seed."""
+    torch.manual_seed(SEED)
+    made = GPTNeoXForCausalLM(GPTNeoXConfig(**CONFIG))
+    return Plain(made.state_dict(), HEADS, dropout=dropout)
+
+
+def models_language(model: Plain, text: Any, order: int, steps: int, optimizer: Optimizer) -> Taught:
+    read = plain.sequences(text, LENGTH, order)
+    return plain.train(
+        model,
+        lambda _: plain.surprise(model, torch.stack([next(read) for _ in range(BATCH)])),
+        steps,
+        rates_of(optimizer),
+    )
+
+
+def without_key_biases(weights: plain.Weights) -> plain.Weights:
+    """Softmax does not see a number added to all keys' products, so most key biases are trained by rounding errors."""
+    return {
+        name: tensor.unflatten(0, (HEADS, 3, -1))[:, [0, 2]] if name.endswith("query_key_value.bias") else tensor
+        for name, tensor in weights.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "near", "tolerance"), [(ADAMW, 1e-5, 5e-3), (MUON, 1e-3, 1e-1)], ids=["adamw", "muon"]
+)
+def test_a_new_teacher_is_what_plain_torch_computes(
+    place: Any, tmp_path: Path, text: Any, optimizer: Optimizer, near: float, tolerance: float
+) -> None:
+    made = place(inputs={"tokens": tmp_path / "tokens"}, log_every=1)
+    spec = TeacherSpec(
+        tokens="t", architecture=SHAPE, token_budget=LENGTH * BATCH * 8 + 1, batch_size=BATCH, sequence_length=LENGTH,
+        optimizer=optimizer, numerics=Numerics(), seed=SEED,
+    )  # fmt: skip
+    run_stage(spec, made)
+    model = random_model()
+    model.weights["lm_head.weight"].zero_()
+    start = dict(model.weights)
+    taught = models_language(model, text, SEED, 8, optimizer)
+    agrees(made, taught, near)
+    found, wanted, before = (without_key_biases(w) for w in (weights_of(made.out), model.weights, start))
+    moved_alike(found, wanted, before, tolerance)
+    assert taught.losses[0] == pytest.approx(np.log(300))
+
+
+@pytest.mark.parametrize("dropout", [None, 0.2], ids=["of a new teacher", "of a pretrained one"])
+def test_a_student_from_scratch_is_what_plain_torch_computes(
+    place: Any, tmp_path: Path, text: Any, dropout: float | None
+) -> None:
+    """From random weights of its seed, reading as students read, with the dropout of its configuration."""
+    inputs = {"tokens": tmp_path / "tokens", "teacher": tmp_path / "teacher"}
+    GPTNeoXConfig(**CONFIG, hidden_dropout=dropout or 0.0, architectures=["GPTNeoXForCausalLM"]).save_pretrained(
+        inputs["teacher"]
+    )
+    made = place(inputs=inputs, log_every=1)
+    spec = ScratchSpec(
+        tokens="t", teacher=None if dropout is None else "r", architecture=SHAPE, operator=HyenaConfig(), layers=(1,),
+        token_budget=LENGTH * BATCH * 6, batch_size=BATCH, sequence_length=LENGTH, optimizer=ADAMW, numerics=Numerics(),
+        seed=SEED,
+    )  # fmt: skip
+    run_stage(spec, made)
+    model = random_model(dropout or 0.0)
+    if dropout is None:
+        model.weights["lm_head.weight"].zero_()
+    plain.put(model, (1,), HyenaConfig(), 32, SEED, from_attention=True)
+    start = dict(model.weights)
+    agrees(made, models_language(model, text, SEED + 1, 6, ADAMW), 1e-5)
+    found, wanted, before = (without_key_biases(w) for w in (load_file(made.out / WEIGHTS), model.weights, start))
+    moved_alike(found, wanted, before, 5e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["teacher", "scratch", "distil", "evaluate"])
+def test_every_forward_pass_has_the_precision_of_the_study(
+    place: Any, tiny_teacher: Path, tmp_path: Path, text: Any, kind: str, dtype: Any
+) -> None:
+    """Parameters stay float32: what every map of every layer gives has the precision that was asked for."""
+    text.tofile(tmp_path / "tokens" / "valid.bin")
+    inputs = {"tokens": tmp_path / "tokens", "teacher": tiny_teacher, "parent": tiny_teacher, "subject": tiny_teacher}
+    made = place(inputs=inputs)
+    common: dict[str, Any] = {"tokens": "t", "sequence_length": LENGTH, "numerics": Numerics(dtype=dtype)}
+    trained = common | {
+        "architecture": SHAPE,
+        "token_budget": LENGTH * 2,
+        "batch_size": 2,
+        "optimizer": ADAMW,
+        "seed": 0,
+    }
+    spec: Any = {
+        "teacher": lambda: TeacherSpec(**trained),
+        "scratch": lambda: ScratchSpec(**trained, teacher=None, operator=HyenaConfig(), layers=(1,)),
+        "distil": lambda: distil_spec((0, 1), (0, 1), 0, ADAMW, dtype=dtype),
+        "evaluate": lambda: EvaluateSpec(
+            **common, teacher="r", subject="s", evaluation=Evaluation(tokens=LENGTH * 2, prompts=0)
+        ),
+    }[kind]()
+    seen: set[torch.dtype] = set()
+
+    def look(module: torch.nn.Module, _: Any, output: Any) -> None:
+        if isinstance(module, torch.nn.Linear) and module.out_features != 300:  # evaluation's heads are always float32
+            seen.add(output.dtype)
+
+    watching = torch.nn.modules.module.register_module_forward_hook(look)
+    try:
+        run_stage(spec, made)
+    finally:
+        watching.remove()
+    assert seen == {getattr(torch, dtype)}
