@@ -1,4 +1,4 @@
-"""Stages against plain torch, where all is computed a second time (`plain`): losses step by step, weights at the end."""
+"""Stages against plain torch, where all is computed once more (`plain`): losses step by step, weights at the end."""
 
 from __future__ import annotations
 
@@ -249,7 +249,8 @@ def test_every_forward_pass_has_the_precision_of_the_study(
     seen: set[torch.dtype] = set()
 
     def look(module: torch.nn.Module, _: Any, output: Any) -> None:
-        if isinstance(module, torch.nn.Linear) and module.out_features != 300:  # evaluation's heads are always float32
+        of_a_batch = isinstance(module, torch.nn.Linear) and output.ndim == 3 and output.shape[1] == LENGTH
+        if of_a_batch and output.shape[2] != 300:  # neither a look at the model beforehand nor an output head
             seen.add(output.dtype)
 
     watching = torch.nn.modules.module.register_module_forward_hook(look)
