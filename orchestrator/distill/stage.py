@@ -30,7 +30,7 @@ from orchestrator.distill.models.student import (
 from orchestrator.distill.models.swap import swap
 from orchestrator.distill.training.head import check_output_head
 from orchestrator.distill.training.loop import Parts, Training, autocast, prepare, train
-from orchestrator.distill.training.losses import batch_losses, next_token_loss
+from orchestrator.distill.training.losses import batch_losses, next_token_loss, train_operators_only
 from orchestrator.distill.training.memory import give_back_freed_memory
 from orchestrator.distill.training.optimizers import make_optimizers, trainable_counts
 from orchestrator.distill.training.ranks import share
@@ -87,7 +87,7 @@ def distil(spec: DistilSpec, place: Workplace) -> Result:
     student = load_student(place.inputs["parent"], load_teacher(place.inputs["teacher"]))
     generator = torch.Generator().manual_seed(spec.seed)
     swap(student, spec.new_layers, spec.operator, generator, statistics=_statistics(spec, student, place))
-    student.to(device).train()
+    train_operators_only(student.to(device))
     result: Result = {"seconds": 0.0, "tokens": 0, "tokens_per_s": None}
     if spec.phases:
         optimizers = make_optimizers(student, spec.optimizer, spec.freeze)

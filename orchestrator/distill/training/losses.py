@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from orchestrator.distill.models.families import family_of
-from orchestrator.distill.models.swap import attention_of
+from orchestrator.distill.models.swap import attention_of, swapped
 from orchestrator.distill.training.head import OutputHead, final_hidden
 from orchestrator.study.schema import LogitKL, Losses
 
@@ -58,6 +58,18 @@ def recorded(model: Any, layers: tuple[int, ...]) -> Iterator[Activations]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def train_operators_only(student: Any) -> None:
+    """Put swapped layers in training mode and all else in evaluation mode, as distillation wants its student.
+
+    Without this the dropout of the teacher's configuration, in modules or in the attention's own code, would be on in
+    the student and off in the targets: two models of the same weights would differ. What trains is another matter, see
+    `make_optimizers`.
+    """
+    student.eval()
+    for placed in swapped(student):
+        placed.train()
 
 
 def batch_losses(
