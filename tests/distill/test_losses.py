@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -180,9 +182,47 @@ def test_gradients_reach_the_student_only(teacher: Any, student: Any, ids: Tenso
 
 
 def test_recording_ends_with_its_context(teacher: Any, ids: Tensor) -> None:
-    with recorded(teacher, (1,)) as seen:
+    with recorded(teacher, (1,), (1,)) as seen:
         final_hidden(teacher, ids)
     assert list(seen.hidden) == list(seen.mixer_in) == list(seen.mixer_out) == [1]
     first = seen.hidden[1]
     final_hidden(teacher, ids)
     assert seen.hidden[1] is first
+
+
+@pytest.mark.parametrize(
+    ("losses", "held"),
+    [
+        (Losses(kl=1.0), {"final": 1}),
+        (Losses(kl=1.0, hidden_mse=1.0), {"final": 1, "stream": 2}),
+        (Losses(hidden_mse=1.0), {"stream": 2}),
+        (Losses(mixer_mse=1.0), {"into mixer": 2, "out of mixer": 2}),
+        (Losses(mixer_mse=1.0, kl=1.0), {"into mixer": 2, "out of mixer": 2, "final": 1}),
+        (Losses(ce=1.0), {}),
+    ],
+    ids=["kl", "kl and hidden", "hidden", "mixer", "mixer and kl", "ce"],
+)
+def test_of_the_teachers_forward_only_what_a_loss_needs_is_held(
+    teacher: Any, student: Any, ids: Tensor, losses: Losses, held: dict[str, int]
+) -> None:
+    """Counted when the student begins, in all layers: tensors of the teacher's forward that somebody still holds."""
+    made: list[tuple[str, weakref.ref[Tensor]]] = []
+
+    def note(kind: str, value: Tensor) -> None:
+        made.append((kind, weakref.ref(value)))
+
+    for layer, block in enumerate(teacher.gpt_neox.layers):
+        attention_of(teacher, layer).register_forward_pre_hook(lambda _, args: note("into mixer", args[0]))
+        attention_of(teacher, layer).register_forward_hook(lambda _, args, output: note("out of mixer", output[0]))
+        block.register_forward_hook(lambda _, args, output: note("stream", output))
+    teacher.gpt_neox.register_forward_hook(lambda _, args, output: note("final", output.last_hidden_state))
+    counted: list[dict[str, int]] = []
+
+    def count(*_: Any) -> None:
+        counted.append(dict(Counter(kind for kind, value in made if value() is not None)))
+
+    for module_ in (student.gpt_neox, attention_of(student, LAYERS[0])):
+        module_.register_forward_pre_hook(count)
+    batch_losses(teacher, student, ids, LAYERS, losses)
+    assert len(made) == (10 if losses != Losses(ce=1.0) else 0)
+    assert counted[0] == held

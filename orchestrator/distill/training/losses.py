@@ -37,22 +37,30 @@ class Activations:
 
 
 @contextlib.contextmanager
-def recorded(model: Any, layers: tuple[int, ...]) -> Iterator[Activations]:
-    """Record the activations of `layers` while the context lasts; each (B, L, D)."""
+def recorded(model: Any, mixers: tuple[int, ...], streams: tuple[int, ...]) -> Iterator[Activations]:
+    """Record, while the context lasts, what goes into and comes out of the mixers of some layers, and the residual
+    stream after others; each (B, L, D). Nothing else is held.
+    """
     seen = Activations()
     handles = []
-    for layer in layers:
 
-        def keep_mixer(_: nn.Module, args: Any, kwargs: Any, output: Any, layer: int = layer) -> None:
+    def keep_mixer(layer: int) -> Any:
+        def keep(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             seen.mixer_in[layer] = args[0] if args else kwargs["hidden_states"]
             seen.mixer_out[layer] = output[0]
 
-        def keep_hidden(_: nn.Module, args: Any, output: Any, layer: int = layer) -> None:
+        return keep
+
+    def keep_stream(layer: int) -> Any:
+        def keep(_: nn.Module, args: Any, output: Any) -> None:
             seen.hidden[layer] = output[0] if isinstance(output, tuple) else output
 
-        block = family_of(model).layers(model)[layer]
-        handles.append(attention_of(model, layer).register_forward_hook(keep_mixer, with_kwargs=True))
-        handles.append(block.register_forward_hook(keep_hidden))
+        return keep
+
+    for layer in mixers:
+        handles.append(attention_of(model, layer).register_forward_hook(keep_mixer(layer), with_kwargs=True))
+    for layer in streams:
+        handles.append(family_of(model).layers(model)[layer].register_forward_hook(keep_stream(layer)))
     try:
         yield seen
     finally:
@@ -92,20 +100,23 @@ def batch_losses(
     parts: dict[str, Tensor] = {}
     kl = losses.logit_kl
     needs_teacher = kl.weight > 0 or losses.hidden_mse > 0 or losses.mixer_mse > 0
+    mixers = layers if losses.mixer_mse > 0 else ()
+    streams = layers if losses.hidden_mse > 0 else ()
     teacher_final = None
     seen = Activations()
     if needs_teacher:
-        with torch.no_grad(), recorded(teacher, layers) as seen:
+        with torch.no_grad(), recorded(teacher, mixers, streams) as seen:
             teacher_final = final_hidden(teacher, ids_BL)
-    if losses.mixer_mse > 0:
-        each = {i: F.mse_loss(attention_of(student, i)(seen.mixer_in[i])[0], seen.mixer_out[i]) for i in layers}
+        teacher_final = teacher_final if kl.weight > 0 else None
+    if mixers:
+        each = {i: F.mse_loss(attention_of(student, i)(seen.mixer_in[i])[0], seen.mixer_out[i]) for i in mixers}
         terms["mixer_mse"] = (losses.mixer_mse, torch.stack(list(each.values())).mean())
         parts |= {f"loss/mixer_mse/layer_{i}": value.detach() for i, value in each.items()}
     if kl.weight > 0 or losses.ce > 0 or losses.hidden_mse > 0:
-        with recorded(student, layers if losses.hidden_mse > 0 else ()) as own:
+        with recorded(student, (), streams) as own:
             student_final = final_hidden(student, ids_BL)
-        if losses.hidden_mse > 0:
-            each = {i: F.mse_loss(own.hidden[i], seen.hidden[i]) for i in layers}
+        if streams:
+            each = {i: F.mse_loss(own.hidden[i], seen.hidden[i]) for i in streams}
             terms["hidden_mse"] = (losses.hidden_mse, torch.stack(list(each.values())).mean())
             parts |= {f"loss/hidden_mse/layer_{i}": value.detach() for i, value in each.items()}
         if kl.weight > 0 or losses.ce > 0:
