@@ -23,7 +23,6 @@ from operators.hyena import Hyena, outside_autocast
 from operators.native import serves
 from operators.native.channels import convolve, convolve_trained
 from operators.native.decode import open_window, step, takes
-from operators.native.projection import project
 from operators.transfer.attention import AttentionWeights
 
 GATE_WEIGHT = 0.02
@@ -82,9 +81,9 @@ class ChannelHyena(Hyena):
         self.in_proj.weight[-self.d_model :] = attention.value
         self.in_proj.bias[-self.d_model :] = attention.bias_of("value")
 
-    def project(self, linear: nn.Linear, x_BDL: Tensor) -> Tensor:
-        """See `Hyena.project`; the core has channels last."""
-        return project(linear, x_BDL) if serves(x_BDL) else super().project(linear, x_BDL)
+    def project(self, linear: nn.Module, x_BDL: Tensor) -> Tensor:
+        """See `Hyena.project`; for the core one product over all positions of a batch, channels last."""
+        return linear(x_BDL.transpose(1, 2)).transpose(1, 2) if serves(x_BDL) else super().project(linear, x_BDL)
 
     def whole(self, p_BEL: Tensor, mask_BL: Tensor | None, h_CL: Tensor | None, state: State | None) -> Tensor:
         """See `Hyena.whole`: one pass, `gated` or the compiled core's."""

@@ -271,8 +271,8 @@ class Hyena(nn.Module, ABC):
             with outside_autocast(x_B1D.device.type):
                 y_B1D = self.combine_step(self._short_step(p_B1E, state), state)
         state.length += 1
-        if y_B1D.dtype != self.out_proj.weight.dtype and not torch.is_autocast_enabled(y_B1D.device.type):
-            y_B1D = y_B1D.to(self.out_proj.weight.dtype)
+        if y_B1D.dtype != self.direct.dtype and not torch.is_autocast_enabled(y_B1D.device.type):
+            y_B1D = y_B1D.to(self.direct.dtype)
         return project_step(self.out_proj, y_B1D)
 
     def _short_step(self, p_B1E: Tensor, state: State) -> Tensor:
@@ -297,7 +297,7 @@ class Hyena(nn.Module, ABC):
             state.short = short
         return state.short
 
-    def project(self, linear: nn.Linear, x_BDL: Tensor) -> Tensor:
+    def project(self, linear: nn.Module, x_BDL: Tensor) -> Tensor:
         """`linear` at every position, (B, E, L), in the ambient precision."""
         return project(linear, x_BDL)
 
@@ -307,7 +307,7 @@ class Hyena(nn.Module, ABC):
 
     def _project_out(self, y_BDL: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(y_BDL.device.type):
-            y_BDL = y_BDL.to(self.out_proj.weight.dtype)
+            y_BDL = y_BDL.to(self.direct.dtype)
         return self.project(self.out_proj, y_BDL).transpose(1, 2)
 
 

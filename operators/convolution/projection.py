@@ -1,18 +1,20 @@
 """Linear layers over channels-first sequences, without transposed copies.
 
+Weights are cast to half precision at every call: nothing cheap tells for sure whether they are what they were (fused
+optimizers, FSDP and `p.data` change them without moving their version), and a cast is a few hundredths of a prefill.
+
 Shapes: B batch, I features in, E out, L positions.
 """
 
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.nn.modules import module as hooks_of_all
 
 FEW_POSITIONS = 8
 SEQUENCES = 8  # at a time, on a GPU
-_casts: Any = WeakIdKeyDictionary()  # parameter to what it was and its value in half precision
 
 
 class _Project(torch.autograd.Function):
@@ -21,7 +23,7 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BIL: Tensor, weight_EI: Tensor, bias_E: Tensor) -> Tensor:
         ctx.save_for_backward(x_BIL, weight_EI)
-        weight, bias = as_dtype(weight_EI, x_BIL.dtype), as_dtype(bias_E, x_BIL.dtype)
+        weight, bias = weight_EI.to(x_BIL.dtype), bias_E.to(x_BIL.dtype)
         if x_BIL.is_cuda:
             return torch.baddbmm(bias[:, None], weight.expand(len(x_BIL), -1, -1), x_BIL)
         y_BEL = x_BIL.new_empty(x_BIL.shape[0], weight.shape[0], x_BIL.shape[2])
@@ -33,7 +35,7 @@ class _Project(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BEL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x_BIL, weight_EI = ctx.saved_tensors
-        weight = as_dtype(weight_EI, x_BIL.dtype)
+        weight = weight_EI.to(x_BIL.dtype)
         if x_BIL.is_cuda:
             return _batched_backward(grad_BEL, x_BIL, weight)
         dweight_EI, dx_BIL = torch.zeros_like(weight_EI), torch.empty_like(x_BIL)  # laid out as x is
@@ -62,20 +64,24 @@ def _batched_backward(grad_BEL: Tensor, x_BIL: Tensor, weight_EI: Tensor) -> tup
     return dx_BIL, dweight_EI, grad_BEL.sum((0, 2), dtype=torch.float32)
 
 
-def as_dtype(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """A parameter's value in another dtype, cast again when it has changed."""
-    value = parameter.detach()
-    stamp = (value.data_ptr(), 0 if parameter.is_inference() else parameter._version, dtype)
-    if parameter not in _casts or _casts[parameter][0] != stamp:
-        with torch.inference_mode(False):
-            _casts[parameter] = (stamp, value.to(dtype))
-    return cast(Tensor, _casts[parameter][1])
+def plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module is a linear layer whose weights are all there is to it, so that they may be used without it.
+
+    Hooks, parametrisations, adapters around or in it (LoRA), weights of a class of their own (quantised, sharded) and a
+    replaced `forward` want the module itself to be called.
+    """
+    if type(linear) is not nn.Linear or "forward" in linear.__dict__:
+        return False
+    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    if hooks or hooks_of_all._has_any_global_hook():
+        return False
+    return all(part is None or type(part) in (nn.Parameter, Tensor) for part in (linear.weight, linear.bias))
 
 
-def project(linear: nn.Linear, x_BIL: Tensor) -> Tensor:
+def project(linear: nn.Module, x_BIL: Tensor) -> Tensor:
     """`linear` at every position, (B, E, L), in the ambient precision."""
-    if x_BIL.shape[-1] <= FEW_POSITIONS:
-        return nn.functional.linear(x_BIL.transpose(1, 2), linear.weight, linear.bias).transpose(1, 2)
+    if x_BIL.shape[-1] <= FEW_POSITIONS or not plain(linear) or linear.bias is None:
+        return cast(Tensor, linear(x_BIL.transpose(1, 2))).transpose(1, 2)
     device = x_BIL.device.type
     if not torch.is_autocast_enabled(device):
         return torch.baddbmm(linear.bias[:, None], linear.weight.expand(x_BIL.shape[0], -1, -1), x_BIL)

@@ -107,8 +107,14 @@ class LongFilter(nn.Module, ABC):
 
 @torch.no_grad()
 def draw_linear(layer: nn.Module, generator: torch.Generator) -> None:
-    """Fill weight and bias of an `nn.Linear` uniformly within 1 / sqrt(fan in), as its constructor does."""
-    assert isinstance(layer, nn.Linear)
+    """Fill weight and bias of an `nn.Linear` uniformly within 1 / sqrt(fan in), as its constructor does.
+
+    ValueError for anything else, such as an adapter around one.
+    """
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(
+            f"a layer to initialise must be nn.Linear but is {type(layer).__name__}: initialise, then wrap."
+        )
     bound = 1 / math.sqrt(layer.in_features)
     draw_uniform(layer.weight, bound, generator)
     if layer.bias is not None:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from operators.config import ImplicitFilterConfig
 from operators.convolution.causal import compute_dtype
+from operators.convolution.projection import plain
 from operators.filters.base import LongFilter, draw_linear, log_spaced_timescales, whole_profile
 from operators.gpu import accelerated
 from operators.gpu.network import WIDEST, sine_network
@@ -102,9 +103,8 @@ class ImplicitFilter(LongFilter):
     def forward(self, length: int) -> Tensor:
         """See `LongFilter.forward`."""
         self.check(length)
-        weight_CW = self.readout.weight.to(compute_dtype(self.readout.weight.dtype))
-        with torch.autocast(weight_CW.device.type, enabled=False):
-            network_CL = weight_CW @ self._recomputed_hidden(length).t()
+        with torch.autocast(self.frequency.device.type, enabled=False):
+            network_CL = self._read(self._recomputed_hidden(length))
             factor_CL = network_CL.exp() if self.config.positive else network_CL + self.config.offset
             return self.window(length) * factor_CL
 
@@ -121,24 +121,34 @@ class ImplicitFilter(LongFilter):
 
     def _hidden(self, length: int) -> Tensor:
         """What the last layer reads, (L, W)."""
-        dtype = compute_dtype(self.readout.weight.dtype)
+        dtype = compute_dtype(self.frequency.dtype)
         hidden_LW, frequency = self.features[:length].to(dtype), self.frequency.to(dtype)
-        widest = max(self.config.width, self.config.features)
-        if accelerated(hidden_LW) and dtype == torch.float32 and widest <= WIDEST:
+        small = dtype == torch.float32 and max(self.config.width, self.config.features) <= WIDEST
+        if small and accelerated(hidden_LW) and all(plain(layer) for layer in self.layers):
             return sine_network(hidden_LW, frequency, [parameter.to(dtype) for parameter in self.layers.parameters()])
         for layer in self.layers:
-            assert isinstance(layer, nn.Linear)
-            weight_WW, bias_W = layer.weight.to(dtype), layer.bias.to(dtype)
-            hidden_LW = torch.sin(frequency * nn.functional.linear(hidden_LW, weight_WW, bias_W))
+            hidden_LW = torch.sin(frequency * self._mapped(layer, hidden_LW))
         return hidden_LW
+
+    def _mapped(self, layer: nn.Module, x_LI: Tensor) -> Tensor:
+        """`layer` in the precision that filters compute in; one that is not plain, called as it is, in its own."""
+        if not plain(layer):
+            return cast(Tensor, layer(x_LI.to(self.frequency.dtype))).to(x_LI.dtype)
+        bias = None if layer.bias is None else layer.bias.to(x_LI.dtype)
+        return nn.functional.linear(x_LI, layer.weight.to(x_LI.dtype), bias)
+
+    def _read(self, hidden_LW: Tensor) -> Tensor:
+        """What the last layer gives, (C, L)."""
+        if not plain(self.readout):
+            return self._mapped(self.readout, hidden_LW).t()
+        return self.readout.weight.to(hidden_LW.dtype) @ hidden_LW.t()
 
     def window(self, length: int) -> Tensor:
         """The decaying window alone, (C, length).
 
         Time and rates of the linear window are float32 numbers at any precision, as in the reference code.
         """
-        weight = self.readout.weight
-        dtype, device = compute_dtype(weight.dtype), weight.device
+        dtype, device = compute_dtype(self.frequency.dtype), self.frequency.device
         if self.config.window == "linear" and self.log_timescale is None:
             decay = -math.log(DECAY_TARGET)
             slow, fast = decay / SLOW_DECAY, decay / FAST_DECAY
