@@ -1,4 +1,4 @@
-# make setup | study | ui | test | test-all | check | format | chaos | bench | bench-tree | build-ext: every target installs what it needs into .venv first.
+# make setup | study | ui | test | test-all | check | format | chaos | mutants | bench | bench-tree | build-ext: every target installs what it needs into .venv first.
 PYTHON ?= python3
 STUDY ?= studies/layerwise.yaml
 ARGS ?=
@@ -9,7 +9,7 @@ LATE_SCALE ?= $(SCALE)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup study plan status report ui test test-all check format chaos bench bench-tree build-ext clean
+.PHONY: setup study plan status report ui test test-all check format chaos mutants bench bench-tree build-ext clean
 
 study: $(INSTALLED)
 	@$(BIN)/layerswap run $(STUDY) $(ARGS)
@@ -33,6 +33,9 @@ check: $(INSTALLED)
 
 chaos: $(INSTALLED)
 	$(BIN)/python -m tests.chaos --seeds $(SEEDS)
+
+mutants: $(INSTALLED)
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.operators
