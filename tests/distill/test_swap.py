@@ -13,7 +13,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 from operators.config import HyenaConfig, ModalFilterConfig, OperatorConfig, SkipConfig
 from orchestrator.distill.models.families import family_of
 from orchestrator.distill.models.student import load_teacher
-from orchestrator.distill.models.swap import SwappedAttention, attention_of, decode_by, fit_errors, real_tokens, swap
+from orchestrator.distill.models.swap import SwappedAttention, attention_of, decode_by, fit_errors, swap
 
 OPERATORS = {"order 2": HyenaConfig(), "order 3": HyenaConfig(order=3), "heads": HyenaConfig(heads=4)}
 HYBRID = {"all": (0, 1, 2), "hybrid, attention first": (1, 2), "hybrid, attention last": (0,), "none": ()}
@@ -245,23 +245,6 @@ def test_left_padding_changes_nothing(tiny_teacher: Path, ids: torch.Tensor, lay
     torch.testing.assert_close(beside[1], logits(student, ids[1:])[0], rtol=1e-3, atol=1e-3)
     alone = torch.cat([continued(student, ids[:1, 6:]), continued(student, ids[1:])])
     assert torch.equal(continued(student, padded, attention_mask=mask), alone)
-
-
-@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
-def test_real_tokens_are_what_the_last_query_may_see(kind: torch.dtype) -> None:
-    allowed = torch.ones(2, 1, 4, 4, dtype=torch.bool).tril()
-    allowed[0, ..., :2] = False
-    mask = allowed if kind == torch.bool else torch.zeros(2, 1, 4, 4).masked_fill(~allowed, torch.finfo(kind).min)
-    found = real_tokens(mask, 0, 4)
-    assert found is not None
-    assert found.tolist() == [[False, False, True, True], [True] * 4]
-    assert real_tokens(mask, 2, 2) is None
-    assert real_tokens(None, 0, 4) is None
-    room = torch.zeros(2, 1, 1, 9).masked_fill(torch.arange(9) > 4, torch.finfo(torch.float32).min)
-    room[0, ..., :2] = torch.finfo(torch.float32).min
-    assert real_tokens(room, 4, 1) is None  # a static cache's mask has room for positions to come
-    padding = real_tokens(room, 1, 4)
-    assert padding is not None and padding.tolist() == [[False, True, True, True], [True] * 4]
 
 
 def test_a_layer_is_swapped_once(teacher: Any) -> None:

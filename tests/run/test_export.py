@@ -34,6 +34,15 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eva
 assert torch.equal(model(torch.arange(40)[None]).logits, torch.load(logits))
 cached, plain = (model.generate(torch.arange(5)[None], max_new_tokens=6, do_sample=False, use_cache=c) for c in (1, 0))
 assert torch.equal(cached, plain)
+one, two = torch.arange(5, 25)[None], torch.arange(30, 42)[None]
+positions = torch.cat([torch.arange(20), torch.arange(12)])[None]
+packed = model(torch.cat([one, two], 1), position_ids=positions, use_cache=False).logits
+torch.testing.assert_close(packed, torch.cat([model(one).logits, model(two).logits], 1), rtol=1e-3, atol=1e-4)
+try:
+    model(torch.cat([one, two], 1), position_ids=positions)
+    raise SystemExit("took packed documents into a cache")
+except ValueError as error:
+    assert "use_cache=False" in str(error)
 try:
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, step_mode="modal")
     raise SystemExit("took a mode that heads lack")

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig
 
 import operators
-from orchestrator.distill.models import exported_model, families, swap
+from orchestrator.distill.models import cache, exported_model, families, masks, swap
 from orchestrator.distill.models.exported_model import LayerswapConfig, LayerswapForCausalLM
 from orchestrator.distill.models.student import STUDENT, load_student, load_teacher
 from orchestrator.files import published_directory, read_json
@@ -44,8 +44,8 @@ def export_student(student: Path, teacher: Path, tokenizer: Path, target: Path) 
 
 def _write_code(folder: Path) -> None:
     """The modules that the model needs, side by side; imports among them become relative."""
-    sources: dict[str, Any] = {"exported_model": exported_model.__file__, "swap": swap.__file__}
-    sources["families"] = families.__file__
+    ours = (exported_model, swap, cache, families, masks)
+    sources: dict[str, Any] = {module.__name__.rpartition(".")[2]: module.__file__ for module in ours}
     package = Path(str(operators.__file__)).parent
     for path in package.rglob("*.py"):
         name = "_".join(path.relative_to(package.parent).with_suffix("").parts)

@@ -2,7 +2,7 @@
 
 Invariant: what is not named is not touched; a model with no layer swapped is bitwise the model it was.
 
-Shapes: B batch, L positions, D model width, S positions in the mask.
+Shapes: B batch, L positions, D model width.
 """
 
 from __future__ import annotations
@@ -13,116 +13,77 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
+from transformers.cache_utils import Cache
 
 from operators.config import OperatorConfig
 from operators.decoding.state import State
 from operators.registry import build
 from operators.skip import Skip
 from operators.transfer.attention import AttentionStatistics
+from orchestrator.distill.models.cache import OperatorCacheLayer
 from orchestrator.distill.models.families import family_of
+from orchestrator.distill.models.masks import by_document, packed_documents, pattern_of
 
 
 class SwappedAttention(nn.Module):
     """An operator with the call signature of the attention it replaces.
 
     Attributes:
+        config: the model's configuration, which says how its attention is computed.
         step_mode, croppable: the states that decoding starts from, see `Hyena.init_state`.
     """
 
-    def __init__(self, operator: Any, layer: int, cache_argument: str) -> None:
+    def __init__(self, operator: Any, layer: int, cache_argument: str, config: Any) -> None:
         super().__init__()
         self.operator = operator
         self.layer = layer
         self.cache_argument = cache_argument
+        self.config = config
         self.step_mode: str | None = None
         self.croppable = True
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **others: Any
     ) -> tuple[Tensor, None]:
-        """(B, L, D) -> (B, L, D) and no attention weights; with a cache, continues from what it has seen."""
+        """(B, L, D) -> (B, L, D) and no attention weights; with a cache, continues from what it has seen.
+
+        Padding and packed documents are honoured as `masks` says; with a cache, packed documents are a ValueError.
+        """
         cache: Cache | None = others.get(self.cache_argument)
-        new = hidden_states.shape[1]
-        if cache is None:
-            return self.operator(hidden_states, real_tokens(attention_mask, 0, new)), None
-        state = self._state(cache, hidden_states.shape[0])
-        mask_BL = real_tokens(attention_mask, state.length, new)
-        output, _ = self.operator.extend(hidden_states, state, mask_BL)
-        return output, None
+        batch, new, _ = hidden_states.shape
+        held = None if cache is None else self._held(cache, batch)
+        pattern = pattern_of(attention_mask, batch, 0 if held is None else held.state.length, new)
+        if attention_mask is None and new > 1 and not torch.compiler.is_compiling():
+            in_mask = held is None and self.config._attn_implementation in ("sdpa", "eager")  # if there are several
+            position_ids = None if in_mask else others.get("position_ids")
+            pattern = packed_documents(position_ids, others.get("cu_seq_lens_q"), batch, new)
+        if held is not None:
+            held.check(pattern)
+            return self.operator.extend(hidden_states, held.state, pattern.real_BL)[0], None
+        if pattern.document_BL is not None:
+            return by_document(self.operator, hidden_states, pattern.document_BL), None
+        return self.operator(hidden_states, pattern.real_BL), None
 
     def new_state(self, batch: int) -> State:
         """The state of `batch` sequences of which nothing was seen. ValueError for a mode that the operator lacks."""
         state: State = self.operator.init_state(batch, self.step_mode, croppable=self.croppable)
         return state
 
-    def _state(self, cache: Cache, batch: int) -> State:
+    def _held(self, cache: Cache, batch: int) -> OperatorCacheLayer:
         while len(cache.layers) <= self.layer:
             cache.layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]
-        held = cache.layers[self.layer]
-        if not isinstance(held, OperatorCacheLayer):
-            held = OperatorCacheLayer(self.new_state(batch), held)
-            cache.layers[self.layer] = held
+        found: Any = cache.layers[self.layer]
+        if isinstance(found, OperatorCacheLayer):
+            held = found
+        elif found.get_seq_length() > 0:
+            raise ValueError(
+                f"the cache has keys and values of layer {self.layer}, which is swapped: start a new cache"
+            )
+        else:
+            held = cache.layers[self.layer] = OperatorCacheLayer(self.new_state(batch), found)
         if held.state.length == 0 and held.state.batch != batch:
             held.state = self.new_state(batch)
-        return held.state
-
-
-class OperatorCacheLayer(CacheLayerMixin):
-    """An operator's state in the place of a layer's keys and values.
-
-    One model makes one mask for all layers, from what the first layer's cache says of its size and every layer's of
-    being compileable. So in a static cache this layer says what the layer it replaces would.
-    """
-
-    is_sliding = False
-
-    def __init__(self, state: State, replaced: Any) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.state, self.is_croppable = state, state.croppable
-        self.fixed: int | None = replaced.max_cache_len if isinstance(replaced, StaticLayer) else None
-        self.is_compileable = self.fixed is not None
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the state is made with the layer."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Never called: a swapped layer has no keys and values."""
-        raise AssertionError("a swapped layer keeps a state, not keys and values")
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the mask that covers all positions seen and the new ones, or all that a static cache
-        has room for."""
-        return self.fixed or self.state.length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Positions seen."""
-        return self.state.length
-
-    def get_max_length(self) -> int:
-        """The operator's longest sequence, or what a static cache has room for."""
-        return self.fixed or self.state.max_length
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.state.crop(0)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let each sequence go on as the one named."""
-        self.state.reorder(beam_idx)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last positions; the number is given as a negative one."""
-        self.state.crop(self.state.length - abs(tokens_to_remove))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence."""
-        self.state.repeat(repeats)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the named sequences."""
-        self.state.select(torch.arange(self.state.batch)[indices.cpu()])
+        return held
 
 
 def swap(
@@ -156,7 +117,7 @@ def swap(
                 read = dataclasses.replace(read, statistics=statistics[layer])
             operator.initialise(read, generator)
         operator.to(device=model.device)
-        replacement = SwappedAttention(operator, layer, family.cache_argument)
+        replacement = SwappedAttention(operator, layer, family.cache_argument, model.config)
         setattr(block, family.attribute, replacement)
         placed.append(replacement)
     return placed
@@ -197,16 +158,3 @@ def attention_of(model: Any, layer: int) -> nn.Module:
     family = family_of(model)
     module: nn.Module = getattr(family.layers(model)[layer], family.attribute)
     return module
-
-
-def real_tokens(attention_mask: Tensor | None, start: int, length: int) -> Tensor | None:
-    """Which of the positions `start` to `start + length` - 1 hold real tokens, (B, L); None: all.
-
-    From a causal mask (B, 1, L, S) of all S positions that a cache has, or has room for. The last query may look at
-    every real token, so its row tells which keys are padding.
-    """
-    if attention_mask is None:
-        return None
-    row_BL = attention_mask[:, 0, -1, start : start + length]
-    mask_BL = row_BL if row_BL.dtype == torch.bool else row_BL == 0
-    return None if bool(mask_BL.all()) else mask_BL

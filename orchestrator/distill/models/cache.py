@@ -1,0 +1,108 @@
+"""The state of a swapped layer in a cache of transformers, in the place of keys and values.
+
+Invariant: whatever `Cache` asks of a layer, this one does as the layer it stands for would.
+
+Shapes: B batch, L new positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, StaticLayer
+
+from operators.decoding.state import State
+from orchestrator.distill.models.masks import Pattern
+
+
+class OperatorCacheLayer(CacheLayerMixin):
+    """An operator's state in the place of a layer's keys and values.
+
+    One model makes one mask for all layers, from what the first layer's cache says of its size and every layer's of
+    being compileable. So in a static cache this layer says what the layer it replaces would.
+    """
+
+    is_sliding = False
+
+    def __init__(self, state: State, replaced: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.state, self.is_croppable = state, state.croppable
+        self.fixed: int | None = replaced.max_cache_len if isinstance(replaced, StaticLayer) else None
+        self.is_compileable = self.fixed is not None
+        self.is_initialized = True
+        self.padded_B: Tensor | None = None  # sequences of which only padding was seen; None: there is none
+
+    def check(self, pattern: Pattern) -> None:
+        """ValueError where the new positions are of several documents, or of another one than those seen."""
+        lone_B, only_B = pattern.alone_B, self.padded_B
+        fresh = lone_B is not None and bool((lone_B if only_B is None else lone_B & ~only_B).any())
+        if fresh or pattern.document_BL is not None:
+            raise ValueError(
+                "a cache cannot go on from packed documents: call the model with use_cache=False, or give every "
+                "document a row of its own"
+            )
+        if self.state.length == 0 or only_B is not None:
+            self.padded_B = None if pattern.real_BL is None else ~pattern.real_BL.any(1)
+            if self.padded_B is not None and only_B is not None and self.state.length > 0:
+                self.padded_B &= only_B
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the state is made with the layer."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """ValueError: a layer with attention asks, and a swapped one has no keys and values."""
+        raise ValueError("this cache was filled by a model whose layer is swapped: start a new one for another model")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the mask that covers all positions seen and the new ones, or all that a static cache
+        has room for."""
+        return self.fixed or self.state.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Positions seen."""
+        return self.state.length
+
+    def get_max_length(self) -> int:
+        """The operator's longest sequence, or what a static cache has room for."""
+        return self.fixed or self.state.max_length
+
+    def offload(self) -> None:
+        """Nothing: like the states of linear attention, an operator's stay on their device."""
+
+    def prefetch(self) -> None:
+        """Nothing, see `offload`."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.state.crop(0)
+        self.padded_B = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let each sequence go on as the one named."""
+        self.state.reorder(beam_idx)
+        self._choose(beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last positions; the number is given as a negative one, as for attention. ValueError if it is not,
+        and for more than were seen."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the positions to remove as a negative number")
+        if tokens_to_remove < 0:
+            self.state.crop(self.state.length + tokens_to_remove)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        self._choose(torch.arange(self.state.batch).repeat_interleave(repeats))
+        self.state.repeat(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the named sequences."""
+        chosen = torch.arange(self.state.batch)[indices.cpu()]
+        self.state.select(chosen)
+        self._choose(chosen)
+
+    def _choose(self, indices: Tensor) -> None:
+        if self.padded_B is not None:
+            self.padded_B = self.padded_B.index_select(0, indices.to(self.padded_B.device))
