@@ -58,13 +58,25 @@ class Runs:
         self._find()
         self.heard = time.monotonic()
 
-    def open(self, identity: str, name: str, parent: str | None, tags: dict[str, str], params: dict[str, Any]) -> str:
-        """The id of the run of `identity`, made where there is none yet, with these parameters."""
+    def open(
+        self,
+        identity: str,
+        name: str,
+        parent: str | None,
+        tags: dict[str, str],
+        params: dict[str, Any],
+        began: Callable[[], int | None] = lambda: None,
+    ) -> str:
+        """The id of the run of `identity`, made where there is none yet, with these parameters.
+
+        `began` tells when the work of a new run began, in milliseconds since 1970; None stands for now.
+        """
         if identity not in self.ids:
             tags = {**tags, IDENTITY: identity, "layerswap.study": self.study, "mlflow.runName": name}
             if parent is not None:
                 tags["mlflow.parentRunId"] = parent
-            self._know(identity, self.client.create_run(self.experiment, tags=tags, run_name=name))
+            made = self.client.create_run(self.experiment, start_time=began(), tags=tags, run_name=name)
+            self._know(identity, made)
         run = self.ids[identity]
         entries = [Param(k, str(dump(v))[:500]) for k, v in leaves(params).items() if k not in self.params[run]]
         for start in range(0, len(entries), 100):

@@ -73,7 +73,9 @@ class Tracker:
             self.runs.tag(run, "layerswap.stopped_early", str(trial.name in stopped).lower())
             if told and not done:
                 self.runs.tag(run, "layerswap.failure", told[:5000])
-            self.runs.close(run, "FINISHED" if done else "FAILED" if told else "KILLED")
+            self.runs.close(
+                run, "FINISHED" if done else "FAILED" if told else "KILLED", self._ended(trial) if done else None
+            )
         for step in self.plan.steps:
             identity = f"stage:{step.train.key}"
             if identity in self.runs.ids and identity not in self.closed and not self.store.finished(step.evaluate.key):
@@ -119,7 +121,14 @@ class Tracker:
             return
         operator = operator_name(trial.study.operator)
         tags = {"layerswap.role": "trial", "layerswap.trial": trial.name, "layerswap.operator": operator}
-        run = self.runs.open(identity, f"{trial.name} {operator}", study, tags, trial.values)
+        run = self.runs.open(
+            identity,
+            f"{trial.name} {operator}",
+            study,
+            tags,
+            trial.values,
+            lambda: min(self._began(step.train.key) for step in started),
+        )
         for index, step in enumerate(trial.steps):
             owner = run if len(self.users[step.train.key]) == 1 else study
             layers = ",".join(map(str, getattr(step.train, "layers", ())))
@@ -158,7 +167,8 @@ class Tracker:
         if identity in self.closed or self.store.attempt(key) is None:
             return
         tags = {**tags, "layerswap.stage": key, "layerswap.layers": ",".join(map(str, step.swapped))}
-        run = self.runs.open(identity, name, parent, tags, {**step.train.model_dump(mode="json"), "stage_key": key})
+        params = {**step.train.model_dump(mode="json"), "stage_key": key}
+        run = self.runs.open(identity, name, parent, tags, params, lambda: self._began(key))
         speed = self.speeds.get(key)
         results = [step.evaluate.key, *([] if speed is None else [speed.key])]
         if self.runs.told(run) < len(results):
@@ -176,6 +186,17 @@ class Tracker:
         if self.runs.told(run) == len(results):
             self.closed.add(identity)
         self.runs.heard = time.monotonic()
+
+    def _began(self, key: str) -> int:
+        """When a stage began, in milliseconds since 1970: its last attempt, or the first line of an earlier one."""
+        times = [line["time"] for line in read_journal(self.store.folder(key))[:1]]
+        attempt = self.store.attempt(key)
+        return int(1000 * min([*times, *([] if attempt is None else [attempt["started"]])]))
+
+    def _ended(self, trial: Trial) -> int | None:
+        """When the last evaluation of a trial ended, in milliseconds since 1970; None before the first one."""
+        finished = [key for step in trial.steps if self.store.finished(key := step.evaluate.key)]
+        return max((int(1000 * self.store.done(key)["finished"]) for key in finished), default=None)
 
     def _journal(self, run: str, key: str) -> None:
         batch: list[Point] = []

@@ -44,14 +44,6 @@ def plan() -> Plan:
     return make_plan(document, study, resolve(study, ROOT / "studies"))
 
 
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database without runs, for making one takes seconds."""
-    path = tmp_path_factory.mktemp("database") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 class Scene:
     """A home whose stages are made by hand, and what MLflow holds of them."""
 

@@ -1,0 +1,271 @@
+"""What MLflow holds of a store with known numbers, read back by MLflow's own client from a database."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from mlflow.entities import Run
+
+from orchestrator.record.runs import Runs
+from orchestrator.record.tracking import SUMMARY, Tracker
+from orchestrator.study.spec import short
+from tests.record.handmade import RATIOS, SPEEDS, START, Hand, put, quality
+
+FIRST = int(START * 1000)
+NAMES = {  # of the runs of steps, and of the runs that they stand below
+    "teacher": ("teacher", "study"),
+    "scratch": ("scratch hyena-2", "study"),
+    "skip 0": ("skip 0", "study"),
+    "skip 1": ("skip 1", "study"),
+    "skip all": ("skip all", "study"),
+    "two 0": ("stage 1 · layers 0 · hyena-2", "study"),  # of two trials
+    "two 1": ("stage 2 · layers 1 · hyena-2", "study"),
+    "two joint": ("joint · layers 0,1 · hyena-2", "trial-00"),
+    "two mixed": ("joint · layers 0,1 · hyena-2", "trial-01"),
+    "heads 0": ("stage 1 · layers 0 · hyena-2h", "trial-02"),
+    "heads 1": ("stage 2 · layers 1 · hyena-2h", "trial-02"),
+    "heads joint": ("joint · layers 0,1 · hyena-2h", "trial-02"),
+}
+TRIALS = {
+    "trial-00": ["two 0", "two 1", "two joint"],
+    "trial-01": ["two 0", "two 1", "two mixed"],
+    "trial-02": ["heads 0", "heads 1", "heads joint"],
+}
+LIKE = {"two joint": "two 1", "two mixed": "two 1", "heads joint": "heads 1", "scratch": "two 1"}
+
+
+class Told:
+    """The runs of a study: of steps by the names of `handmade`, of trials by theirs, and the study's own."""
+
+    def __init__(self, hand: Hand) -> None:
+        self.hand = hand
+        self.runs = Runs(hand.home, "handmade", live=False)
+        found = self.runs.client.search_runs([self.runs.experiment], max_results=100)
+        names = {hand.key(name): name for name in NAMES}
+        self.all: dict[str, Run] = {}
+        for run in found:
+            tags = run.data.tags
+            name = names.get(tags.get("layerswap.stage"), tags.get("layerswap.trial", "study"))
+            assert name not in self.all
+            self.all[name] = run
+
+    def __getitem__(self, name: str) -> Run:
+        return self.all[name]
+
+    def history(self, name: str, metric: str) -> list[tuple[float, int, int]]:
+        """Value, step and milliseconds after the first stage's begin of every point."""
+        points = self.runs.client.get_metric_history(self[name].info.run_id, metric)
+        return [(point.value, point.step, point.timestamp - FIRST) for point in points]
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Told:
+    """What one run of a complete study left."""
+    hand = Hand(tmp_path_factory.mktemp("told"))
+    shutil.copy(empty_database, hand.home.root / "mlflow.db")
+    hand.all_done()
+    tracker = Tracker(hand.home, hand.plan, hand.speeds)
+    tracker.sync()
+    tracker.finish({}, {}, {"best_perplexity_ratio": 1.1})
+    report = hand.home.root / "report.md"
+    report.write_text("# handmade")
+    tracker.add_files([report])
+    return Told(hand)
+
+
+def test_every_step_and_trial_has_a_run_below_the_right_one(told: Told) -> None:
+    assert told.all.keys() == {*NAMES, *TRIALS, "study"}
+    assert "mlflow.parentRunId" not in told["study"].data.tags
+    ids = {name: run.info.run_id for name, run in told.all.items()}
+    for name, (shown, parent) in NAMES.items():
+        assert told[name].info.run_name == shown
+        assert told[name].data.tags["mlflow.parentRunId"] == ids[parent]
+    for name, operator in (("trial-00", "hyena-2"), ("trial-01", "hyena-2"), ("trial-02", "hyena-2h")):
+        assert told[name].info.run_name == f"{name} {operator}"
+        assert told[name].data.tags["mlflow.parentRunId"] == ids["study"]
+    assert told["study"].info.run_name == "handmade"
+    assert told.runs.client.get_experiment(told.runs.experiment).name == "handmade"
+
+
+def test_a_run_lasts_as_long_as_its_work(told: Told) -> None:
+    """Stage n begins n minutes after the first, trains for ten seconds and is evaluated in two."""
+    assert {run.info.status for run in told.all.values()} == {"FINISHED"}
+    for index, name in enumerate(told.hand.steps):
+        info = told[name].info
+        assert (info.start_time - FIRST, info.end_time - FIRST) == (60_000 * index, 60_000 * index + 12_000)
+    spans = {name: (told[name].info.start_time - FIRST, told[name].info.end_time - FIRST) for name in TRIALS}
+    assert spans == {"trial-00": (300_000, 432_000), "trial-01": (300_000, 492_000), "trial-02": (540_000, 672_000)}
+    study = told["study"].info
+    assert FIRST + 672_000 < study.start_time <= study.end_time <= time.time() * 1000
+
+
+@pytest.mark.parametrize(("name", "tokens", "began"), [("teacher", 1_600, 0), ("two mixed", 320, 480_000)])
+def test_the_curve_of_a_stage_is_its_journal_and_then_its_results(
+    told: Told, name: str, tokens: int, began: int
+) -> None:
+    steps = (tokens // 32, tokens // 16)
+    times = (began + 1_500, began + 3_250)
+    for metric, values in {
+        "loss/kl": (0.5, 0.25),
+        "tokens_per_s": (40, 40),
+        "stage_tokens": (tokens // 2, tokens),
+    }.items():
+        assert told.history(name, metric) == list(zip(values, steps, times, strict=True))
+    prefill, decode = SPEEDS[LIKE.get(name, name)]
+    speeds = {
+        "prefill_ratio/length_16": prefill / 2, "prefill_ratio/length_32": prefill, "train_ratio": 0.8,
+        "decode_ratio/length_16": decode / 2, "decode_ratio/length_32": decode,
+    }  # fmt: skip
+    for metric, value in quality(RATIOS[name]).items():
+        assert told.history(name, metric) == [(value, steps[1], began + 12_000)]
+    for metric, value in speeds.items():
+        assert told.history(name, metric) == [(value, steps[1], 905_000)]
+    known = {"loss/kl", "tokens_per_s", "stage_tokens", *quality(1.0), *speeds}
+    assert told[name].data.metrics.keys() == known
+
+
+def test_a_stage_that_trains_nothing_has_its_results_at_step_0(told: Told) -> None:
+    assert told.history("skip all", "perplexity_ratio") == [(8.0, 0, 252_000)]
+    assert told.history("skip all", "decode_ratio/length_32") == [(2.5, 0, 905_000)]
+    assert "stage_tokens" not in told["skip all"].data.metrics
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_a_trial_is_its_quality_over_the_tokens_of_its_path(told: Told, name: str) -> None:
+    path = TRIALS[name]
+    order = list(told.hand.steps)
+    tokens = (160, 320, 640)
+    times = [60_000 * order.index(step) + 12_000 for step in path]
+    for metric in SUMMARY:
+        values = [quality(RATIOS[step])[metric] for step in path]
+        assert told.history(name, metric) == list(zip(values, tokens, times, strict=True))
+    assert told.history(name, "swapped_layers") == list(zip((1, 2, 2), tokens, times, strict=True))
+    assert told[name].data.metrics.keys() == {*SUMMARY, "swapped_layers"}
+    assert {*SUMMARY} == {*quality(1.0)} - {"parameters"}
+    links = [
+        f"- layers {layers}: ratio {RATIOS[step]:.3f} ([stage {short(told.hand.key(step))}]"
+        f"(#/experiments/{told.runs.experiment}/runs/{told[step].info.run_id}))"
+        for step, layers in zip(path, ([0], [0, 1], [0, 1]), strict=True)
+    ]
+    assert told[name].data.tags["mlflow.note.content"] == "\n".join(links)
+
+
+def tags(run: Run) -> dict[str, str]:
+    """Its tags, without those that MLflow itself gives or that name what other tests look at."""
+    apart = ("mlflow.runName", "mlflow.parentRunId", "layerswap.model", "layerswap.study", "mlflow.note.content")
+    assert run.data.tags["layerswap.study"] == "handmade"
+    return {key: value for key, value in run.data.tags.items() if key not in apart}
+
+
+def test_tags_say_what_a_run_is(told: Told) -> None:
+    key = told.hand.key
+    assert tags(told["study"]) == {"layerswap.id": "study", "layerswap.role": "study"}
+    assert told["study"].data.tags["mlflow.note.content"] == "Which of two operators costs less?"
+    for name, role, layers in (("teacher", "teacher", ""), ("scratch", "control", "0,1"), ("skip 1", "control", "1")):
+        assert tags(told[name]) == {
+            "layerswap.id": f"stage:{key(name)}", "layerswap.role": role, "layerswap.stage": key(name),
+            "layerswap.layers": layers, "layerswap.told": "2",
+        }  # fmt: skip
+    for name, trials, layers, operator in (
+        ("two 1", "trial-00,trial-01", "0,1", "hyena-2"), ("heads joint", "trial-02", "0,1", "hyena-2h"),
+    ):  # fmt: skip
+        assert tags(told[name]) == {
+            "layerswap.id": f"stage:{key(name)}", "layerswap.role": "stage", "layerswap.stage": key(name),
+            "layerswap.layers": layers, "layerswap.told": "2", "layerswap.trials": trials,
+            "layerswap.operator": operator,
+        }  # fmt: skip
+    assert tags(told["trial-02"]) == {
+        "layerswap.id": f"trial:{key('heads joint')}:3", "layerswap.role": "trial", "layerswap.trial": "trial-02",
+        "layerswap.operator": "hyena-2h", "layerswap.told": "3", "layerswap.stopped_early": "false",
+    }  # fmt: skip
+
+
+def test_parameters_are_the_values_of_the_stage(told: Told) -> None:
+    params, key = told["two mixed"].data.params, told.hand.key
+    options = ("operator.", "optimizer.", "numerics.")
+    assert {name: value for name, value in params.items() if not name.startswith(options)} == {
+        "version": str(told.hand.steps["two mixed"].train.version), "kind": "distil",
+        "tokens": told.hand.plan.tokens.key, "teacher": key("teacher"), "parent": key("two 1"), "layers": "[0, 1]",
+        "new_layers": "[]", "phases.0.losses.mixer_mse": "0.0", "phases.0.losses.hidden_mse": "0.0",
+        "phases.0.losses.kl": "1.0", "phases.0.losses.ce": "0.5", "phases.0.steps": "20", "batch_size": "2",
+        "sequence_length": "8", "first_sequence": "40", "freeze": "[]", "seed": "0", "stage_key": key("two mixed"),
+    }  # fmt: skip
+    assert {
+        "operator.kind": "hyena", "operator.order": "2", "operator.heads": "None", "operator.filter.kind": "implicit",
+        "numerics.dtype": "float32", "numerics.threads": "1", "optimizer.lr": "0.003",
+    }.items() <= params.items()  # fmt: skip
+    assert params["optimizer.betas"] == "[0.9, 0.98]"
+    assert told["trial-01"].data.params == {"recipe.joint.0.losses.kl": "1.0", "recipe.joint.0.losses.ce": "0.5"}
+    assert told["trial-02"].data.params == {"operator.kind": "hyena", "operator.heads": "2"}
+    assert told["study"].data.params == {}
+
+
+def test_the_study_has_its_score_its_files_and_a_model_for_every_student(told: Told) -> None:
+    assert told["study"].data.metrics == {"best_perplexity_ratio": 1.1}
+    client = told.runs.client
+    assert [file.path for file in client.list_artifacts(told["study"].info.run_id)] == ["report.md"]
+    models = {model.name: model for model in client.search_logged_models([told.runs.experiment])}
+    students = {name for name in NAMES if name.startswith(("two", "heads"))}
+    assert models.keys() == {f"student-{short(told.hand.key(name))}" for name in students}
+    for name in students:
+        model = models[f"student-{short(told.hand.key(name))}"]
+        assert model.source_run_id == told[name].info.run_id
+        assert model.model_type == "layerswap-student"
+        wanted = {
+            "stage_key": told.hand.key(name),
+            "artefacts": str(told.hand.store.artefacts(told.hand.key(name))),
+            "stage": NAMES[name][0],
+        }
+        assert wanted.items() <= model.tags.items()
+
+
+def test_a_resumed_stage_began_when_its_first_attempt_did(tracked: Hand) -> None:
+    tracked.finish("heads 0", started=START)  # its journal begins a second and a half later
+    tracked.attempt(tracked.key("heads 0"), started=START + 7.0, number=2)
+    tracker = Tracker(tracked.home, tracked.plan, tracked.speeds)
+    tracker.sync()
+    told = Told(tracked)
+    assert told["heads 0"].info.start_time == FIRST + 1_500
+    assert told["trial-02"].info.start_time == FIRST + 1_500
+    assert told["heads 0"].info.end_time == FIRST + 12_000
+    assert told["trial-02"].info.status == told["study"].info.status == "RUNNING"
+    assert told.all.keys() == {"study", "trial-02", "heads 0"}
+
+
+def test_status_of_trials_that_were_stopped_failed_or_are_not_over(tracked: Hand) -> None:
+    tracked.finish("teacher", "scratch", "skip 0", "skip 1", "skip all", "two 0", "heads 0")
+    tracked.attempt(tracked.key("two 1"))
+    tracked.attempt(tracked.key("two joint"))
+    put(tracked.store.folder(tracked.key("two joint")) / "failure.json", {"error": "NonFiniteLoss: step 4"})
+    tracker = Tracker(tracked.home, tracked.plan, tracked.speeds)
+    tracker.finish({"trial-02": 1}, {}, {})
+    told = Told(tracked)
+    status: dict[str, str] = {name: run.info.status for name, run in told.all.items()}
+    assert {name: status[name] for name in (*TRIALS, "two 0", "two 1", "two joint", "heads 0", "study")} == {
+        "trial-00": "FAILED", "trial-01": "KILLED", "trial-02": "FINISHED", "two 0": "FINISHED", "two 1": "KILLED",
+        "two joint": "FAILED", "heads 0": "FINISHED", "study": "FAILED",
+    }  # fmt: skip
+    assert told["trial-00"].data.tags["layerswap.failure"] == "NonFiniteLoss: step 4"
+    assert "layerswap.failure" not in told["trial-01"].data.tags
+    early = {name: told[name].data.tags["layerswap.stopped_early"] for name in TRIALS}
+    assert early == {"trial-00": "false", "trial-01": "false", "trial-02": "true"}
+    assert told["trial-02"].info.end_time == FIRST + 12_000  # when its last evaluation ended
+    for name in ("trial-00", "two 1", "two joint"):
+        assert told[name].info.end_time > FIRST + 12_000
+
+
+def test_a_study_is_finished_once_all_that_was_not_stopped_is(tracked: Hand) -> None:
+    tracked.finish("teacher", "scratch", "skip 0", "skip 1", "skip all", "heads 0", "two 0", "two 1", "two joint")
+    stopped = {"trial-02": 1, "trial-01": 2}
+    cases: list[tuple[dict[str, str], bool, str]] = [
+        ({}, False, "FINISHED"), ({"text": "no text"}, False, "FAILED"), ({}, True, "KILLED")
+    ]  # fmt: skip
+    for failures, lacking, status in cases:
+        if lacking:
+            (tracked.store.folder(tracked.steps["skip all"].evaluate.key) / "DONE.json").unlink()
+        tracker = Tracker(tracked.home, tracked.plan, tracked.speeds)
+        tracker.finish(stopped, failures, {})
+        assert Told(tracked)["study"].info.status == status
