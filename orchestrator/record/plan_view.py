@@ -97,7 +97,7 @@ def status_text(plan: Plan, store: Store) -> str:
     lines = []
     for key, (name, step) in distinct_steps(plan).items():
         failure = store.failure(key) or store.failure(step.evaluate.key)
-        if store.finished(step.evaluate.key):
+        if store.finished(key) and store.finished(step.evaluate.key):
             state = f"finished, perplexity ratio {store.result(step.evaluate.key)['perplexity_ratio']:.3f}"
         elif failure is not None:
             state = f"failed: {failure['error']}"
