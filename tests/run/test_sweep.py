@@ -1,0 +1,311 @@
+"""What a sweep asks for, reports and judges, with a broker and a tuner that are made here: no cluster is started."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler
+
+from orchestrator.distill.context import RunContext
+from orchestrator.run import sweep as module
+from orchestrator.run.cluster import Cluster, Node
+from orchestrator.run.sweep import Outcome, missing, run_plan
+from orchestrator.study.plan import Plan
+from tests.record.handmade import RATIOS, Hand
+
+NODES = (Node("a", 2, 0, "node:a"), Node("b", 3, 0, "node:b"))
+PATHS = {
+    "trial-00": ["two 0", "two 1", "two joint"],
+    "trial-01": ["two 0", "two 1", "two mixed"],
+    "trial-02": ["heads 0", "heads 1", "heads joint"],
+}
+STOPPING = "search.early_stopping={grace_layers: 1, reduction_factor: 2}"
+
+
+@pytest.fixture
+def hand(tmp_path: Path) -> Hand:
+    return Hand(tmp_path)
+
+
+class Broker:
+    """Answers with the key that was asked for; remembers all it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.begun: list[str] = []
+        self.settled = 0
+        self.want = SimpleNamespace(remote=lambda key: self.asked.append(key) or key)
+        self.begin = SimpleNamespace(remote=self.begun.extend)
+        self.settle = SimpleNamespace(remote=self._settle)
+
+    def _settle(self) -> str:
+        self.settled += 1
+        return "settled"
+
+
+def stages(hand: Hand, *names: str) -> list[str]:
+    """The keys of stages and of their evaluations, in turn."""
+    return [key for name in names for key in (hand.key(name), hand.steps[name].evaluate.key)]
+
+
+def test_what_is_missing_is_what_the_plan_wants_and_the_store_lacks(hand: Hand) -> None:
+    measured = list(dict.fromkeys(hand.speeds[hand.key(name)].key for name in hand.steps))
+    everything = [hand.plan.tokens.key, *stages(hand, *hand.steps), *measured]
+    assert missing(hand.plan, hand.store, hand.speeds, {}) == everything
+    assert missing(hand.plan, hand.store, {}, {}) == everything[: -len(measured)]
+    hand.text()
+    hand.train("two 1")
+    hand.evaluate("heads 0")
+    hand.measure("skip 0")
+    there = {hand.plan.tokens.key, hand.key("two 1"), hand.steps["heads 0"].evaluate.key}
+    there.add(hand.speeds[hand.key("skip 0")].key)
+    assert missing(hand.plan, hand.store, hand.speeds, {}) == [key for key in everything if key not in there]
+    found = missing(hand.plan, hand.store, {}, {"trial-02": 1, "trial-01": 0})
+    last = stages(hand, "two mixed", "heads 1", "heads joint")
+    assert found == [key for key in everything[: -len(measured)] if key not in there and key not in last]
+    hand.all_done()
+    assert missing(hand.plan, hand.store, hand.speeds, {}) == []
+
+
+def test_without_early_stopping_all_of_every_path_is_begun(hand: Hand) -> None:
+    names = ["two 0", "two 1", "two joint", "two mixed", "heads 0", "heads 1", "heads joint"]
+    assert module._from_the_start(hand.plan) == stages(hand, *names)
+
+
+@pytest.mark.parametrize(("grace", "names"), [(1, ["two 0", "heads 0"]), (2, ["two 0", "two 1", "heads 0", "heads 1"])])
+def test_with_it_each_path_is_begun_up_to_its_first_judgement(tmp_path: Path, grace: int, names: list[str]) -> None:
+    hand = Hand(tmp_path, f"search.early_stopping={{grace_layers: {grace}}}")
+    assert module._from_the_start(hand.plan) == stages(hand, *names)
+
+
+def test_controls_are_wanted_with_their_evaluations(hand: Hand) -> None:
+    wanted = module._start_controls(hand.plan, Broker())
+    assert wanted == {
+        "text": [hand.plan.tokens.key],
+        "teacher": stages(hand, "teacher"),
+        "scratch hyena-2": stages(hand, "scratch"),
+        **{name: stages(hand, name) for name in ("skip 0", "skip 1", "skip all")},
+    }
+
+
+class Result:
+    """How a trial ended, as Tune says it."""
+
+    def __init__(self, trial: str, steps: int | None, error: BaseException | None = None) -> None:
+        self.config, self.error = {"trial": trial}, error
+        self.metrics = None if steps is None else {"steps_done": steps}
+
+
+class Tuner:
+    """Runs every trial in turn, in this process, and keeps what it was made with."""
+
+    made: Tuner
+
+    def __init__(self, coordinate: Any, *, param_space: Any, tune_config: Any, run_config: Any) -> None:
+        self.coordinate, self.trials = coordinate, param_space["trial"]["grid_search"]
+        self.tune_config, self.run_config = tune_config, run_config
+        self.reports: dict[str, list[dict[str, Any]]] = {}
+        Tuner.made = self
+
+    def fit(self) -> list[Result]:
+        for trial in self.trials:
+            self.reports[trial] = []
+            self.coordinate({"trial": trial})
+        return [Result(trial, len(told)) for trial, told in self.reports.items()]
+
+
+@pytest.fixture
+def tuner(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tune and Ray's `get` without a cluster: a stage's result is its perplexity ratio."""
+    ratios = {hand.steps[name].evaluate.key: ratio for name, ratio in RATIOS.items()}
+
+    def report(told: dict[str, Any]) -> None:
+        list(Tuner.made.reports.values())[-1].append(told)
+
+    monkeypatch.setattr(tune, "Tuner", Tuner)
+    monkeypatch.setattr(tune, "report", report)
+    monkeypatch.setattr(tune, "with_resources", lambda coordinate, group: coordinate)
+    monkeypatch.setattr(ray, "get", lambda keys: [{"perplexity_ratio": ratios.get(key)} for key in keys])
+
+
+def test_a_trial_wants_its_stages_in_turn_and_reports_after_each(hand: Hand, tuner: None) -> None:
+    broker, outcome = Broker(), Outcome()
+    module._run_trials(hand.plan, broker, outcome, NODES)
+    assert broker.asked == [key for names in PATHS.values() for key in stages(hand, *names)]
+    assert Tuner.made.reports == {
+        trial: [
+            {"perplexity_ratio": RATIOS[name], "swapped_layers": layers, "student_tokens": tokens, "steps_done": done}
+            for name, layers, tokens, done in zip(names, (1, 2, 2), (160, 320, 640), (1, 2, 3), strict=True)
+        ]
+        for trial, names in PATHS.items()
+    }
+    assert outcome == Outcome({}, {})
+    made = Tuner.made.tune_config
+    assert isinstance(made.scheduler, FIFOScheduler) and made.max_concurrent_trials == 1 and made.reuse_actors
+    assert Tuner.made.run_config.failure_config.max_failures == 1
+
+
+def test_a_plan_without_trials_starts_no_tuner(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "Tuner", None)
+    empty = Plan(hand.plan.study, hand.plan.tokens, hand.plan.teacher, {}, (), 2)
+    module._run_trials(empty, Broker(), Outcome(), NODES)
+
+
+@pytest.mark.parametrize(("cpus", "trials"), [((2, 3), 10), ((0.25,), 2)])
+def test_early_stopping_has_two_trials_a_core_at_a_time(tmp_path: Path, cpus: tuple[float, ...], trials: int) -> None:
+    plan = Hand(tmp_path, STOPPING).plan
+    assert module._at_once(plan, tuple(Node(str(n), n, 0, "") for n in cpus)) == trials  # type: ignore[arg-type]
+
+
+def test_early_stopping_ends_the_trials_of_high_perplexity(tmp_path: Path) -> None:
+    """At each number of swapped layers the better half goes on: the lower perplexity ratio, whatever else is told."""
+    scheduler = module._scheduler(Hand(tmp_path, STOPPING).plan)
+
+    def decide(trial: SimpleNamespace, layers: int, ratio: float) -> str:
+        told = {"swapped_layers": layers, "perplexity_ratio": ratio, "training_iteration": 99, "student_tokens": 9e9}
+        return str(scheduler.on_trial_result(None, trial, told))
+
+    trials = [SimpleNamespace(trial_id=str(n), is_finished=lambda: False) for n in range(5)]
+    for trial in trials:
+        scheduler.on_trial_add(None, trial)
+    first = [
+        decide(trial, 1, ratio) for trial, ratio in zip(trials, (1.3, 1.2, 1.4, 1.1, 1.26), strict=True)
+    ]  # after four the middle is 1.25
+    assert first == ["CONTINUE", "CONTINUE", "STOP", "CONTINUE", "STOP"]
+    assert decide(trials[0], 2, 1.5) == "CONTINUE"  # the first of its rung
+    assert decide(trials[1], 2, 1.6) == "STOP"
+    assert decide(trials[3], 2, 1.4) == "CONTINUE"
+
+
+def test_nothing_is_judged_before_the_first_rung(tmp_path: Path) -> None:
+    scheduler = module._scheduler(Hand(tmp_path, "search.early_stopping={grace_layers: 2}").plan)
+    trials = [SimpleNamespace(trial_id=str(n), is_finished=lambda: False) for n in range(2)]
+    for trial in trials:
+        scheduler.on_trial_add(None, trial)
+    for layers, ratio, told in ((1, 1.0, "CONTINUE"), (2, 1.0, "CONTINUE")):
+        assert scheduler.on_trial_result(None, trials[0], {"swapped_layers": layers, "perplexity_ratio": ratio}) == told
+    for layers, ratio, told in ((1, 9.0, "CONTINUE"), (2, 9.0, "STOP")):
+        assert scheduler.on_trial_result(None, trials[1], {"swapped_layers": layers, "perplexity_ratio": ratio}) == told
+
+
+@pytest.mark.parametrize(
+    ("steps", "error", "stopped", "failures"),
+    [
+        (3, None, {}, {}),
+        (2, None, {"trial-01": 2}, {}),
+        (None, None, {"trial-01": 0}, {}),
+        (2, RuntimeError("it broke"), {"trial-01": 7}, {"trial-01": "it broke"}),
+    ],
+)
+def test_how_a_trial_ended(
+    hand: Hand, steps: int | None, error: Exception | None, stopped: dict[str, int], failures: dict[str, str]
+) -> None:
+    outcome = Outcome({"trial-01": 7})
+    module._judge(hand.plan, Result("trial-01", steps, error), outcome)
+    assert outcome == Outcome(stopped, failures)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("it broke", "it broke"),
+        ("Traceback\n  File x\nValueError: no\n\n", "ValueError: no"),
+        ("a\norchestrator.run.broker.StageFailed: NonFiniteLoss: step 4\n  of machinery\n", "NonFiniteLoss: step 4"),
+        ("StageFailed: first\nStageFailed: last", "last"),
+        ("", "ArithmeticError"),
+    ],
+)
+def test_the_line_of_an_error_that_says_why(text: str, told: str) -> None:
+    assert module._reason(ArithmeticError(text)) == told
+
+
+def test_measured_is_what_is_finished_each_architecture_once(hand: Hand) -> None:
+    assert module._measurable(hand.store, hand.speeds) == {}
+    for name in ("two 1", "two joint", "teacher"):
+        hand.train(name)
+    keys = {hand.speeds[hand.key(name)].key for name in ("two 1", "teacher")}
+    assert module._measurable(hand.store, hand.speeds) == {f"throughput {key[:8]}": key for key in sorted(keys)}
+
+
+def test_what_fails_beside_the_trials_is_told_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get(reference: str) -> None:
+        if reference == "bad":
+            raise ray.exceptions.RaySystemError("StageFailed: it diverged")
+
+    monkeypatch.setattr(ray, "get", get)
+    outcome = Outcome()
+    module._collect({"skip 0": "good", "skip 1": "bad", "skip 2": "good"}, outcome)  # type: ignore[dict-item]
+    assert outcome.stopped == {} and list(outcome.failures) == ["skip 1"]
+    assert "it diverged" in outcome.failures["skip 1"]
+
+
+class Machine:
+    """A cluster of two nodes and a broker on it, without processes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, trials: Any) -> None:
+        self.broker = Broker()
+        self.specs: dict[str, str] = {}
+        self.checked: list[str] = []
+        self.got: list[Any] = []
+
+        @contextlib.contextmanager
+        def connected(_: Cluster) -> Iterator[tuple[Node, ...]]:
+            yield NODES
+
+        def start(specs: dict[str, str], context: RunContext, nodes: tuple[Node, ...]) -> Broker:
+            self.specs = specs
+            return self.broker
+
+        from orchestrator.run import broker
+
+        monkeypatch.setattr(module, "connected", connected)
+        monkeypatch.setattr(module, "check_resources", lambda specs, *_: self.checked.extend(s.key for s in specs))
+        monkeypatch.setattr(broker, "start_broker", start)
+        monkeypatch.setattr(module, "_run_trials", trials)
+        monkeypatch.setattr(ray, "get", self.got.append)
+
+
+def test_a_plan_is_run_controls_first_and_speeds_last(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def trials(plan: Plan, broker: Broker, outcome: Outcome, nodes: tuple[Node, ...]) -> None:
+        asked.extend(broker.asked)
+        assert broker.begun == module._from_the_start(plan) and nodes == NODES
+        hand.train("two 0")  # what is finished by now is measured
+        outcome.stopped["trial-00"] = 1
+
+    machine = Machine(monkeypatch, trials)
+    outcome = run_plan(hand.plan, RunContext(store=str(hand.home.store)), hand.speeds, Cluster(cpus=2, gpus=0))
+    assert outcome == Outcome({"trial-00": 1}, {})
+    every = {*hand.plan.specs, *(spec.key for spec in hand.speeds.values())}
+    assert machine.specs.keys() == set(machine.checked) == every
+    assert machine.specs[hand.key("two 0")] == hand.steps["two 0"].train.model_dump_json()
+    controls = [hand.plan.tokens.key, *stages(hand, "teacher", "scratch", "skip 0", "skip 1", "skip all")]
+    measured = hand.speeds[hand.key("two 0")].key
+    assert sorted(asked) == sorted(controls)
+    assert machine.broker.asked == [*asked, measured]
+    assert [key for keys in machine.got for key in keys] == [*controls, measured]
+
+
+@pytest.mark.parametrize("asked_to_stop", [True, False])
+def test_stages_that_train_are_waited_for_when_a_run_is_asked_to_stop(
+    hand: Hand, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, asked_to_stop: bool
+) -> None:
+    def trials(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    machine = Machine(monkeypatch, trials)
+    context = RunContext(store=str(hand.home.store), stop=str(tmp_path / "stop"))
+    if asked_to_stop:
+        (tmp_path / "stop").touch()
+    with pytest.raises(KeyboardInterrupt):
+        run_plan(hand.plan, context, hand.speeds, Cluster(cpus=2, gpus=0))
+    assert machine.broker.settled == asked_to_stop
+    assert machine.got == (["settled"] if asked_to_stop else [])
