@@ -1,0 +1,123 @@
+"""Speeds of models whose cost is known: the clock stands still but for what they are known to take.
+
+A model takes so many seconds a token in a forward of many, so many in a forward of one, so many in a backward; the
+n-th turn of a measurement takes `TURNS[n]` times as many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPTNeoXModel
+
+from operators.config import HyenaConfig
+from orchestrator.distill.context import RunContext, Workplace
+from orchestrator.distill.measuring import throughput as module
+from orchestrator.distill.models.swap import SwappedAttention
+from orchestrator.distill.stage import run_stage
+from orchestrator.study.schema import Numerics, Throughput
+from orchestrator.study.spec import ThroughputSpec
+
+LENGTHS, DECODED, BATCH, REPEATS = (24, 40), 5, 2, 3
+TRAIN_BATCH, TRAIN_LENGTH = 3, 12
+SECONDS = {  # a token
+    "teacher": {"many": 3.0, "one": 11.0, "backward": 7.0},
+    "student": {"many": 2.0, "one": 4.0, "backward": 0.5},
+}
+WARM_UP = 1000.0
+TURNS = {"teacher": (WARM_UP, 1.0, 5.0, 3.0), "student": (WARM_UP, 1.0, 1.0, 3.0)}
+# by turn the ratios are 1, 5, 1 times that of the seconds, in the median 1; the medians of the turns are 3 and 1
+
+
+class Clock:
+    """A time that models move on."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.turn = {"teacher": -1, "student": -1}
+        self.before = ""
+        self.forwards: list[tuple[str, tuple[int, ...]]] = []
+
+    def forward(self, model: torch.nn.Module, _: Any, output: Any) -> None:
+        if not isinstance(model, GPTNeoXModel):
+            return
+        who = "student" if any(isinstance(part, SwappedAttention) for part in model.modules()) else "teacher"
+        if who != self.before:
+            self.turn[who] += 1
+        self.before = who
+        hidden_BLD = output.last_hidden_state
+        batch, length, _ = hidden_BLD.shape
+        factor = TURNS[who][self.turn[who] % len(TURNS[who])]
+        self.forwards.append((who, (batch, length)))
+        tokens, seconds = factor * batch * length, SECONDS[who]
+        self.pass_by(tokens * seconds["one" if length == 1 else "many"])
+        if hidden_BLD.requires_grad:
+            hidden_BLD.register_hook(lambda _: self.pass_by(tokens * seconds["backward"]))
+
+    def pass_by(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture(scope="module")
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory, clock: Clock) -> Iterator[dict[str, Any]]:
+    spec = ThroughputSpec(
+        teacher="r", operator=HyenaConfig(), layers=(1,), train_batch_size=TRAIN_BATCH, sequence_length=TRAIN_LENGTH,
+        throughput=Throughput(lengths=LENGTHS, batch_size=BATCH, decode_tokens=DECODED, repeats=REPEATS),
+        numerics=Numerics(), hardware="h",
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("speed")
+    place = Workplace({"teacher": tiny_teacher}, folder, folder, folder, RunContext(store=str(folder)), print)
+    watching = torch.nn.modules.module.register_module_forward_hook(clock.forward)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+            yield run_stage(spec, place)
+    finally:
+        watching.remove()
+
+
+def test_prefill_is_the_prompt_alone(measured: dict[str, Any]) -> None:
+    for length in map(str, LENGTHS):
+        assert measured["teacher_prefill_tokens_per_s"][length] == pytest.approx(1 / (3 * 3.0))
+        assert measured["prefill_tokens_per_s"][length] == pytest.approx(1 / 2.0)
+        assert measured["prefill_ratio"][length] == pytest.approx(3.0 / 2.0)
+
+
+def test_decoding_is_the_new_tokens_alone(measured: dict[str, Any]) -> None:
+    for length in map(str, LENGTHS):
+        assert measured["teacher_decode_tokens_per_s"][length] == pytest.approx(1 / (3 * 11.0))
+        assert measured["decode_tokens_per_s"][length] == pytest.approx(1 / 4.0)
+        assert measured["decode_ratio"][length] == pytest.approx(11.0 / 4.0)
+
+
+def test_training_is_forward_and_backward(measured: dict[str, Any]) -> None:
+    assert measured["teacher_train_tokens_per_s"] == pytest.approx(1 / (3 * (3.0 + 7.0)))
+    assert measured["train_tokens_per_s"] == pytest.approx(1 / (2.0 + 0.5))
+    assert measured["train_ratio"] == pytest.approx((3.0 + 7.0) / (2.0 + 0.5))
+
+
+def test_both_models_see_what_the_study_asks_for_as_often(measured: dict[str, Any], clock: Clock) -> None:
+    """A prompt of the whole length, then one that leaves room for the decoded tokens: no position beyond the length."""
+    turns = 1 + REPEATS
+    for who in ("teacher", "student"):
+        seen = [shape for name, shape in clock.forwards if name == who]
+        for length in LENGTHS:
+            assert seen.count((BATCH, length)) == turns
+            assert seen.count((BATCH, length - DECODED)) == turns
+        assert seen.count((BATCH, 1)) == turns * DECODED * len(LENGTHS)
+        memory = 1 if who == "student" else 0  # a step whose peak of memory is told
+        assert seen.count((TRAIN_BATCH, TRAIN_LENGTH)) == turns + memory
+        assert {shape for shape in seen if shape[0] != 1} == {
+            *((BATCH, n) for n in LENGTHS), *((BATCH, n - DECODED) for n in LENGTHS), (BATCH, 1),
+            (TRAIN_BATCH, TRAIN_LENGTH),
+        }  # fmt: skip
