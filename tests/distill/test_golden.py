@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,14 @@ def weights_of(folder: Path) -> plain.Weights:
     """A Hugging Face folder's tensors under the names of the state dict."""
     saved = load_file(folder / "model.safetensors")
     return {name.replace("embed_out", "lm_head"): tensor for name, tensor in saved.items()}
+
+
+def with_dropout(folder: Path, to: Path) -> Path:
+    """The same model with dropout in its configuration, which no target of distillation has."""
+    shutil.copytree(folder, to)
+    config = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps({**config, "hidden_dropout": 0.3, "attention_dropout": 0.3}))
+    return to
 
 
 def rates_of(config: Optimizer, freeze: tuple[str, ...] = ()) -> Rates:
@@ -121,7 +130,8 @@ def distilled_plainly(
 def test_two_distillation_stages_are_what_plain_torch_computes(
     place: Any, tiny_teacher: Path, tmp_path: Path, text: Any, optimizer: Optimizer, near: float, tolerance: float
 ) -> None:
-    inputs = {"tokens": tmp_path / "tokens", "teacher": tiny_teacher, "parent": tiny_teacher}
+    dropping = with_dropout(tiny_teacher, tmp_path / "teacher")
+    inputs = {"tokens": tmp_path / "tokens", "teacher": dropping, "parent": dropping}
     weights = weights_of(tiny_teacher)
     teacher, student = Plain(weights, HEADS), Plain(weights, HEADS)
     first = 0
