@@ -6,7 +6,6 @@ and the remedy; for a mistake in the study file, its place as well.
 
 from __future__ import annotations
 
-import gzip
 import os
 import re
 import socket
@@ -14,121 +13,16 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
+from tests.bad_inputs import LOSSES, Make, Row, at, content, home, store_of, study, teacher, words
+from tests.bad_text import TEXT
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDY = """\
-study: tiny
-teacher:
-  kind: pretrain
-  layers: 6
-  hidden: 64
-  heads: 4
-  max_length: 128
-  tokens: 4096
-  threads: 1
-data:
-  train: {source: text, files: ["text/*.txt"]}
-  sequence_length: 32
-operator:
-  kind: hyena
-  heads: 4
-schedule:
-  layer_order: bottom_up
-  keep: []
-recipe:
-  batch_size: 2
-  phases:
-    - losses: {kl: 1.0}
-      tokens_per_layer: 640
-  optimizer: {lr: 3e-3}
-evaluation: {prompts: 2, prompt_tokens: 16, new_tokens: 8}
-throughput: {lengths: [64], decode_tokens: 8}
-search:
-  method: grid
-  space: {}
-"""
-Make = Callable[[Path], list[str]]
-Row = tuple[str, Make, str]
-
-
-def study(*edits: tuple[str, str], command: str = "plan", words: tuple[str, ...] = ()) -> Make:
-    """A study file with `old` replaced by `new`, each once."""
-
-    def make(_: Path) -> list[str]:
-        text = STUDY
-        for old, new in edits:
-            assert text.count(old) == 1, old
-            text = text.replace(old, new)
-        Path("study.yaml").write_text(text, encoding="utf-8")
-        return [command, "study.yaml", *words]
-
-    return make
-
-
-def words(*given: str, command: str = "plan") -> Make:
-    return study(command=command, words=given)
-
-
-def content(raw: bytes) -> Make:
-    """A study file of these bytes."""
-
-    def make(_: Path) -> list[str]:
-        Path("study.yaml").write_bytes(raw)
-        return ["plan", "study.yaml"]
-
-    return make
-
-
-def source(kind: str, name: str, raw: bytes, field: str = "") -> Make:
-    """A study whose training text is one file of these bytes, beside a good validation text."""
-    more = f", field: {field}" if field else ""
-    made = f'train: {{source: {kind}, files: ["{name}"]{more}}}\n  validation: {{source: text, files: ["text/a.txt"]}}'
-
-    def make(folder: Path) -> list[str]:
-        Path(name).write_bytes(raw)
-        return study((TRAIN, made))(folder)
-
-    return make
-
-
-def teacher(**files: str) -> Make:
-    """A study whose teacher is a folder with these files, dots written as double underscores."""
-    pretrained = ("  kind: pretrain\n", "  kind: pretrained\n  folder: model\n")
-    gone = [(line, "") for line in re.findall(r"^  (?:layers|hidden|max_length|tokens|threads): .*\n", STUDY, re.M)]
-
-    def make(folder: Path) -> list[str]:
-        Path("model").mkdir()
-        for name, text in files.items():
-            Path("model", name.replace("__", ".")).write_text(text)
-        return study(pretrained, ("  heads: 4\n  max_length", "  max_length"), *gone)(folder)
-
-    return make
-
-
-def home(prepare: Callable[[Path], Any], *given: str) -> Make:
-    """A good study and a home that was prepared."""
-
-    def make(folder: Path) -> list[str]:
-        prepare(folder / "home")
-        return study(command=given[0], words=given[1:])(folder)
-
-    return make
-
-
-def store_of(version: str) -> Callable[[Path], Any]:
-    def prepare(root: Path) -> None:
-        (root / "store").mkdir(parents=True)
-        (root / "store" / "VERSION").write_text(version)
-
-    return prepare
 
 
 def no_ray(folder: Path) -> list[str]:
@@ -168,11 +62,7 @@ def existing_target(folder: Path) -> list[str]:
     return words("--to", str(folder / "student"), command="export")(folder)
 
 
-TRAIN = 'train: {source: text, files: ["text/*.txt"]}'
-LOSSES = "losses: {kl: 1.0}"
-PACKED = gzip.compress(b"a text that was packed and then cut\n" * 50)
 NEOX = '{"model_type": "gpt_neox", "num_hidden_layers": 2}'
-at = r"^study\.yaml:%s: "
 STUDIES: list[Row] = [
     ("missing study", lambda _: ["plan", "gone.yaml"], r"gone\.yaml: no such study file: name a YAML file"),
     ("directory as study", directory, r"study\.yaml: is a directory: name a YAML file"),
@@ -227,20 +117,7 @@ STUDIES: list[Row] = [
     ("set bad YAML", words("--set", "seed=["), r"^--set seed=\[: the value is not valid YAML: .*"),
     ("vocabulary of a pretrained teacher", words("--set", "teacher={kind: pretrained, folder: m}", "--set", "data.vocabulary=300"), "^--set data.vocabulary=300: data.vocabulary.* has no use with a pretrained teacher"),
 ]  # fmt: skip
-DATA: list[Row] = [
-    ("no text file", study(("text/*.txt", "gone/*.txt")), at % r"11:\d+" + r"data.train.files.0: no file at .*gone/\*.txt: give a path relative to"),
-    ("empty text file", source("text", "e.txt", b""), at % r"11:\d+" + "data.train.files.0: .*e.txt is empty: leave it out or fill it"),
-    ("text that is not UTF-8", source("text", "l.txt", b"caf\xe9 " * 50), at % "11:3" + "data.train: .*l.txt is not UTF-8 text .byte 0xe9 at position 3.: convert it, .*iconv"),
-    ("text too short", source("text", "s.txt", b"short"), at % "11:3" + "data.train: the text has at most 7 tokens, less than one sequence of 32: give more"),
-    ("one document", study(("text/*.txt", "text/a.txt")), at % "11:3" + "data.train: .*a.txt is one document, and none is left to hold out: give data.validation"),
-    ("text that is not packed", source("text", "n.txt.gz", b"plain text"), at % "11:3" + "data.train: .*n.txt.gz cannot be unpacked .*: pack it again"),
-    ("packed text cut", source("text", "c.txt.gz", PACKED[:-9]), at % "11:3" + "data.train: .*c.txt.gz cannot be unpacked .*end-of-stream.*: pack it again"),
-    ("packed text flipped", source("text", "f.txt.gz", PACKED[:20] + b"\xff\xff" + PACKED[22:]), at % "11:3" + "data.train: .*f.txt.gz cannot be unpacked .*: pack it again"),
-    ("records without the field", source("jsonl", "r.jsonl", b'{"body": "x"}\n'), at % r"11:\d+" + "data.train.field: .*r.jsonl has no field 'text': name the one .*, of body"),
-    ("another field", source("json", "r.json", b'[{"text": "x"}]', field="body"), at % r"11:\d+" + "data.train.field: .*r.json has no field 'body': name the one .*, of text"),
-    ("records that are no JSON", source("jsonl", "r.jsonl", b"{text: x}\n"), at % "11:3" + "data.train: .*r.jsonl does not begin with a JSON record .*: write one object a line"),
-    ("records that are texts", source("json", "r.json", b'["x"]'), at % "11:3" + "data.train: the first record of .*r.json is \"x\": a record is an object with"),
-    ("parquet that is none", source("parquet", "p.parquet", b"PAR1 and no more"), at % "11:3" + "data.train: .*p.parquet cannot be read as parquet .*: write it again"),
+TEACHERS: list[Row] = [
     ("no teacher folder", words("--set", "teacher={kind: pretrained, folder: gone}"), "teacher.folder: .*gone holds no config.json: give the folder of a saved model"),
     ("teacher without config", teacher(tokenizer__json="{}"), at % "4:3" + "teacher.folder: .*model holds no config.json: give the folder of a saved model"),
     ("teacher without tokenizer", teacher(config__json=NEOX), at % "4:3" + "teacher.folder: .*model holds no tokenizer: save it there"),
@@ -286,7 +163,7 @@ ARGUMENTS: list[Row] = [
     ("teacher's threads", words("--set", "teacher.threads=999", command="run"), "a teacher stage asks for 999 threads and the largest node has \\d+ cores: lower threads"),
     ("port out of range", words("--port", "70000", command="ui"), "Invalid value for '--port': .*65535"),
 ]  # fmt: skip
-ROWS = [*STUDIES, *DATA, *PLACES, *ARGUMENTS]
+ROWS = [*STUDIES, *TEXT, *TEACHERS, *PLACES, *ARGUMENTS]
 
 
 def listing(folder: Path) -> dict[str, bytes | None]:

@@ -8,9 +8,9 @@ Shapes: B sequences, L tokens each.
 
 from __future__ import annotations
 
-import gzip
-import hashlib
+import dataclasses
 import itertools
+import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -21,15 +21,36 @@ import torch
 
 from orchestrator.distill.context import Workplace
 from orchestrator.files import read_json, write_json
+from orchestrator.study.documents import DataError, documents, is_held_out, none_held_out, place_of, text_of
 from orchestrator.study.sources import Location
 from orchestrator.study.spec import SourceIdentity, TokensSpec
 
 END_OF_TEXT = "<|endoftext|>"
 ENCODE_BATCH = 64
+LONGEST = 1000  # characters of a word that the tokenizer is trained on: training is quadratic in the longest
+# A run of what byte-level BPE takes for one word: letters, digits, other signs or spaces.
+LONG = re.compile(rf"[^\W\d_]{{{LONGEST}}}|\d{{{LONGEST}}}|(?:[^\w\s]|_){{{LONGEST}}}|\s{{{LONGEST}}}")
 
 
-class DataError(ValueError):
-    """Text that cannot be used; the message names the source, the rule and the remedy."""
+@dataclasses.dataclass
+class _Split:
+    """Documents of one split as they are read: how many there were on either side, and which is the first to go."""
+
+    share: float
+    held_out: bool
+    inside: int = 0
+    outside: int = 0
+    lowest: int = 2**64
+
+    def of(self, texts: Iterator[str]) -> Iterator[str]:
+        """The texts that belong to the split."""
+        for text in texts:
+            self.lowest = min(self.lowest, place_of(text))
+            if is_held_out(text, self.share) is self.held_out:
+                self.inside += 1
+                yield text
+            else:
+                self.outside += 1
 
 
 def prepare_tokens(spec: TokensSpec, place: Workplace) -> dict[str, Any]:
@@ -41,20 +62,19 @@ def prepare_tokens(spec: TokensSpec, place: Workplace) -> dict[str, Any]:
     if end is None:
         raise DataError("the teacher's tokenizer has no end-of-text token, which separates documents: set eos_token")
     width = np.uint16 if len(tokenizer) <= np.iinfo(np.uint16).max + 1 else np.uint32
-    documents = _documents(spec.train, locations)
-    held_out: Iterator[str]
+    texts, held_out = _documents(spec.train, locations), _documents(spec.validation or spec.train, locations)
+    split = None
     if spec.validation is None:
-        share = spec.validation_share or 0.0
-        held_out = (text for text in _documents(spec.train, locations) if _is_held_out(text, share))
-        documents = (text for text in documents if not _is_held_out(text, share))
-    else:
-        held_out = _documents(spec.validation, locations)
+        split = _Split(spec.validation_share or 0.0, held_out=True)
+        texts, held_out = _training(spec, texts), split.of(held_out)
     counts: dict[str, Any] = {"dtype": np.dtype(width).name, "vocabulary": len(tokenizer)}
-    for name, texts, limit in (
-        ("train", documents, spec.train.max_tokens),
+    for name, read, limit in (
+        ("train", texts, spec.train.max_tokens),
         ("valid", held_out, spec.validation.max_tokens if spec.validation else None),
     ):
-        counts[name] = _write(place.out / f"{name}.bin", texts, tokenizer, int(end), width, limit)
+        counts[name] = _write(place.out / f"{name}.bin", read, tokenizer, int(end), width, limit)
+        if name == "valid" and split is not None and not split.inside:
+            raise DataError(none_held_out(split.outside, split.lowest, split.share))
         if counts[name] < spec.sequence_length:
             raise DataError(
                 f"the {name} text has {counts[name]} tokens, less than one sequence of {spec.sequence_length}: "
@@ -115,8 +135,7 @@ def _tokenizer(spec: TokensSpec, place: Workplace) -> Any:
         return AutoTokenizer.from_pretrained(place.inputs["teacher"])
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    share = spec.validation_share or 0.0
-    texts = (text for text in _documents(spec.train, place.context.locations) if not _is_held_out(text, share))
+    texts = _training(spec, _documents(spec.train, place.context.locations))
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -126,16 +145,33 @@ def _tokenizer(spec: TokensSpec, place: Workplace) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(texts, trainer)
+    bpe.train_from_iterator((piece for text in texts for piece in _cut(text)), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+
+
+def _training(spec: TokensSpec, texts: Iterator[str]) -> Iterator[str]:
+    """Of the source's texts those that are not held out."""
+    share = 0.0 if spec.validation is not None else spec.validation_share or 0.0
+    return (text for text in texts if not is_held_out(text, share))
+
+
+def _cut(text: str) -> Iterator[str]:
+    """The text in pieces, so that none of its words is longer than `LONGEST`; a text without such a word as it is."""
+    start = 0
+    for match in LONG.finditer(text):
+        yield text[start : match.end()]
+        start = match.end()
+    if start < len(text):
+        yield text[start:]
 
 
 def _documents(source: SourceIdentity, locations: Any) -> Iterator[str]:
     location: Location = locations[source.fingerprint]
-    if source.source in ("python-stdlib", "text"):
-        texts: Iterable[str] = (_read(Path(name)) for name in location.files)
-    else:
-        texts = _records(source, location)
+    texts: Iterable[str] = (
+        text for name in location.files for text in documents(source.source, source.field, Path(name))
+    )
+    if source.source == "hub":
+        texts = _hub_texts(source, location)
     empty = True
     for text in texts:
         if text:
@@ -145,39 +181,22 @@ def _documents(source: SourceIdentity, locations: Any) -> Iterator[str]:
         raise DataError(f"the {source.source} source holds no text: every document is empty")
 
 
-def _read(path: Path) -> str:
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    return raw.decode("utf-8", errors="replace")
-
-
-def _records(source: SourceIdentity, location: Location) -> Iterator[str]:
-    import datasets  # loaded only by sources that need it
+def _hub_texts(source: SourceIdentity, location: Location) -> Iterator[str]:
+    import datasets  # loaded only by studies that use the hub
 
     datasets.disable_progress_bars()
+    where = f"hub data at {location.hub}"
     try:
-        if source.source == "hub":
-            rows = datasets.load_dataset(
-                str(location.hub), location.configuration, revision=location.revision, split=location.split,
-                streaming=True,
-            )  # fmt: skip
-        else:
-            builder = "parquet" if source.source == "parquet" else "json"
-            rows = datasets.load_dataset(builder, data_files=list(location.files), split="train", streaming=True)
-        for row in rows:
-            if source.field not in row:
-                raise DataError(f"a record has no field {source.field!r}; it has {', '.join(map(str, row))}")
-            yield str(row[source.field] or "")
+        rows = datasets.load_dataset(
+            str(location.hub), location.configuration, revision=location.revision, split=location.split, streaming=True
+        )
+        for number, row in enumerate(rows, 1):
+            yield text_of(row, str(source.field), f"{where}, record {number}")
     except DataError:
         raise
     except Exception as error:
-        where = location.hub or ", ".join(location.files)
-        reason = str(error).strip().split("\n")[0]
-        raise DataError(f"{source.source} data at {where} cannot be read: {reason}") from error
-
-
-def _is_held_out(text: str, share: float) -> bool:
-    digest = hashlib.sha256(text.encode("utf-8", errors="replace")).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise DataError(f"{where} cannot be read: {reason}") from error
 
 
 def _write(path: Path, texts: Iterator[str], tokenizer: Any, end: int, width: Any, limit: int | None) -> int:

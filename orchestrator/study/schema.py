@@ -48,10 +48,13 @@ class StdlibSource(Model):
 
 
 class FileSource(Model):
-    """Local files: whole text files, or records with a text field (json, jsonl, parquet; `.gz` too)."""
+    """Local files: whole text files, or records with a text field (json, jsonl, parquet); all but parquet also as .gz.
+
+    What is empty or null is left out; a field that is no text, or text that is not UTF-8, is an error with its place.
+    """
 
     source: Literal["text", "json", "jsonl", "parquet"]
-    files: Annotated[tuple[str, ...], Field(min_length=1)]  # paths or globs, relative to the study file
+    files: Annotated[tuple[str, ...], Field(min_length=1)]  # paths or globs, relative to the study file; each file once
     field: str = "text"
 
 

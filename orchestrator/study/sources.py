@@ -10,6 +10,7 @@ import dataclasses
 import glob
 import hashlib
 import json
+import os.path
 import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
@@ -69,6 +70,7 @@ def resolve(study: Study, base: Path) -> Resolved:
 
     Raises `StudyError` for a missing or empty file, an unreachable hub, an unsupported model family.
     """
+    base = base.absolute()
     locations: dict[str, Location] = {}
     train = _source(study.data.train, base, "data.train", locations)
     validation = _source(study.data.validation, base, "data.validation", locations) if study.data.validation else None
@@ -101,7 +103,7 @@ def _source(source: Source, base: Path, key: str, locations: dict[str, Location]
         return SourceIdentity(source=source.source, fingerprint=fingerprint)
     if isinstance(source, FileSource):
         paths = _expand(source, base, key)
-        fingerprint = _digest((path.suffix if path.suffix == ".gz" else "", sha256_file(path)) for path in paths)
+        fingerprint = _digest((path.suffix if path.suffix == ".gz" else "", _sha256(path, key)) for path in paths)
         locations[fingerprint] = Location(files=tuple(str(path) for path in paths))
         field = None if source.source == "text" else source.field
         return SourceIdentity(source=source.source, fingerprint=fingerprint, field=field)
@@ -109,19 +111,37 @@ def _source(source: Source, base: Path, key: str, locations: dict[str, Location]
 
 
 def _expand(source: FileSource, base: Path, key: str) -> list[Path]:
-    paths: list[Path] = []
-    for index, pattern in enumerate(source.files):
-        names = sorted(glob.glob(str(base / pattern), recursive=True))  # noqa: PTH207 (takes absolute patterns too)
-        found = [Path(name) for name in names if Path(name).is_file()]
+    """The files that the study names, each once, by absolute paths: whoever reads them may work in another folder.
+
+    A name is a pattern only where no file has it, so that a file called `part[0].jsonl` can be named.
+    """
+    paths: dict[str, None] = {}
+    for index, name in enumerate(source.files):
+        where = f"{key}.files.{index}"
+        given = os.path.abspath(base / name)  # noqa: PTH100 (without following links)
+        found = [given] if os.path.isfile(given) else _glob(name, base)  # noqa: PTH113 (takes names of any length)
         if not found:
-            raise StudyError(
-                f"{key}.files.{index}: no file at {base / pattern}: give a path relative to the study file"
-            )
-        empty = [str(path) for path in found if path.stat().st_size == 0]
+            folder = f" (a folder: write {name.rstrip('/')}/*)" if os.path.isdir(given) else ""  # noqa: PTH112
+            raise StudyError(f"{where}: no file at {base / name}{folder}: give a path relative to the study file")
+        empty = [path for path in found if os.path.getsize(path) == 0]  # noqa: PTH202
         if empty:
-            raise StudyError(f"{key}.files.{index}: {empty[0]} is empty: leave it out or fill it")
-        paths += found
-    return paths
+            raise StudyError(f"{where}: {empty[0]} is empty: leave it out or fill it")
+        paths.update(dict.fromkeys(found))
+    return [Path(path) for path in paths]
+
+
+def _glob(pattern: str, base: Path) -> list[str]:
+    """The files of a pattern in the order of their names; what stands before it is taken as it is."""
+    names = sorted(glob.glob(pattern, root_dir=base, recursive=True))  # noqa: PTH207 (takes absolute patterns too)
+    paths = [os.path.abspath(base / name) for name in names]  # noqa: PTH100
+    return [path for path in paths if os.path.isfile(path)]  # noqa: PTH113
+
+
+def _sha256(path: Path, key: str) -> str:
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise StudyError(f"{key}: {path} cannot be read ({error.strerror}): check its permissions") from error
 
 
 def _hub_source(source: HubSource, key: str, locations: dict[str, Location]) -> SourceIdentity:

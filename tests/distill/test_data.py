@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import tokenizers
 import torch
 
 from orchestrator.distill.context import Workplace
@@ -133,10 +135,11 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(place: Any, tmp_path: Pat
             r"^the train text has \d tokens, less than one sequence of 16: give more text, or a smaller ",
         ),
         ("text", "", "^the text source holds no text: every document is empty"),
-        ("jsonl", '{"body": "x"}\n', "^a record has no field 'text'; it has body"),
+        ("jsonl", '{"body": "x"}\n', r"texts\.jsonl, line 1, has no field 'text': name the one .*, of body"),
+        ("jsonl", '{"text": "x"}\n\n{"text": [1]}\n', r"texts\.jsonl, line 3, holds \[1\] in 'text', which is no text"),
         ("jsonl", '{"text": ""}\n{"text": null}\n', "^the jsonl source holds no text: every document is empty"),
-        ("jsonl", '{"text": "x"\n', r"^jsonl data at .*texts\.jsonl cannot be read: "),
-        ("parquet", "no parquet", r"^parquet data at .*texts\.parquet cannot be read: "),
+        ("jsonl", '{"text": "x"\n', r"texts\.jsonl, line 1, is no JSON record \(Expecting ',' delimiter\): write"),
+        ("parquet", "no parquet", r"texts\.parquet cannot be read as parquet \("),
     ],
 )
 def test_text_that_cannot_be_used_is_told_so(place: Any, tmp_path: Path, kind: str, content: str, told: str) -> None:
@@ -144,6 +147,60 @@ def test_text_that_cannot_be_used_is_told_so(place: Any, tmp_path: Path, kind: s
     path.write_text(content)
     with pytest.raises(DataError, match=told):
         prepared(place, spec_of(kind, validation_share=0.0), [path])
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-9])
+def test_a_share_that_holds_nothing_out_is_told_with_one_that_does(place: Any, tmp_path: Path, share: float) -> None:
+    lowest = min(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64 for text in TEXTS)
+    assert 0.0 < lowest < 0.01
+    told = "holds out none of the 40 documents, .*: raise data.validation_share to 0.01, give data.validation, or the "
+    with pytest.raises(DataError, match=told):
+        prepared(place, spec_of(validation_share=share), write(tmp_path, "text"))
+    prepared(place, spec_of(validation_share=0.01, sequence_length=1), write(tmp_path, "text"), name="enough")
+
+
+def test_an_error_in_the_second_file_names_it_and_its_line(place: Any, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    lines = [json.dumps({"text": text}) for text in TEXTS]
+    first.write_text("\n".join(lines))
+    second.write_text("\n".join([*lines[:20], lines[20][:-5], *lines[21:]]))
+    with pytest.raises(DataError) as caught:
+        prepared(place, spec_of("jsonl"), [first, second])
+    assert str(caught.value).startswith(f"{second}, line 21, is no JSON record (")
+
+
+LONG_WORDS = ["a" * 2500, "x" + "7" * 2500, "-" * 2500 + "x", " " * 2500 + "x", "a b" + "é" * 2500 + "c d", "\n" * 2500]
+
+
+@pytest.mark.parametrize("text", LONG_WORDS, ids=lambda text: repr(text[-2:]))
+def test_no_word_is_longer_than_the_tokenizer_is_trained_on(place: Any, tmp_path: Path, text: str) -> None:
+    (tmp_path / "long.txt").write_text(text)
+    (tmp_path / "held.txt").write_text("held out")
+    held = SourceIdentity(source="text", fingerprint="held")
+    where = {"held": Location(files=(str(tmp_path / "held.txt"),))}
+    spec = spec_of(validation=held, validation_share=None, sequence_length=2)
+    made = prepared(place, spec, [tmp_path / "long.txt"], locations=where)
+    tokenizer = load_tokenizer(made.out)
+    assert 500 <= max(map(len, tokenizer.get_vocab())) <= 1000 * len("é".encode())
+    assert tokenizer.decode(tokens_of(made)["train"]) == f"{text}<|endoftext|>"
+
+
+def test_ordinary_text_gives_the_tokenizer_of_the_text_itself(place: Any, tmp_path: Path) -> None:
+    texts = [*TEXTS, "a" * 999 + " " + "b" * 999 + "7" * 999 + " " * 999 + "x", "-" * 999 + "c1" * 2000]
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        texts,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    (tmp_path / "texts.json").write_text(json.dumps([{"text": text} for text in texts]))
+    held = SourceIdentity(source="json", fingerprint="train", field="text")
+    made = prepared(place, spec_of("json", validation=held, validation_share=None), [tmp_path / "texts.json"])
+    assert load_tokenizer(made.out).get_vocab() == bpe.get_vocab()
+    assert tokens_of(made)["train"] == [i for text in texts for i in [*bpe.encode(text).ids, 0]]
 
 
 def test_a_hub_data_set_is_streamed_until_it_has_enough_tokens(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,45 @@ def test_a_glob_takes_its_files_in_the_order_of_their_names(texts: Path, pattern
     assert [Path(name) for name in location.files] == [texts / name for name in names]
 
 
+ODD = ["part[0].txt", "what?.txt", "all*.txt", "[!a].txt", "{b}.txt", "a b.txt", "50%.txt", "café.txt", "-a.txt"]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_file_of_any_name_can_be_named_and_is_found_by_a_pattern(tmp_path: Path, name: str) -> None:
+    for one, text in (
+        (name, "wanted"),
+        ("part0.txt", "a pattern"),
+        ("whats.txt", "would"),
+        ("allow.txt", "find these"),
+    ):
+        (tmp_path / one).write_text(text)
+    named = found(tmp_path, name)
+    assert named.locations[named.train.fingerprint].files == (str(tmp_path / name),)
+    every = found(tmp_path, "*.txt")
+    assert sorted(every.locations[every.train.fingerprint].files) == sorted(map(str, tmp_path.glob("*.txt")))
+
+
+def test_a_folder_of_any_name_holds_the_files_of_a_pattern(tmp_path: Path) -> None:
+    base = tmp_path / "run[1]*"
+    base.mkdir()
+    (base / "a.txt").write_text("one")
+    (tmp_path / "run1").mkdir()
+    (tmp_path / "run1" / "other.txt").write_text("of another folder that the name matches")
+    resolved = found(base, "*.txt")
+    assert resolved.locations[resolved.train.fingerprint].files == (str(base / "a.txt"),)
+
+
+def test_a_file_that_several_names_mean_is_read_once(texts: Path) -> None:
+    resolved = found(texts, "b.txt", "*.txt", str(texts / "b.txt"), "deep/../a.txt")
+    assert resolved.locations[resolved.train.fingerprint].files == (str(texts / "b.txt"), str(texts / "a.txt"))
+
+
+def test_locations_do_not_depend_on_the_working_directory(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(texts)
+    resolved = found(Path(), "a.txt")
+    assert resolved.locations[resolved.train.fingerprint].files == (str(texts / "a.txt"),)
+
+
 def test_an_absolute_path_is_taken_as_it_is(texts: Path) -> None:
     assert found(Path("/nowhere"), str(texts / "a.txt")).train == found(texts, "a.txt").train
 
@@ -84,7 +123,8 @@ def test_an_absolute_path_is_taken_as_it_is(texts: Path) -> None:
 def test_a_missing_file_is_told_with_its_key(texts: Path, files: list[str]) -> None:
     told = complaint(study_of({"source": "text", "files": files}), texts)
     where = f"data.train.files.{len(files) - 1}: no file at {texts / files[-1]}"
-    assert told == f"{where}: give a path relative to the study file"
+    folder = " (a folder: write deep/*)" if files == ["deep"] else ""
+    assert told == f"{where}{folder}: give a path relative to the study file"
 
 
 def test_an_empty_file_is_told_with_its_key(texts: Path) -> None:
