@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,41 @@ def test_greedy_goes_on_past_the_end_of_text(teacher: Any) -> None:
         teacher.gpt_neox.final_layer_norm.weight.zero_()
         teacher.gpt_neox.final_layer_norm.bias.fill_(1.0)
     assert naive_greedy(teacher, torch.tensor([[5, 6]]), 1) == [[0]]
-    assert greedy(teacher, torch.tensor([[5, 6]]), 4).shape == (1, 4)
+    assert greedy(teacher, torch.tensor([[5, 6]]), 4).tolist() == [[0] * 4]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.8},
+        {"num_beams": 4},
+        {"return_dict_in_generate": True},
+        {"do_sample": True, "temperature": 5.0},
+        {"no_repeat_ngram_size": 1, "suppress_tokens": [*range(7, 300)]},
+        {"cache_implementation": "static", "eos_token_id": [*range(300)]},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_greedy_is_greedy_whatever_the_teachers_settings_of_generation_are(
+    tiny_teacher: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    told = json.loads((tmp_path / "teacher" / "generation_config.json").read_text())
+    (tmp_path / "teacher" / "generation_config.json").write_text(json.dumps({**told, **settings}))
+    model, prompts = load_teacher(tmp_path / "teacher"), torch.randint(1, 300, (3, 8))
+    assert all(getattr(model.generation_config, name) == value for name, value in settings.items())
+    assert greedy(model, prompts, 6).tolist() == naive_greedy(load_teacher(tiny_teacher), prompts, 6)
+
+
+@pytest.mark.parametrize("settings", [{"return_dict": False}, {"output_attentions": True}, {"use_cache": False}])
+def test_a_teacher_whose_configuration_asks_for_other_outputs_is_evaluated(
+    place: Any, tiny_teacher: Path, tokens: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    told = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps({**told, **settings}))
+    found = evaluated(place, tmp_path / "teacher", tmp_path / "teacher", tokens)
+    assert found == evaluated(place, tiny_teacher, tiny_teacher, tokens)
 
 
 def test_without_prompts_nothing_is_generated(place: Any, tiny_teacher: Path, tokens: Path) -> None:

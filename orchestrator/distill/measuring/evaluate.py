@@ -131,16 +131,15 @@ def _generation(teacher: Any, subject: Any, windows_BL: Tensor, spec: EvaluateSp
     return {"generation_agreement": float(same.double().mean()), "generation_prefix": float(prefix.mean())}
 
 
+@torch.no_grad()
 def greedy(model: Any, prompts_BL: Tensor, new_tokens: int) -> Tensor:
-    """Greedily generated continuations, (B, new_tokens); the end of text does not end them."""
-    output = model.generate(
-        prompts_BL,
-        attention_mask=torch.ones_like(prompts_BL),
-        do_sample=False,
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        use_cache=True,
-        pad_token_id=0,
-    )
-    tail: Tensor = output[:, prompts_BL.shape[1] :]
-    return tail
+    """The likeliest token again and again, (B, new_tokens), whatever the model's own settings of generation say.
+
+    The end of text is a token like others and does not end them.
+    """
+    found, cache, next_BL = [], None, prompts_BL
+    for _ in range(new_tokens):
+        output = model(next_BL, past_key_values=cache, use_cache=True, logits_to_keep=1, return_dict=True)
+        cache, next_BL = output.past_key_values, output.logits.argmax(-1)
+        found.append(next_BL)
+    return torch.cat(found, dim=1) if found else prompts_BL[:, :0]

@@ -25,6 +25,11 @@ from orchestrator.study.spec import Architecture, ImportSpec
 transformers_logging.disable_progress_bar()
 STUDENT = "student.json"
 WEIGHTS = "student.safetensors"
+OUTPUTS = {
+    "return_dict": True,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}  # whatever a folder says
 _OPERATOR: TypeAdapter[Any] = TypeAdapter(OperatorConfig)
 
 
@@ -55,13 +60,13 @@ def new_teacher(shape: Architecture, seed: int) -> Any:
 def random_like(folder: Path, seed: int) -> Any:
     """A model of the configuration in `folder` with random weights drawn from `seed`."""
     torch.manual_seed(seed)
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, **OUTPUTS)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
 
 
 def load_teacher(folder: Path) -> Any:
     """The teacher of a Hugging Face folder, float32, in evaluation mode and frozen."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa", **OUTPUTS)
     return model.eval().requires_grad_(False)
 
 
@@ -69,7 +74,7 @@ def import_teacher(spec: ImportSpec, place: Workplace) -> dict[str, Any]:
     """Bring a pretrained model and its tokenizer into the store, weights in float32 as they will be used."""
     location = place.context.locations[spec.fingerprint]
     name = location.hub or location.files[0]
-    model = AutoModelForCausalLM.from_pretrained(name, revision=location.revision, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(name, revision=location.revision, dtype=torch.float32, **OUTPUTS)
     family_of(model)
     model.save_pretrained(place.out)
     AutoTokenizer.from_pretrained(name, revision=location.revision).save_pretrained(place.out)
