@@ -13,6 +13,7 @@ import torch
 from operators.config import FirFilterConfig, HyenaConfig, ImplicitFilterConfig, ModalFilterConfig
 from orchestrator.distill.measuring.evaluate import greedy
 from orchestrator.distill.models.student import WEIGHTS, load_student, load_teacher
+from orchestrator.distill.models.swap import swap
 from orchestrator.distill.stage import run_stage
 from orchestrator.distill.training.loop import train
 from orchestrator.study.schema import Losses, Numerics, Optimizer
@@ -122,3 +123,15 @@ def test_a_student_repeats_to_the_bit_and_decodes_as_it_reads(
     with torch.no_grad():
         logits = student(input_ids=torch.cat([prompts_BL, written_BL], 1), use_cache=False).logits[:, 39:-1]
     assert (logits.argmax(-1) == written_BL).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("layers", [[0], [1], [2], [0, 1, 2]], ids=str)
+@pytest.mark.parametrize("kept", ["offloaded", "offloaded_static"])
+def test_a_student_decodes_from_a_cache_that_lies_on_the_cpu(tiny_teacher: Path, layers: list[int], kept: str) -> None:
+    student = load_teacher(tiny_teacher).to("cuda")
+    for placed in swap(student, layers, HyenaConfig(heads=4), torch.Generator().manual_seed(0)):
+        assert {parameter.device.type for parameter in placed.parameters()} == {"cuda"}
+    settings = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0}
+    prompts_BL = torch.randint(1, 300, (2, 40), device="cuda")
+    written_BL = student.generate(prompts_BL, cache_implementation=kept, **settings)
+    assert torch.equal(written_BL, student.generate(prompts_BL, use_cache=False, **settings))

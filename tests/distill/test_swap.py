@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,56 @@ def test_transfer_puts_the_attentions_projections_into_the_operator(teacher: Any
         assert torch.equal(made.in_proj.bias[rows], getattr(weights, f"{name}_bias")), name
     assert torch.equal(made.out_proj.weight, weights.output)
     assert torch.equal(made.out_proj.bias, weights.output_bias)
+
+
+@every_operator
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_an_operator_has_the_precision_of_the_attention_it_replaces(
+    tiny_teacher: Path, ids: torch.Tensor, operator: HyenaConfig, kind: torch.dtype
+) -> None:
+    single, model = load_teacher(tiny_teacher), load_teacher(tiny_teacher).to(kind)
+    if kind != torch.float64:
+        single.to(kind).float()
+    output = family_of(model).read(attention_of(model, 1)).output
+    made: Any = swap(model, [1], operator, generator())[0].operator
+    assert {parameter.dtype for parameter in made.parameters()} == {kind}
+    assert torch.equal(made.out_proj.weight, output)
+    swap(single, [1], operator, generator())
+    for name, parameter in single.named_parameters():  # set from the same weights, and rounded at the end
+        torch.testing.assert_close(model.get_parameter(name), parameter.to(kind), msg=name, rtol=1e-6, atol=1e-6)
+    found = continued(model, ids[:1]), continued(model, ids[:1], use_cache=False)
+    assert logits(model, ids).dtype == kind and found[0].shape == found[1].shape == (1, 12)
+
+
+def test_an_operator_is_where_its_layer_is(teacher: Any) -> None:
+    teacher.gpt_neox.layers[1].to("meta")
+    made = swap(teacher, [0, 1], HyenaConfig(), generator(), initialise=False)
+    assert [{parameter.device.type for parameter in placed.parameters()} for placed in made] == [{"cpu"}, {"meta"}]
+
+
+def test_weights_that_are_no_usual_numbers_are_refused(teacher: Any) -> None:
+    attention_of(teacher, 1).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"^the attention of layer 1 has weights of torch\.float8_e4m3fn: load"):
+        swap(teacher, [1], HyenaConfig(), generator())
+
+
+@every_hybrid
+def test_attention_weights_stand_at_their_layers_place(
+    tiny_teacher: Path, ids: torch.Tensor, layers: tuple[int, ...]
+) -> None:
+    model = load_teacher(tiny_teacher)
+    model.set_attn_implementation("eager")
+    whole = model(ids, output_attentions=True).attentions
+    for layer in layers:
+        swap(model, [layer], SkipConfig(), generator())
+    for student in (model, copy.deepcopy(model)):
+        output = student(ids, output_attentions=True, output_hidden_states=True)
+        assert [found is None for found in output.attentions] == [layer in layers for layer in range(3)]
+        assert len(output.hidden_states) == 4
+        first = next((layer for layer in range(3) if layer not in layers), None)
+        if first == 0:
+            assert torch.equal(output.attentions[0], whole[0])
+        assert student(ids).attentions is None
 
 
 def test_skip_leaves_attention_out(teacher: Any) -> None:

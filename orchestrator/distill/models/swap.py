@@ -19,10 +19,12 @@ from operators.config import OperatorConfig
 from operators.decoding.state import State
 from operators.registry import build
 from operators.skip import Skip
-from operators.transfer.attention import AttentionStatistics
+from operators.transfer.attention import AttentionStatistics, AttentionWeights
 from orchestrator.distill.models.cache import OperatorCacheLayer
 from orchestrator.distill.models.families import family_of
 from orchestrator.distill.models.masks import by_document, packed_documents, pattern_of
+
+PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class SwappedAttention(nn.Module):
@@ -49,7 +51,7 @@ class SwappedAttention(nn.Module):
 
         Padding and packed documents are honoured as `masks` says; with a cache, packed documents are a ValueError.
         """
-        cache: Cache | None = others.get(self.cache_argument)
+        cache: Any = others.get(self.cache_argument)
         batch, new, _ = hidden_states.shape
         held = None if cache is None else self._held(cache, batch)
         pattern = pattern_of(attention_mask, batch, 0 if held is None else held.state.length, new)
@@ -59,6 +61,8 @@ class SwappedAttention(nn.Module):
             pattern = packed_documents(position_ids, others.get("cu_seq_lens_q"), batch, new)
         if held is not None:
             held.check(pattern)
+            if cache.offloading:
+                self._bring_the_next(cache, hidden_states.device)
             return self.operator.extend(hidden_states, held.state, pattern.real_BL)[0], None
         if pattern.document_BL is not None:
             return by_document(self.operator, hidden_states, pattern.document_BL), None
@@ -68,6 +72,12 @@ class SwappedAttention(nn.Module):
         """The state of `batch` sequences of which nothing was seen. ValueError for a mode that the operator lacks."""
         state: State = self.operator.init_state(batch, self.step_mode, croppable=self.croppable)
         return state
+
+    def _bring_the_next(self, cache: Any, device: torch.device) -> None:
+        """What attention does in a cache that lies on the CPU: copy the next layer's keys and values meanwhile."""
+        if device.type == "cuda":
+            cache.prefetch_stream.wait_stream(torch.cuda.default_stream(device))
+        cache.prefetch(self.layer + 1, cache.only_non_sliding)
 
     def _held(self, cache: Cache, batch: int) -> OperatorCacheLayer:
         while len(cache.layers) <= self.layer:
@@ -98,29 +108,66 @@ def swap(
     """Replace the attention of `layers` in place and return what took its place.
 
     With `initialise` the operators are set as the configuration's `init` says, from the attention they replace and
-    from `statistics`, by layer what it does on real text; without, they await a state dict.
-    Raises `ValueError` for an unsupported family or an impossible transfer.
+    from `statistics`, by layer what it does on real text; without, they await a state dict. Their device and precision
+    are those of the attention they replace.
+    Raises `ValueError` for an unsupported family, weights that are no usual numbers, or an impossible transfer.
     """
     family = family_of(model)
     blocks = family.layers(model)
     placed = []
+    if not swapped(model):
+        model.base_model.register_forward_hook(_attentions_by_layer)
     for layer in layers:
         block = blocks[layer]
         attention = getattr(block, family.attribute)
         if isinstance(attention, SwappedAttention):
             raise ValueError(f"layer {layer} is swapped already")
+        like = _precision_of(attention, layer)
         operator: Any = build(config, model.config.hidden_size, model.config.max_position_embeddings)
         if initialise:
+            operator.to(torch.promote_types(like.dtype, torch.float32))
             transfer = getattr(config, "init", "random") == "transfer"
             read = family.read(attention) if transfer else None
             if read is not None and statistics and layer in statistics:
                 read = dataclasses.replace(read, statistics=statistics[layer])
-            operator.initialise(read, generator)
-        operator.to(device=model.device)
+            operator.initialise(None if read is None else _to_read(read), generator)
+        operator.to(like.device, like.dtype)
         replacement = SwappedAttention(operator, layer, family.cache_argument, model.config)
         setattr(block, family.attribute, replacement)
         placed.append(replacement)
     return placed
+
+
+def _attentions_by_layer(trunk: Any, _: Any, output: Any) -> None:
+    """Where attention weights are asked for, None in the place of layers that have none."""
+    weights = getattr(output, "attentions", None)
+    if weights is not None:
+        without = {module.layer for module in trunk.modules() if isinstance(module, SwappedAttention)}
+        layers, left = trunk.config.num_hidden_layers, iter(weights)
+        if len(weights) == layers - len(without):
+            output["attentions"] = tuple(None if layer in without else next(left) for layer in range(layers))
+
+
+def _precision_of(attention: nn.Module, layer: int) -> Tensor:
+    """A parameter of the attention, of whose device and precision the operator is to be."""
+    found = [parameter.detach() for parameter in attention.parameters()]
+    odd = [parameter.dtype for parameter in found if parameter.dtype not in PRECISIONS]
+    if odd or not found:
+        what = f"weights of {odd[0]}" if odd else "no weights"
+        raise ValueError(
+            f"the attention of layer {layer} has {what}: load the model with dtype=torch.bfloat16 or float32"
+        )
+    return found[0]
+
+
+def _to_read(read: AttentionWeights) -> AttentionWeights:
+    """The same on the CPU, where operators are set, and in no less than single precision."""
+    tensors: dict[str, Any] = {
+        name: value.to("cpu", torch.promote_types(value.dtype, torch.float32))
+        for name, value in vars(read).items()
+        if isinstance(value, Tensor)
+    }
+    return dataclasses.replace(read, **tensors)
 
 
 def decode_by(model: Any, step_mode: str | None, *, croppable: bool = True) -> None:
