@@ -6,6 +6,7 @@ Invariant: a result depends on the specification and the parents' artefacts only
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +57,8 @@ def pretrain_teacher(spec: TeacherSpec, place: Workplace) -> Result:
     prepare(spec.numerics, spec.seed)
     teacher = new_teacher(spec.architecture, spec.seed).to(place.context.device).train()
     optimizers = make_optimizers(teacher, spec.optimizer)
-    result = train(_language_modelling(spec, teacher, optimizers, place, spec.seed), place)
+    training = _language_modelling(spec, teacher, optimizers, place, spec.seed)
+    result = train(dataclasses.replace(training, role="teacher"), place)
     teacher.save_pretrained(place.out)
     return {**result, "parameters": parameter_count(teacher)}
 

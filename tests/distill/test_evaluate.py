@@ -214,11 +214,33 @@ def test_batches_change_nothing(place: Any, tiny_teacher: Path, student: Any, to
     assert at_once == pytest.approx(by_two, rel=1e-4)
 
 
-def test_a_student_that_diverged_is_an_error(
-    place: Any, teacher: Any, tiny_teacher: Path, student: Any, tokens: Path, tmp_path: Path
+DIVERGED = {
+    "not a number": lambda weight: weight.fill_(float("nan")),
+    "one infinite": lambda weight: weight[0].fill_(float("inf")),
+    "finite, above 709 nats": lambda weight: weight.normal_(std=1e4),
+    "finite, logits beyond float32": lambda weight: weight.fill_(3e38),
+}
+
+
+@pytest.mark.parametrize("how", DIVERGED)
+def test_a_student_that_diverged_is_told_so_with_what_to_do(
+    place: Any, teacher: Any, tiny_teacher: Path, student: Any, tokens: Path, tmp_path: Path, how: str
 ) -> None:
     with torch.no_grad():
-        student.get_output_embeddings().weight.fill_(float("nan"))
+        DIVERGED[how](student.get_output_embeddings().weight)
     save_student(student, teacher.state_dict(), tmp_path / "student")
-    with pytest.raises(ArithmeticError, match=r"^evaluation gave no finite perplexity, .*: the student has diverged"):
+    told = (
+        r"^evaluation gave no finite perplexity, .*: the student has diverged; lower recipe\.optimizer\.lr or matrix_lr"
+    )
+    with pytest.raises(ArithmeticError, match=told):
         evaluated(place, tmp_path / "student", tiny_teacher, tokens)
+
+
+def test_a_teacher_that_diverged_is_not_blamed_on_the_student(
+    place: Any, teacher: Any, tokens: Path, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        teacher.get_output_embeddings().weight.normal_(std=1e4)
+    teacher.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ArithmeticError, match=r"no finite .*: the teacher has diverged; lower teacher\.optimizer\.lr"):
+        evaluated(place, tmp_path / "teacher", tmp_path / "teacher", tokens)

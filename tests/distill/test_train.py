@@ -23,7 +23,7 @@ from orchestrator.distill.training.journal import NAME, Journal, read_journal
 from orchestrator.distill.training.loop import NonFiniteLoss, Stopped, Training, autocast, prepare, train
 from orchestrator.distill.training.optimizers import schedule
 from orchestrator.study.schema import Losses, Numerics, Optimizer
-from orchestrator.study.spec import DistilSpec, PhaseSpec
+from orchestrator.study.spec import Architecture, DistilSpec, PhaseSpec, TeacherSpec
 
 STEPS = 11
 CONFIG = Optimizer(warmup=0.2, decay=0.4)
@@ -174,14 +174,49 @@ def test_every_step_has_the_learning_rate_of_the_schedule(place: Any) -> None:
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_ends_the_stage_and_names_the_step(place: Any, poison: float) -> None:
-    poisoned, made = training(poison=poison), place("poisoned")
-    with pytest.raises(
-        NonFiniteLoss, match=r"^step 7: loss/total=.*; lower recipe\.optimizer\.lr or matrix_lr, or raise"
-    ):
+@pytest.mark.parametrize(("role", "key"), [("student", "recipe"), ("teacher", "teacher")])
+def test_a_loss_that_is_no_number_ends_the_stage_and_names_the_step(
+    place: Any, poison: float, role: Any, key: str
+) -> None:
+    poisoned, made = replace(training(poison=poison), role=role), place("poisoned")
+    told = rf"^step 7: loss/total=(nan|inf), loss/fit=.*: the {role} has diverged; lower {key}\.optimizer\.lr or "
+    with pytest.raises(NonFiniteLoss, match=told):
         train(poisoned, made)
     assert all(torch.isfinite(parameter).all() for parameter in poisoned.model.parameters())
     assert [line["step"] for line in read_journal(made.journal)] == [2, 4, 6]
+
+
+def test_a_teachers_training_is_told_of_as_the_teachers(place: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    roles: list[str] = []
+
+    def see(asked: Training, _: Workplace) -> dict[str, Any]:
+        roles.append(asked.role)
+        return {}
+
+    monkeypatch.setattr(stage, "train", see)
+    (tmp_path / "tokens.json").write_text(json.dumps({"dtype": "uint16"}))
+    np.arange(64, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    shape = Architecture(layers=1, hidden=32, heads=4, intermediate=32, max_length=16, vocabulary=300)
+    spec = TeacherSpec(
+        tokens="t", architecture=shape, token_budget=16, batch_size=1, sequence_length=16, optimizer=CONFIG,
+        numerics=Numerics(), seed=0,
+    )  # fmt: skip
+    run_stage(spec, place("teacher", {"tokens": tmp_path}))
+    assert roles == ["teacher"]
+
+
+def test_weights_that_the_last_step_breaks_are_not_saved(place: Any) -> None:
+    asked = training()
+    real, steps = asked.optimizers[1].step, iter(range(STEPS))
+
+    def breaking(*words: Any) -> Any:
+        real(*words)
+        if next(steps) == STEPS - 1:
+            asked.optimizers[1].param_groups[0]["params"][0].data[0] = float("inf")
+
+    asked.optimizers[1].step = breaking  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteLoss, match=r"^after step 11: 0\.bias is not finite: the student has diverged; lower "):
+        train(asked, place("broken"))
 
 
 def test_numerics_set_threads_random_state_and_precision() -> None:

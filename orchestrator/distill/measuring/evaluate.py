@@ -20,7 +20,7 @@ from orchestrator.distill.context import Workplace
 from orchestrator.distill.data import load_tokens, spread_windows
 from orchestrator.distill.models.student import load_student, load_teacher, parameter_count
 from orchestrator.distill.training.head import OutputHead, check_output_head, final_hidden
-from orchestrator.distill.training.loop import autocast, prepare
+from orchestrator.distill.training.loop import DIVERGED, autocast, prepare
 from orchestrator.distill.training.losses import chunk_size
 from orchestrator.study.spec import EvaluateSpec
 
@@ -33,6 +33,9 @@ def evaluate(spec: EvaluateSpec, place: Workplace) -> dict[str, Any]:
         perplexity_ratio; agreement (share of positions with the teacher's top-1); kl (teacher || subject, nats per
         token); generation_agreement (share of greedily generated tokens equal to the teacher's) and generation_prefix
         (tokens before the first difference); parameters; tokens evaluated.
+
+    Raises:
+        ArithmeticError: a metric is not finite, since the student (or the teacher) has diverged.
     """
     prepare(spec.numerics)
     device = place.context.device
@@ -42,10 +45,11 @@ def evaluate(spec: EvaluateSpec, place: Workplace) -> dict[str, Any]:
     tokens = load_tokens(place.inputs["tokens"], "valid")
     windows_BL = spread_windows(tokens, spec.sequence_length, spec.evaluation.tokens)
     result = _likelihood(teacher, subject, windows_BL, spec, device)
-    result |= _generation(teacher, subject, windows_BL, spec, device)
     bad = [name for name, value in result.items() if not math.isfinite(value)]
     if bad:
-        raise ArithmeticError(f"evaluation gave no finite {', '.join(bad)}: the student has diverged")
+        role = "teacher" if "teacher_perplexity" in bad else "student"
+        raise ArithmeticError(f"evaluation gave no finite {', '.join(bad)}: {DIVERGED[role]}")
+    result |= _generation(teacher, subject, windows_BL, spec, device)
     return {**result, "parameters": parameter_count(subject)}
 
 
@@ -84,7 +88,7 @@ def _likelihood(teacher: Any, subject: Any, windows_BL: Tensor, spec: EvaluateSp
             for own_PD, wanted_PD, target_P in zip(*(row.split(size) for row in rows), strict=True):
                 _compare(columns, heads[0](own_PD), heads[1](wanted_PD), target_P)
     table = {name: torch.cat(parts).cpu().double() for name, parts in columns.items()}
-    perplexity, teacher_perplexity = (math.exp(float(table[name].mean())) for name in ("nll", "teacher_nll"))
+    perplexity, teacher_perplexity = (_exp(float(table[name].mean())) for name in ("nll", "teacher_nll"))
     return {
         "perplexity": perplexity,
         "perplexity_ratio": perplexity / teacher_perplexity,
@@ -109,6 +113,13 @@ def _compare(columns: dict[str, list[Tensor]], own_PV: Tensor, wanted_PV: Tensor
     columns["teacher_right"].append(wanted_top == target_P)
     columns["same"].append(own_top == wanted_top)
     columns["kl"].append((wanted_PV.exp() * (wanted_PV - own_PV)).sum(-1))
+
+
+def _exp(nats: float) -> float:
+    try:
+        return math.exp(nats)
+    except OverflowError:  # above 709 nats
+        return math.inf
 
 
 def _split(prefix: str, nll_N: Tensor, hits_N: Tensor) -> dict[str, float]:

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,13 @@ Parts = dict[str, Tensor]
 
 
 class NonFiniteLoss(ArithmeticError):
-    """A loss or gradient became NaN or infinite: the stage cannot go on, and trying again gives the same."""
+    """A loss, gradient or weight became NaN or infinite: the stage cannot go on, and trying again gives the same."""
 
 
+DIVERGED = {
+    "student": "the student has diverged; lower recipe.optimizer.lr or matrix_lr, or raise warmup",
+    "teacher": "the teacher has diverged; lower teacher.optimizer.lr or matrix_lr, or raise warmup",
+}
 NO_CORE = "numerics.core native needs the compiled core, and there is none here: run make build-ext, or set torch"
 
 
@@ -49,6 +53,7 @@ class Training:
     steps: int
     tokens_per_step: int
     loss: Callable[[int], tuple[Tensor, Parts]]
+    role: Literal["student", "teacher"] = "student"
 
 
 def prepare(numerics: Numerics, seed: int = 0) -> None:
@@ -84,7 +89,7 @@ def train(training: Training, place: Workplace) -> dict[str, Any]:
         attempt began at.
 
     Raises:
-        NonFiniteLoss: names the step and the parts of the loss.
+        NonFiniteLoss: names the step and the parts of the loss, or the weight that the last step left.
         Stopped: the run was asked to stop; a checkpoint of this step is written.
     """
     context = place.context
@@ -107,6 +112,7 @@ def train(training: Training, place: Workplace) -> dict[str, Any]:
             journal.write(done, done * training.tokens_per_step, means)
             sums, logged, logged_step = {}, now, done
             if done == training.steps:
+                _check_weights(training)
                 break
             stopping = on_any(context.stopping())
             if is_first() and (stopping or now - saved >= context.checkpoint_seconds):
@@ -139,8 +145,15 @@ def _step(training: Training, step: int) -> dict[str, float]:
     numbers = dict(zip(names, mean(torch.stack([values[name].float() for name in names])).tolist(), strict=True))
     if not all(math.isfinite(number) for number in numbers.values()):
         told = ", ".join(f"{name}={number:g}" for name, number in numbers.items() if not math.isfinite(number))
-        raise NonFiniteLoss(f"step {step + 1}: {told}; lower recipe.optimizer.lr or matrix_lr, or raise warmup")
+        raise NonFiniteLoss(f"step {step + 1}: {told}: {DIVERGED[training.role]}")
     for optimizer in training.optimizers:
         optimizer.step()
     numbers["learning_rate_factor"] = factor
     return numbers
+
+
+def _check_weights(training: Training) -> None:
+    """No loss is taken after the last step, which would tell of what that step did."""
+    for name, parameter in training.model.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+            raise NonFiniteLoss(f"after step {training.steps}: {name} is not finite: {DIVERGED[training.role]}")
