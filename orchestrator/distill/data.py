@@ -8,11 +8,12 @@ Shapes: B sequences, L tokens each.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +28,18 @@ from orchestrator.study.spec import SourceIdentity, TokensSpec
 
 END_OF_TEXT = "<|endoftext|>"
 ENCODE_BATCH = 64
+CHARACTERS_PER_TOKEN = 8  # that a tokenizer is trained on: English has 3 to 5 at 2,048 to 65,536 entries, code fewer
 LONGEST = 1000  # characters of a word that the tokenizer is trained on: training is quadratic in the longest
 # A run of what byte-level BPE takes for one word: letters, digits, other signs or spaces.
 LONG = re.compile(rf"[^\W\d_]{{{LONGEST}}}|\d{{{LONGEST}}}|(?:[^\w\s]|_){{{LONGEST}}}|\s{{{LONGEST}}}")
 
 
 @dataclasses.dataclass
-class _Split:
-    """Documents of one split as they are read: how many there were on either side, and which is the first to go."""
+class _Seen:
+    """Documents that were shared out to the splits, and the place of the one that is the first to be held out."""
 
-    share: float
-    held_out: bool
-    inside: int = 0
-    outside: int = 0
+    documents: int = 0
     lowest: int = 2**64
-
-    def of(self, texts: Iterator[str]) -> Iterator[str]:
-        """The texts that belong to the split."""
-        for text in texts:
-            self.lowest = min(self.lowest, place_of(text))
-            if is_held_out(text, self.share) is self.held_out:
-                self.inside += 1
-                yield text
-            else:
-                self.outside += 1
 
 
 def prepare_tokens(spec: TokensSpec, place: Workplace) -> dict[str, Any]:
@@ -62,24 +51,16 @@ def prepare_tokens(spec: TokensSpec, place: Workplace) -> dict[str, Any]:
     if end is None:
         raise DataError("the teacher's tokenizer has no end-of-text token, which separates documents: set eos_token")
     width = np.uint16 if len(tokenizer) <= np.iinfo(np.uint16).max + 1 else np.uint32
-    texts, held_out = _documents(spec.train, locations), _documents(spec.validation or spec.train, locations)
-    split = None
-    if spec.validation is None:
-        split = _Split(spec.validation_share or 0.0, held_out=True)
-        texts, held_out = _training(spec, texts), split.of(held_out)
     counts: dict[str, Any] = {"dtype": np.dtype(width).name, "vocabulary": len(tokenizer)}
-    for name, read, limit in (
-        ("train", texts, spec.train.max_tokens),
-        ("valid", held_out, spec.validation.max_tokens if spec.validation else None),
-    ):
-        counts[name] = _write(place.out / f"{name}.bin", read, tokenizer, int(end), width, limit)
-        if name == "valid" and split is not None and not split.inside:
-            raise DataError(none_held_out(split.outside, split.lowest, split.share))
-        if counts[name] < spec.sequence_length:
-            raise DataError(
-                f"the {name} text has {counts[name]} tokens, less than one sequence of {spec.sequence_length}: "
-                "give more text, or a smaller data.sequence_length"
-            )
+    write = partial(_write, place.out, tokenizer=tokenizer, end=int(end), width=width)
+    seen = _Seen()
+    if spec.validation is None:
+        counts |= write(_shared_out(spec, locations, seen), {"train": spec.train.max_tokens, "valid": None})
+    else:
+        for name, source in (("train", spec.train), ("valid", spec.validation)):
+            texts = ((name, text) for text in _documents(source, locations))
+            counts |= write(texts, {name: source.max_tokens})
+    _check_enough(spec, counts, seen)
     write_json(place.out / "tokens.json", counts)
     return {f"{name}_tokens": counts[name] for name in ("train", "valid")}
 
@@ -135,7 +116,10 @@ def _tokenizer(spec: TokensSpec, place: Workplace) -> Any:
         return AutoTokenizer.from_pretrained(place.inputs["teacher"])
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    texts = _training(spec, _documents(spec.train, place.context.locations))
+    shared = _shared_out(spec, place.context.locations, _Seen())
+    texts: Iterator[str] = (text for split, text in shared if split == "train")
+    if spec.train.max_tokens is not None:
+        texts = _first_characters(texts, CHARACTERS_PER_TOKEN * spec.train.max_tokens)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -149,10 +133,13 @@ def _tokenizer(spec: TokensSpec, place: Workplace) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
 
 
-def _training(spec: TokensSpec, texts: Iterator[str]) -> Iterator[str]:
-    """Of the source's texts those that are not held out."""
+def _shared_out(spec: TokensSpec, locations: Any, seen: _Seen) -> Iterator[tuple[str, str]]:
+    """The documents of the training source, each with the split it belongs to."""
     share = 0.0 if spec.validation is not None else spec.validation_share or 0.0
-    return (text for text in texts if not is_held_out(text, share))
+    for text in _documents(spec.train, locations):
+        seen.documents += 1
+        seen.lowest = min(seen.lowest, place_of(text))
+        yield ("valid" if is_held_out(text, share) else "train"), text
 
 
 def _cut(text: str) -> Iterator[str]:
@@ -163,6 +150,33 @@ def _cut(text: str) -> Iterator[str]:
         start = match.end()
     if start < len(text):
         yield text[start:]
+
+
+def _first_characters(texts: Iterator[str], limit: int) -> Iterator[str]:
+    """Whole texts up to the one that brings their characters to `limit`."""
+    for text in texts:
+        yield text
+        limit -= len(text)
+        if limit <= 0:
+            return
+
+
+def _check_enough(spec: TokensSpec, counts: Mapping[str, int], seen: _Seen) -> None:
+    """Raise `DataError` where a split has less than one sequence."""
+    for name in ("train", "valid"):
+        if counts[name] >= spec.sequence_length:
+            continue
+        key, source = ("validation", spec.validation) if name == "valid" and spec.validation else ("train", spec.train)
+        shared = (name, key) == ("valid", "train")
+        remedy = "give more text"
+        if source.max_tokens is not None and counts["train" if key == "train" else "valid"] == source.max_tokens:
+            remedy = f"raise data.{key}.max_tokens{' or data.validation_share' if shared else ''}"
+        elif shared and counts[name] == 0:
+            raise DataError(none_held_out(seen.documents, seen.lowest, spec.validation_share or 0.0))
+        raise DataError(
+            f"the {name} text has {counts[name]} tokens, less than one sequence of {spec.sequence_length}: "
+            f"{remedy}, or a smaller data.sequence_length"
+        )
 
 
 def _documents(source: SourceIdentity, locations: Any) -> Iterator[str]:
@@ -199,15 +213,30 @@ def _hub_texts(source: SourceIdentity, location: Location) -> Iterator[str]:
         raise DataError(f"{where} cannot be read: {reason}") from error
 
 
-def _write(path: Path, texts: Iterator[str], tokenizer: Any, end: int, width: Any, limit: int | None) -> int:
-    written = 0
-    with path.open("wb") as stream:
+def _write(
+    folder: Path,
+    texts: Iterator[tuple[str, str]],
+    limits: Mapping[str, int | None],
+    *,
+    tokenizer: Any,
+    end: int,
+    width: Any,
+) -> dict[str, int]:
+    """Append each text's tokens to the file of the split that it comes with; return the tokens of each split.
+
+    The splits are those of `limits`. Reading ends where one has as many tokens as its limit says.
+    """
+    written = dict.fromkeys(limits, 0)
+    with contextlib.ExitStack() as stack:
+        streams = {name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in limits}
         while chunk := list(itertools.islice(texts, ENCODE_BATCH)):
-            for ids in tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]:
+            encoded = tokenizer([text for _, text in chunk], add_special_tokens=False, verbose=False)["input_ids"]
+            for (name, _), ids in zip(chunk, encoded, strict=True):
+                limit = limits[name]
                 array = np.asarray([*ids, end], dtype=width)
-                array = array if limit is None else array[: limit - written]
-                array.tofile(stream)
-                written += len(array)
-            if limit is not None and written >= limit:
-                break
+                array = array if limit is None else array[: limit - written[name]]
+                array.tofile(streams[name])
+                written[name] += len(array)
+                if written[name] == limit:
+                    return written
     return written

@@ -59,7 +59,11 @@ class FileSource(Model):
 
 
 class HubSource(Model):
-    """A data set of the Hugging Face hub, streamed until `max_tokens` are tokenised."""
+    """A data set of the Hugging Face hub, streamed until `max_tokens` are tokenised.
+
+    As training text without validation text of its own: until that many are for training; what was held out up to there
+    is for validation.
+    """
 
     source: Literal["hub"]
     name: str

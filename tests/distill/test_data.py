@@ -203,30 +203,64 @@ def test_ordinary_text_gives_the_tokenizer_of_the_text_itself(place: Any, tmp_pa
     assert tokens_of(made)["train"] == [i for text in texts for i in [*bpe.encode(text).ids, 0]]
 
 
-def test_a_hub_data_set_is_streamed_until_it_has_enough_tokens(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-    given: list[int] = []
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """A hub with a long data set: what it was `asked`, and the number of each record it has `given`."""
+    found: dict[str, list[Any]] = {"asked": [], "given": []}
 
-    def endless() -> Iterator[dict[str, str]]:
+    def records() -> Iterator[dict[str, str]]:
         for i in range(10_000):
-            given.append(i)
-            yield {"body": TEXTS[i % len(TEXTS)]}
+            found["given"].append(i)
+            yield {"body": f"{TEXTS[i % len(TEXTS)]}# {i}"}
 
     def load_dataset(*words: Any, **options: Any) -> Any:
-        asked.append((words, options))
-        return endless()
+        found["asked"].append((words, options))
+        return records()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return found
+
+
+HUB = {name: Location(hub="a/b", configuration="c", revision="d", split=name) for name in ("train", "valid")}
+
+
+def test_a_hub_data_set_is_streamed_until_it_has_enough_tokens(
+    place: Any, hub: dict[str, list[Any]], tiny_teacher: Path
+) -> None:
     validation = SourceIdentity(source="hub", fingerprint="valid", field="body", max_tokens=200)
     spec = spec_of("hub", field="body", max_tokens=500, vocabulary=None, validation_share=None, validation=validation)
-    where = {name: Location(hub="a/b", configuration="c", revision="d", split=name) for name in ("train", "valid")}
-    folder = place("other").out
-    prepared(place, spec_of(), write(folder, "text"), name="made")
-    made = place(locations=where, inputs={"teacher": folder.parents[1] / "made" / "out-0" / "tokenizer"})
+    made = place(locations=HUB, inputs={"teacher": tiny_teacher})
     assert prepare_tokens(spec, made) == {"train_tokens": 500, "valid_tokens": 200}
-    assert len(given) < 200
-    wanted = {"revision": "d", "split": "train", "streaming": True}
-    assert (("a/b", "c"), wanted) in asked
+    assert len(hub["given"]) < 200
+    assert (("a/b", "c"), {"revision": "d", "split": "train", "streaming": True}) in hub["asked"]
+
+
+@pytest.mark.parametrize("vocabulary", [None, 300], ids=["teacher's tokenizer", "a tokenizer trained here"])
+def test_a_hub_data_set_that_holds_out_its_own_validation_is_not_read_to_its_end(
+    place: Any, hub: dict[str, list[Any]], tiny_teacher: Path, vocabulary: int | None
+) -> None:
+    spec = spec_of("hub", field="body", max_tokens=3000, vocabulary=vocabulary)
+    made = place(locations=HUB, inputs={"teacher": tiny_teacher})
+    prepare_tokens(spec, made)
+    assert len(hub["given"]) < (200 if vocabulary is None else 1200)
+    tokens, decode = tokens_of(made), load_tokenizer(made.out).decode
+    assert len(tokens["train"]) == 3000
+    train, valid = (
+        decode(tokens[split]).split("<eos>" if vocabulary is None else "<|endoftext|>")[:-1] for split in tokens
+    )
+    last = len(train) + len(valid)  # the document that is cut is the next one
+    texts = [f"{TEXTS[i % len(TEXTS)]}# {i}" for i in range(last)]
+    assert sorted(train + valid) == sorted(texts)
+    assert 0.1 < len(valid) / last < 0.3
+
+
+def test_a_held_out_share_without_one_sequence_names_what_to_raise(
+    place: Any, hub: dict[str, list[Any]], tiny_teacher: Path
+) -> None:
+    made = place(locations=HUB, inputs={"teacher": tiny_teacher})
+    told = r"^the valid text has \d+ tokens, .* of 16: raise data\.train\.max_tokens or data\.validation_share, or "
+    with pytest.raises(DataError, match=told):
+        prepare_tokens(spec_of("hub", field="body", max_tokens=40, vocabulary=None, validation_share=0.01), made)
 
 
 @pytest.mark.parametrize("length", [4, 7])
