@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from operators.registry import build
-from operators.transfer.attention import AttentionWeights
+from operators.transfer.attention import AttentionStatistics, AttentionWeights
 
 Weights = dict[str, Tensor]
 MATRICES = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "in_proj", "out_proj")  # for Muon
@@ -80,15 +80,33 @@ def mixer(model: Plain, layer: int, x_BLD: Tensor) -> Tensor:
         own = {name.removeprefix(f"{at}.operator."): tensor for name, tensor in w.items() if f"{at}.operator." in name}
         mixed_BLD: Tensor = torch.func.functional_call(model.operators[layer], own, (x_BLD,))
         return mixed_BLD
-    batch, length, width = x_BLD.shape
-    size = width // model.heads
-    fused = linear(x_BLD, w, f"{at}.query_key_value").view(batch, length, model.heads, 3, size)
-    q_BHLS, k_BHLS, v_BHLS = (fused[:, :, :, which].transpose(1, 2) for which in range(3))
+    weights_BHLL, v_BHLS = attention(model, layer, x_BLD)
+    return linear((weights_BHLL @ v_BHLS).transpose(1, 2).flatten(2), w, f"{at}.dense")
+
+
+def attention(model: Plain, layer: int, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
+    """Causal softmax weights (B, H, L, L) of an attention, and its values (B, H, L, D / H)."""
+    size = x_BLD.shape[2] // model.heads
+    fused = linear(x_BLD, model.weights, f"gpt_neox.layers.{layer}.attention.query_key_value")
+    q_BHLS, k_BHLS, v_BHLS = fused.unflatten(2, (model.heads, 3, size)).transpose(1, 2).unbind(3)
     q_BHLS, k_BHLS = (rotated(part, int(size * model.rotary)) for part in (q_BHLS, k_BHLS))
-    scores_BHLL = q_BHLS @ k_BHLS.mT / math.sqrt(size)
-    future = torch.ones(length, length, dtype=torch.bool).triu(1)
-    y_BHLS = scores_BHLL.masked_fill(future, -math.inf).softmax(-1).to(v_BHLS.dtype) @ v_BHLS
-    return linear(y_BHLS.transpose(1, 2).reshape(batch, length, width), w, f"{at}.dense")
+    future = torch.ones(x_BLD.shape[1], x_BLD.shape[1], dtype=torch.bool).triu(1)
+    scores_BHLL = (q_BHLS @ k_BHLS.mT / math.sqrt(size)).masked_fill(future, -math.inf)
+    return scores_BHLL.softmax(-1).to(v_BHLS.dtype), v_BHLS
+
+
+def seen_on_text(model: Plain, layer: int, ids_BL: Tensor) -> AttentionStatistics:
+    """The mean logarithm of an attention's weights by lag, over the second half of the positions where it looks back so
+    far from all of them, else over those that can; mean and covariance of what it reads."""
+    x_BLD = run(model, ids_BL).mixed_from[layer]
+    logs_BHLL = attention(model, layer, x_BLD)[0].double().clamp(min=1e-9).log()
+    length = ids_BL.shape[1]
+    profile = []
+    for lag in range(length):
+        at = range(max(lag, length // 2), length)
+        profile.append(torch.stack([logs_BHLL[:, :, t, t - lag] for t in at]).mean((0, 1)))
+    x_ND = x_BLD.flatten(0, 1).double()
+    return AttentionStatistics(torch.stack(profile, dim=1), x_ND.mean(0), x_ND.t().cov(correction=0))
 
 
 def rotated(x_BHLS: Tensor, count: int) -> Tensor:
@@ -112,14 +130,24 @@ def drop(x: Tensor, model: Plain) -> Tensor:
     return F.dropout(x, model.dropout) if model.dropout else x
 
 
-def put(model: Plain, layers: tuple[int, ...], config: Any, max_length: int, seed: int, from_attention: bool) -> None:
-    """Operators in the place of attention, all drawn from one generator; they need no statistics."""
+def put(
+    model: Plain,
+    layers: tuple[int, ...],
+    config: Any,
+    max_length: int,
+    seed: int,
+    from_attention: bool = True,
+    text_BL: Tensor | None = None,
+) -> None:
+    """Operators in the place of attention, all drawn from one generator, and from what each does on the text."""
+    seen = {} if text_BL is None else {layer: seen_on_text(model, layer, text_BL) for layer in layers}
     generator = torch.Generator().manual_seed(seed)
     w, width = model.weights, model.weights["lm_head.weight"].shape[1]
     for layer in layers:
         at = f"gpt_neox.layers.{layer}.attention"
         operator: Any = build(config, width, max_length)
-        operator.initialise(attention_of(model, at) if from_attention else None, generator)
+        replaced = dataclasses.replace(attention_of(model, at), statistics=seen.get(layer))
+        operator.initialise(replaced if from_attention else None, generator)
         for name in [name for name in w if name.startswith(f"{at}.")]:
             del w[name]
         for name, parameter in operator.named_parameters():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from operators.config import HyenaConfig
+from operators.config import HyenaConfig, ImplicitFilterConfig
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.models.student import WEIGHTS
 from orchestrator.distill.stage import run_stage
@@ -139,7 +141,7 @@ def test_two_distillation_stages_are_what_plain_torch_computes(
         made = place(f"stage {stage}", inputs, log_every=1)
         run_stage(distil_spec(layers, new, first, optimizer), made)
         start = dict(student.weights)
-        plain.put(student, new, HyenaConfig(), 96, SEED, from_attention=True)
+        plain.put(student, new, HyenaConfig(), 96, SEED)
         start = {**start, **{k: v for k, v in student.weights.items() if ".operator." in k}}
         taught = distilled_plainly(teacher, student, layers, text, first, rates_of(optimizer, FREEZE))
         agrees(made, taught, near)
@@ -224,11 +226,43 @@ def test_a_student_from_scratch_is_what_plain_torch_computes(
     model = random_model(dropout or 0.0)
     if dropout is None:
         model.weights["lm_head.weight"].zero_()
-    plain.put(model, (1,), HyenaConfig(), 32, SEED, from_attention=True)
+    plain.put(model, (1,), HyenaConfig(), 32, SEED)
     start = dict(model.weights)
     agrees(made, models_language(model, text, SEED + 1, 6, ADAMW), 1e-5)
     found, wanted, before = (without_key_biases(w) for w in (load_file(made.out / WEIGHTS), model.weights, start))
     moved_alike(found, wanted, before, 5e-3)
+
+
+def inputs_of(tmp_path: Path, teacher: Path) -> dict[str, Path]:
+    return {"tokens": tmp_path / "tokens", "teacher": teacher, "parent": teacher, "subject": teacher}
+
+
+def spec_of(kind: str, dtype: Any) -> Any:
+    """A short stage of a kind that computes forward passes."""
+    common: dict[str, Any] = {"tokens": "t", "sequence_length": LENGTH, "numerics": Numerics(dtype=dtype)}
+    trained: dict[str, Any] = {"token_budget": LENGTH * 2, "batch_size": 2, "optimizer": ADAMW, "seed": 0}
+    match kind:
+        case "teacher":
+            return TeacherSpec(**common, **trained, architecture=SHAPE)
+        case "scratch":
+            return ScratchSpec(
+                **common, **trained, architecture=SHAPE, teacher=None, operator=HyenaConfig(), layers=(1,)
+            )
+        case "distil":
+            return distil_spec((0, 1), (0, 1), 0, ADAMW, dtype=dtype)
+        case _:
+            evaluation = Evaluation(tokens=LENGTH * 2, prompts=0)
+            return EvaluateSpec(**common, teacher="r", subject="s", evaluation=evaluation)
+
+
+@contextlib.contextmanager
+def watched(look: Callable[..., None]) -> Iterator[None]:
+    """Let `look` see every call of every module."""
+    watching = torch.nn.modules.module.register_module_forward_hook(look)
+    try:
+        yield
+    finally:
+        watching.remove()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -238,24 +272,7 @@ def test_every_forward_pass_has_the_precision_of_the_study(
 ) -> None:
     """Parameters stay float32: what every map of every layer gives has the precision that was asked for."""
     text.tofile(tmp_path / "tokens" / "valid.bin")
-    inputs = {"tokens": tmp_path / "tokens", "teacher": tiny_teacher, "parent": tiny_teacher, "subject": tiny_teacher}
-    made = place(inputs=inputs)
-    common: dict[str, Any] = {"tokens": "t", "sequence_length": LENGTH, "numerics": Numerics(dtype=dtype)}
-    trained = common | {
-        "architecture": SHAPE,
-        "token_budget": LENGTH * 2,
-        "batch_size": 2,
-        "optimizer": ADAMW,
-        "seed": 0,
-    }
-    spec: Any = {
-        "teacher": lambda: TeacherSpec(**trained),
-        "scratch": lambda: ScratchSpec(**trained, teacher=None, operator=HyenaConfig(), layers=(1,)),
-        "distil": lambda: distil_spec((0, 1), (0, 1), 0, ADAMW, dtype=dtype),
-        "evaluate": lambda: EvaluateSpec(
-            **common, teacher="r", subject="s", evaluation=Evaluation(tokens=LENGTH * 2, prompts=0)
-        ),
-    }[kind]()
+    spec, made = spec_of(kind, dtype), place(inputs=inputs_of(tmp_path, tiny_teacher))
     seen: set[torch.dtype] = set()
 
     def look(module: torch.nn.Module, _: Any, output: Any) -> None:
@@ -263,9 +280,49 @@ def test_every_forward_pass_has_the_precision_of_the_study(
         if of_a_batch and output.shape[2] != 300:  # neither a look at the model beforehand nor an output head
             seen.add(output.dtype)
 
-    watching = torch.nn.modules.module.register_module_forward_hook(look)
-    try:
+    with watched(look):
         run_stage(spec, made)
-    finally:
-        watching.remove()
     assert seen == {getattr(torch, dtype)}
+
+
+def test_an_operator_starts_from_the_attention_on_the_first_text_of_the_path(
+    place: Any, tiny_teacher: Path, tmp_path: Path, text: Any
+) -> None:
+    """Sixteen sequences in the students' order, wherever the path's earlier stages ended; an untrained second stage."""
+    positive = ImplicitFilterConfig(positive=True, width=16, features=9)
+    power = HyenaConfig(heads=HEADS, feature_map="power", key_dim=3, normalise=True, key_gate=True, filter=positive)
+    inputs = {"tokens": tmp_path / "tokens", "teacher": tiny_teacher, "parent": tiny_teacher}
+    student, first = Plain(weights_of(tiny_teacher), HEADS), plain.sequences(text, LENGTH, SEED + 1)
+    text_BL = torch.stack([next(first) for _ in range(16)])
+    for stage, (layers, operator) in enumerate([((0,), HyenaConfig()), ((1, 2), power)]):
+        spec = distil_spec(layers, layers, 7 * stage, ADAMW)
+        made = place(f"stage {stage}", inputs)
+        run_stage(spec.model_copy(update={"phases": (), "operator": operator}), made)
+        plain.put(student, layers, operator, 96, SEED, text_BL=text_BL)
+        inputs["parent"] = made.out
+    found = Plain({n: t for n, t in weights_of(tiny_teacher).items() if n in student.weights}, HEADS)
+    found.weights |= load_file(inputs["parent"] / WEIGHTS)
+    found.operators = student.operators
+    with torch.no_grad():
+        wanted_BLV, found_BLV = (plain.run(model, text_BL).logits_BLV for model in (student, found))
+    assert found.weights.keys() == student.weights.keys()
+    assert (found_BLV - wanted_BLV).abs().max() < 1e-3 * wanted_BLV.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["teacher", "scratch", "distil"])
+def test_training_repeats_its_bits_where_a_device_could_do_otherwise(
+    place: Any, tiny_teacher: Path, tmp_path: Path, text: Any, kind: str
+) -> None:
+    """An operation without a deterministic form is refused in every step, not only warned of."""
+    torch.use_deterministic_algorithms(False)
+    spec, made = spec_of(kind, "float32"), place(inputs=inputs_of(tmp_path, tiny_teacher))
+    seen: list[tuple[bool, bool]] = []
+
+    def look(*_: Any) -> None:
+        seen.append(
+            (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+        )
+
+    with watched(look):
+        run_stage(spec, made)
+    assert set(seen) == {(True, False)}
