@@ -1,0 +1,175 @@
+"""Whole operators against their definitions, position by position in float64, from their parameters alone.
+
+`reference` shares with `forward` what both read from a configuration; here nothing is shared but the filters' values.
+
+Shapes: B batch, L positions, D model width, H heads, K width of query and key, V of value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from operators.config import HyenaConfig, ImplicitFilterConfig
+from operators.registry import build
+from tests.operators.cases import CASES, B, D, draw, generator, make
+from tests.operators.test_forms import kept_bytes
+
+LENGTH = 23
+HEADS = [name for name, config in CASES.items() if isinstance(config, HyenaConfig) and config.heads]
+CHANNELS = [name for name, config in CASES.items() if isinstance(config, HyenaConfig) and not config.heads]
+
+
+def stirred(case: str) -> Any:
+    """The operator of a case in float64, with what a new one has at zero or one moved away from it."""
+    operator = make(case).double()
+    with torch.no_grad():
+        for seed, name in enumerate(("direct", "short_weight", "short_bias", "hedgehog")):
+            parameter = getattr(operator, name, None)
+            if parameter is not None:
+                parameter.add_(0.5 * draw(*parameter.shape, seed=20 + seed))
+    return operator
+
+
+def convolved(operator: Any, x_LD: Tensor) -> Tensor:
+    """Projections and the short convolution after them, (E, L): the last tap weighs the present."""
+    p_LE = x_LD @ operator.in_proj.weight.t() + operator.in_proj.bias
+    taps = operator.short_weight.shape[1]
+    rows = []
+    for t in range(len(p_LE)):
+        past = [operator.short_weight[:, taps - 1 - lag] * p_LE[t - lag] for lag in range(min(taps, t + 1))]
+        rows.append(operator.short_bias + torch.stack(past).sum(0))
+    return torch.stack(rows, dim=1)
+
+
+def likeness(operator: Any, head: int, q_K: Tensor, k_K: Tensor) -> Tensor:
+    """f(q, k) of the feature map."""
+    config = operator.config
+    match config.feature_map:
+        case "identity":
+            return q_K @ k_K / len(q_K) ** 0.5
+        case "power":
+            return (1 + q_K @ k_K / config.degree) ** config.degree
+        case _:
+            mapped = [operator.hedgehog[head] @ part for part in (q_K, k_K)]
+            features = [torch.cat([part, -part]).softmax(0) for part in mapped]
+            return features[0] @ features[1]
+
+
+def heads_by_definition(operator: Any, x_LD: Tensor) -> Tensor:
+    """y_t = sum_s h_{t-s} f(q_t, k_s) g_s v_s / n_t + direct v_t, g = exp(gate) with gates above 10 taken for 10."""
+    config, (length, width) = operator.config, x_LD.shape
+    heads, key_width = config.heads, config.key_dim or width // config.heads
+    q_EL, k_EL, v_DL, gate_HL = convolved(operator, x_LD).split(
+        [heads * key_width, heads * key_width, width, heads if config.key_gate else 0]
+    )
+    h_HL, outputs = operator.filter(length), []
+    for head in range(heads):
+        mine, own = (slice(head * each, (head + 1) * each) for each in (key_width, width // heads))
+        q_KL, k_KL, v_VL = q_EL[mine], k_EL[mine], v_DL[own]
+        rows = []
+        for t in range(length):
+            weights = []
+            for s in range(t + 1):
+                gate = gate_HL[head, s].clamp(max=10.0).exp() if config.key_gate else 1.0
+                weights.append(h_HL[head, t - s] * likeness(operator, head, q_KL[:, t], k_KL[:, s]) * gate)
+            weight_T = torch.stack(weights)
+            mixed_V = v_VL[:, : t + 1] @ weight_T
+            if config.normalise:
+                mixed_V = mixed_V / (weight_T.sum() + 1e-6)
+            rows.append(mixed_V + operator.direct[own] * v_VL[:, t])
+        outputs.append(torch.stack(rows))
+    return torch.cat(outputs, dim=1) @ operator.out_proj.weight.t() + operator.out_proj.bias
+
+
+def channels_by_definition(operator: Any, x_LD: Tensor) -> Tensor:
+    """v <- h_n * (x_n v) + direct_n x_n v from the last gate to x_1, then x_0 v."""
+    (length, width), order = x_LD.shape, operator.config.order
+    first_DL, *gates, v_DL = convolved(operator, x_LD).split(width)
+    h_CL, direct_C = operator.filter(length), operator.direct
+    for n, gate_DL in enumerate(reversed(gates)):
+        mine = slice(n * width, (n + 1) * width)
+        z_DL = gate_DL * v_DL
+        rows = [(h_CL[mine, : t + 1].flip(1) * z_DL[:, : t + 1]).sum(1) for t in range(length)]
+        v_DL = torch.stack(rows, dim=1) + direct_C[mine, None] * z_DL
+    assert len(gates) == order - 1
+    return (first_DL * v_DL).t() @ operator.out_proj.weight.t() + operator.out_proj.bias
+
+
+def step_by_step(operator: Any, x_BLD: Tensor) -> Tensor:
+    """A prompt of three positions, then one at a time."""
+    state = operator.init_state(len(x_BLD))
+    cuts = [slice(0, 3), *(slice(t, t + 1) for t in range(3, LENGTH))]
+    parts = [operator.extend(x_BLD[:, cut], state)[0] for cut in cuts]
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("case", [*HEADS, *CHANNELS])
+@torch.no_grad()
+def test_whole_sequences_and_steps_are_the_definition(case: str) -> None:
+    operator, x_BLD = stirred(case), draw(B, LENGTH, D).double()
+    defined = heads_by_definition if operator.config.heads else channels_by_definition
+    wanted = torch.stack([defined(operator, x_LD) for x_LD in x_BLD])
+    largest = wanted.abs().max()
+    for found in (operator(x_BLD), step_by_step(operator, x_BLD)):
+        assert (found - wanted).abs().max() <= 1e-9 * largest
+    operator.direct.mul_(1.1)  # it is of a size that would be missed
+    assert (defined(operator, x_BLD[0]) - wanted[0]).abs().max() > 1e-4 * largest
+
+
+@pytest.mark.parametrize("case", ["gated", "power, full", "modal, heads, gated"])
+@torch.no_grad()
+def test_a_gate_weighs_no_position_more_than_exp_of_10(case: str) -> None:
+    """What single tokens are worth may grow without bound in training, and exp must not overflow."""
+    operator, x_BLD = stirred(case), draw(B, LENGTH, D).double()
+    heads = operator.config.heads
+    gates = torch.stack([convolved(operator, x_LD)[-heads:] for x_LD in x_BLD])
+    operator.short_bias[-heads:] += 10.0 - gates.transpose(0, 1).flatten(1).median(1).values  # half are beyond it
+    wanted = torch.stack([heads_by_definition(operator, x_LD) for x_LD in x_BLD])
+    for found in (operator(x_BLD), step_by_step(operator, x_BLD)):
+        assert (found - wanted).abs().max() <= 1e-9 * wanted.abs().max()
+    operator.short_bias[-heads:] += 1e4
+    assert torch.isfinite(operator.float()(x_BLD.float())).all()
+
+
+@pytest.mark.parametrize("case", ["hedgehog", "hedgehog, signed"])
+def test_the_map_of_hedgehog_starts_as_the_identity(case: str) -> None:
+    operator = make(case)
+    width = operator.hedgehog.shape[-1]
+    assert torch.equal(operator.hedgehog, torch.eye(width).expand(operator.config.heads, width, width))
+
+
+POSITIVE = ImplicitFilterConfig(positive=True)
+NARROW = {  # bytes a position and channel that may be kept for backward
+    "gated": (HyenaConfig(heads=4, init="random", key_gate=True), 24),
+    "power": (HyenaConfig(heads=4, init="random", feature_map="power", normalise=True, filter=POSITIVE), 16),
+    "hedgehog": (HyenaConfig(heads=4, init="random", feature_map="hedgehog", normalise=True, filter=POSITIVE), 24),
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_training_in_bfloat16_keeps_the_projections_once(name: str) -> None:
+    """What convolution and feature map make of them is computed again; were it kept, it were 28, 22 and 34 bytes."""
+    config, bytes_kept = NARROW[name]
+    operator: Any = build(config, 64, 256)
+    operator.initialise(None, generator())
+    assert kept_bytes(operator, draw(2, 256, 64).requires_grad_()) <= bytes_kept * 2 * 256 * 64
+
+
+def test_training_a_long_filter_does_not_keep_its_network() -> None:
+    """Nine times a width of 32 a position, were it kept."""
+    operator: Any = build(HyenaConfig(init="random"), 16, 1024)
+    operator.initialise(None, generator())
+
+    class Filters(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.filter = operator.filter
+
+        def forward(self, length: Tensor) -> Tensor:
+            return self.filter(len(length))  # type: ignore[no-any-return]
+
+    assert kept_bytes(Filters(), torch.zeros(1024)) <= 2 * 32 * 1024 * 4
