@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,17 @@ def one_thread() -> None:
 def teacher(tiny_teacher: Path) -> Any:
     """A frozen GPT-NeoX of 3 layers, width 32, 4 heads, 96 positions, vocabulary 300."""
     return load_teacher(tiny_teacher)
+
+
+@pytest.fixture
+def tied_teacher(tiny_teacher: Path, tmp_path: Path) -> Path:
+    """The folder of the same model, but for an output head that is its embedding."""
+    folder = shutil.copytree(tiny_teacher, tmp_path / "tied")
+    model = load_teacher(tiny_teacher)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

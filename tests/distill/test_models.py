@@ -88,6 +88,25 @@ def test_only_what_differs_from_the_teacher_is_stored(teacher: Any, tiny_teacher
     }
 
 
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_tied_head_is_stored_once_and_comes_back_tied(tied_teacher: Path, tmp_path: Path, complete: bool) -> None:
+    base = {name: tensor.clone() for name, tensor in load_teacher(tied_teacher).state_dict().items()}
+    student = student_of(tied_teacher, {1: HyenaConfig()})
+    with torch.no_grad():
+        student.lm_head.weight.add_(0.01)
+    (tmp_path / "saved").mkdir()
+    save_student(student, None if complete else base, tmp_path / "saved")
+    stored = load_file(tmp_path / "saved" / WEIGHTS)
+    assert "lm_head.weight" not in stored and torch.equal(stored["gpt_neox.embed_in.weight"], student.lm_head.weight)
+    again = load_student(tmp_path / "saved", load_teacher(tied_teacher))
+    assert again.lm_head.weight is again.gpt_neox.embed_in.weight
+    assert same(student, again)
+    if complete:  # and is asked for
+        save_file({k: v for k, v in stored.items() if "embed_in" not in k}, tmp_path / "saved" / WEIGHTS)
+        with pytest.raises(ValueError, match=r"missing \['gpt_neox\.embed_in\.weight'\]"):
+            load_student(tmp_path / "saved", load_teacher(tied_teacher))
+
+
 def test_a_student_that_skips_stores_no_tensor(teacher: Any, tiny_teacher: Path, tmp_path: Path) -> None:
     student = student_of(tiny_teacher, {2: SkipConfig()})
     save_student(student, teacher.state_dict(), tmp_path)

@@ -94,6 +94,14 @@ def test_freeze_takes_parameters_out_by_glob(student: Any, globs: tuple[str, ...
     assert not any(student.get_parameter(name).requires_grad for name in frozen)
 
 
+@pytest.mark.parametrize("glob", ["lm_head.*", "gpt_neox.embed_in.weight"])
+def test_a_tied_head_is_frozen_by_either_name(tied_teacher: Path, glob: str) -> None:
+    model = load_teacher(tied_teacher)
+    every = set(rates(model, make_optimizers(model, Optimizer())))
+    assert every - set(rates(model, make_optimizers(model, Optimizer(), (glob,)))) == {"gpt_neox.embed_in.weight"}
+    assert not model.lm_head.weight.requires_grad
+
+
 def test_a_frozen_parameter_trains_again_in_a_stage_that_does_not_freeze_it(student: Any) -> None:
     make_optimizers(student, Optimizer(rest_scale=0.0), ("*operator.direct",))
     found = rates(student, make_optimizers(student, Optimizer()))

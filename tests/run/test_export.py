@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -24,7 +25,7 @@ sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(fin
 sys.path = [path for path in sys.path if path != ""]
 import torch
 from transformers import AutoModelForCausalLM
-folder, logits = sys.argv[1:]
+folder, logits, tied = sys.argv[1:]
 try:
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
     raise SystemExit("loaded without its code")
@@ -32,6 +33,8 @@ except ValueError:
     pass
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 assert torch.equal(model(torch.arange(40)[None]).logits, torch.load(logits))
+assert (model.lm_head.weight is model.gpt_neox.embed_in.weight) == (tied == "tied")
+assert (model.generation_config.eos_token_id, model.generation_config.repetition_penalty) == ([7, 9], 1.25)
 cached, plain = (model.generate(torch.arange(5)[None], max_new_tokens=6, do_sample=False, use_cache=c) for c in (1, 0))
 assert torch.equal(cached, plain)
 one, two = torch.arange(5, 25)[None], torch.arange(30, 42)[None]
@@ -52,10 +55,15 @@ assert not any(name.split(".")[0] in ("operators", "orchestrator") for name in s
 """
 
 
-@pytest.mark.parametrize("layers", [[0, 1, 2], [1]], ids=["all", "hybrid"])
-def test_exported_student_is_the_student_in_memory(tmp_path: Path, layers: list[int]) -> None:
+@pytest.mark.parametrize(("layers", "head"), [([0, 1, 2], "own"), ([1], "tied")], ids=["all", "hybrid, tied head"])
+def test_exported_student_is_the_student_in_memory(tmp_path: Path, layers: list[int], head: str) -> None:
     torch.set_num_threads(1)
     teacher = new_teacher(SHAPE, seed=0)
+    torch.nn.init.normal_(teacher.get_output_embeddings().weight)
+    if head == "tied":
+        teacher.config.tie_word_embeddings = True
+        teacher.tie_weights()
+    teacher.generation_config.update(eos_token_id=[7, 9], repetition_penalty=1.25)
     teacher.save_pretrained(tmp_path / "teacher")
     filters = [FirFilterConfig(taps=4), ImplicitFilterConfig(), ModalFilterConfig()]
     for layer in layers:
@@ -67,9 +75,10 @@ def test_exported_student_is_the_student_in_memory(tmp_path: Path, layers: list[
     PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(tmp_path / "tokenizer")
     export_student(tmp_path / "student", tmp_path / "teacher", tmp_path / "tokenizer", tmp_path / "out")
 
+    assert ("lm_head.weight" in load_file(tmp_path / "out" / "model.safetensors")) == (head == "own")
     student = load_student(tmp_path / "student", load_teacher(tmp_path / "teacher")).eval()
     torch.save(student(torch.arange(40)[None]).logits, tmp_path / "logits.pt")
-    command = [sys.executable, "-c", ALONE, str(tmp_path / "out"), str(tmp_path / "logits.pt")]
+    command = [sys.executable, "-c", ALONE, str(tmp_path / "out"), str(tmp_path / "logits.pt"), head]
     environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
 import operators
 from orchestrator.distill.models import cache, exported_model, families, masks, swap
@@ -23,6 +23,8 @@ AUTO_MAP = {
 def export_student(student: Path, teacher: Path, tokenizer: Path, target: Path) -> None:
     """Write model, code and tokenizer of a student into `target`, which must not exist.
 
+    What the teacher says of generation (end of text, sampling) holds for the student too.
+
     Raises `ValueError` where `target` exists, or `student` is no student's artefacts.
     """
     if target.exists():
@@ -34,7 +36,7 @@ def export_student(student: Path, teacher: Path, tokenizer: Path, target: Path) 
     config = LayerswapConfig(**values, operators=read_json(student / STUDENT)["operators"])
     model = LayerswapForCausalLM(config)
     model.load_state_dict(trained.state_dict())
-    model.generation_config = GenerationConfig.from_model_config(config)
+    model.generation_config = trained.generation_config
     config.auto_map = AUTO_MAP
     with published_directory(target) as folder:
         model.save_pretrained(folder)

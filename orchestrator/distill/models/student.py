@@ -82,14 +82,18 @@ def import_teacher(spec: ImportSpec, place: Workplace) -> dict[str, Any]:
 
 
 def save_student(student: Any, base: Mapping[str, torch.Tensor] | None, folder: Path) -> None:
-    """Write which layers are swapped by what, and all tensors that differ from the teacher's (`base`)."""
+    """Write which layers are swapped by what, and all tensors that differ from the teacher's (`base`).
+
+    A tensor that has several names, as an output head that is tied to the embedding, is written once.
+    """
     operators = {
         str(placed.layer): _OPERATOR.dump_python(placed.operator.config, mode="json") for placed in swapped(student)
     }
     tensors = {}
+    others = _other_names(student)
     for name, tensor in student.state_dict().items():
         known = None if base is None else base.get(name)
-        if known is None or not torch.equal(known, tensor):
+        if name not in others and (known is None or not torch.equal(known, tensor)):
             tensors[name] = tensor.detach().cpu().contiguous().clone()
     save_file(tensors, folder / WEIGHTS)
     write_json(folder / STUDENT, {"operators": operators, "complete": base is None})
@@ -110,7 +114,8 @@ def load_student(folder: Path, teacher: Any) -> Any:
     wanted = teacher.state_dict()
     unknown = sorted(set(tensors) - set(wanted))
     operator_names = {name for name in wanted if ".operator." in name}
-    missing = sorted((set(wanted) if saved["complete"] else operator_names) - set(tensors))
+    needed = wanted.keys() - _other_names(teacher) if saved["complete"] else operator_names
+    missing = sorted(needed - set(tensors))
     shapes = sorted(name for name in set(tensors) & set(wanted) if tensors[name].shape != wanted[name].shape)
     if unknown or missing or shapes:
         told = f"unknown {unknown[:3]}, missing {missing[:3]}, of another shape {shapes[:3]}"
@@ -119,6 +124,12 @@ def load_student(folder: Path, teacher: Any) -> Any:
         for name, tensor in tensors.items():
             wanted[name].copy_(tensor)
     return teacher
+
+
+def _other_names(model: torch.nn.Module) -> set[str]:
+    """Of parameters with several names, all but the first."""
+    first = {name for name, _ in model.named_parameters()}
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)} - first
 
 
 def parameter_count(model: torch.nn.Module) -> int:

@@ -18,10 +18,14 @@ def make_optimizers(model: Any, config: Optimizer, freeze: tuple[str, ...] = ())
     """Optimizers over the parameters that are to train; all others are frozen.
 
     Muon takes weight matrices (not embeddings, output heads or filters), AdamW the rest. Parameters outside swapped
-    operators get `rest_scale` times the learning rate; a scale of 0 freezes them. Raises `ValueError` for a glob in
+    operators get `rest_scale` times the learning rate; a scale of 0 freezes them. A parameter of several names,
+    as an output head that is tied to the embedding, is frozen by each of them. Raises `ValueError` for a glob in
     `freeze` that matches no parameter and where nothing is left to train.
     """
-    names = [name for name, _ in model.named_parameters()]
+    names_of: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(parameter, []).append(name)
+    names = [name for several in names_of.values() for name in several]
     for pattern in freeze:
         if not fnmatch.filter(names, pattern):
             raise ValueError(f"recipe.freeze: {pattern!r} matches no parameter; names look like {names[0]!r}")
@@ -30,7 +34,7 @@ def make_optimizers(model: Any, config: Optimizer, freeze: tuple[str, ...] = ())
     for name, parameter in model.named_parameters():
         operator = ".operator." in name
         fixed = _fixed_in_operator(name) and not parameter.requires_grad
-        frozen = fixed or any(fnmatch.fnmatch(name, pattern) for pattern in freeze)
+        frozen = fixed or any(fnmatch.filter(names_of[parameter], pattern) for pattern in freeze)
         parameter.requires_grad_(not frozen and (operator or config.rest_scale > 0))
         if parameter.requires_grad:
             plain = parameter.ndim == 2 and name not in tables and ".filter." not in name and "short_" not in name
