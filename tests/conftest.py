@@ -1,12 +1,31 @@
-"""A tiny teacher, made once a session: what several rooms need to be tested on the real thing."""
+"""What several rooms need: a tiny teacher, made once a session, and signals as a terminal's programs have them."""
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 TEXT = [f"def f{i}(x):\n    return x + {i}\n\n\nprint(f{i}({i}))\n" for i in range(60)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_signals() -> Iterator[None]:
+    """Neither the tests nor the processes that they start ignore or hold back what this process inherited so.
+
+    A shell starts `make test &` with SIGINT ignored, and what is ignored is so in every child.
+    """
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    ignored = [number for number in usual if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, usual[number])
+    held = signal.pthread_sigmask(signal.SIG_UNBLOCK, usual)
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, held)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture(scope="session")

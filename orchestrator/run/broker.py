@@ -80,6 +80,8 @@ class Broker:
                 if await asyncio.to_thread(claim.held_by_other):  # another driver computes it: wait without a core
                     await asyncio.sleep(POLL_SECONDS)
                     continue
+                if self.store.finished(key):  # who held the claim published, then let go, since the look before
+                    continue
                 await asyncio.gather(*(self.want(parent) for parent in spec.parents.values()))
                 if spec.world_size == 1:
                     await self._compute(key, spec, claim.expired)

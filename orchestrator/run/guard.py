@@ -80,14 +80,16 @@ def users(folder: str, but: int) -> list[psutil.Process]:
 
 def end(folder: str, but: int) -> None:
     """End every process that uses a directory, `but` one, then remove it."""
-    deadline = time.monotonic() + SECONDS
-    while (left := users(folder, but)) and time.monotonic() < deadline:
+    left = users(folder, but)
+    deadline = time.monotonic() + SECONDS  # from here: the look takes its time on a busy machine
+    while left and time.monotonic() < deadline:
         for process in left:
             try:
                 process.kill()
             except psutil.NoSuchProcess:
                 continue
         psutil.wait_procs(left, timeout=1)
+        left = users(folder, but)
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -140,6 +140,25 @@ def test_what_another_computes_is_waited_for_without_a_task_while_others_go_on(c
     asyncio.run(run())
 
 
+def test_what_was_published_between_two_looks_is_not_computed(
+    context: RunContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another driver publishes and lets go of its claim after we saw no result and before we look at the claim."""
+    broker = Fake(context)
+    taken = EVALUATIONS[0].key
+
+    class JustLeft:
+        expired = None
+
+        def held_by_other(self) -> bool:
+            publish(broker.store, taken)
+            return False
+
+    monkeypatch.setattr(module, "claim_of", lambda *_: JustLeft())
+    assert asyncio.run(broker.want(taken))["key"] == taken
+    assert broker.computed == []
+
+
 def test_a_stage_whose_computer_dies_is_taken_over(context: RunContext) -> None:
     async def run() -> None:
         broker = Fake(context)

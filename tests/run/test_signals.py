@@ -21,6 +21,7 @@ from orchestrator.run.interrupt import Interrupt
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.ray
+PATIENCE = 250  # seconds for what takes a few where nothing else runs; below pytest's own limit
 STUDY = """
 study: long
 teacher: {kind: pretrain, layers: 2, hidden: 32, heads: 2, max_length: 64, tokens: 81_920_000, batch_size: 8}
@@ -74,7 +75,7 @@ class Long:
         return journal.parent
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 200) -> None:
+def wait_until(true: Callable[[], bool], seconds: float = PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline
@@ -88,8 +89,8 @@ def family(driver: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def no_orphan(of: list[psutil.Process]) -> None:
-    """All end within ten seconds."""
-    _, alive = psutil.wait_procs(of, timeout=10)
+    """All end by themselves; a busy machine may take its time."""
+    _, alive = psutil.wait_procs(of, timeout=PATIENCE)
     assert alive == []
 
 
@@ -97,7 +98,7 @@ def stopped_by_ctrl_c(of: Long, driver: subprocess.Popen[str]) -> tuple[str, int
     """Interrupt it as a terminal does, the whole group; what it said and the step of the checkpoint it left."""
     children = family(driver)
     os.killpg(driver.pid, signal.SIGINT)
-    _, told = driver.communicate(timeout=100)
+    _, told = driver.communicate(timeout=PATIENCE)
     assert driver.returncode == 130, told
     no_orphan(children)
     step = newest_step(of.teacher / "work")
@@ -121,7 +122,7 @@ def stranger() -> Iterator[subprocess.Popen[str]]:
     )
     assert other.stdout is not None and other.stdout.readline() == "here\n"
     yield other
-    other.communicate(timeout=60)
+    other.communicate(timeout=PATIENCE)
     shutil.rmtree(folder)
 
 
@@ -163,7 +164,7 @@ def test_sigterm_twice_stops_at_once(long: Long) -> None:
     driver.send_signal(signal.SIGTERM)
     driver.send_signal(signal.SIGINT)
     os.kill(driver.pid, signal.SIGCONT)
-    _, told = driver.communicate(timeout=60)
+    _, told = driver.communicate(timeout=PATIENCE)
     assert driver.returncode in (143, 130), told
     assert "stopped at once; nothing finished is lost, go on with the same command" in told
     no_orphan(children)
@@ -192,7 +193,7 @@ def test_sigterm_stops_before_anything_began(long: Long) -> None:
     driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: handles(driver, signal.SIGTERM))
     driver.send_signal(signal.SIGTERM)
-    _, told = driver.communicate(timeout=60)
+    _, told = driver.communicate(timeout=PATIENCE)
     assert driver.returncode == 143, told
     assert "Traceback" not in told and "go on with" in told
 
