@@ -112,13 +112,14 @@ def decide(root: Path, chosen: list[Mutant], test_files: list[str], options: arg
 
 
 def _decided(copy: Copy, root: Path, mutant: Mutant, covering: Covering, most: float) -> Verdict:
-    tests, total = {}, 0.0
+    tests: dict[str, float] = {}
     candidates = covering.tests_of(mutant, root)
+    spent = total = 0.0
     for test in candidates:
-        total += covering.seconds[test]
-        if tests and total > most:
-            total -= covering.seconds[test]
+        spent += covering.cpu[test]
+        if tests and spent > most:
             break
+        total += covering.seconds[test]
         tests[test] = SLOWER * covering.cpu[test] + SLACK
     if not tests:
         return Verdict(mutant, "not covered")
@@ -158,7 +159,7 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--file", help="only mutants of these files, with commas")
     parser.add_argument("--only", help="only mutants with these ids, with commas; prints what their tests print")
     parser.add_argument("--list", action="store_true", help="print the mutants and run none")
-    parser.add_argument("--most", type=float, default=60.0, help="seconds of tests for a mutant, quickest first")
+    parser.add_argument("--most", type=float, default=60.0, help="CPU seconds of tests for a mutant, quickest first")
     parser.add_argument("--ray", action="store_true", help="with the tests marked ray or slow")
     parser.set_defaults(preloaded=PRELOADED)
     parser.add_argument("--json", type=Path, help="write what came of every mutant to FILE-ROOM.json")

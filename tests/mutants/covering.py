@@ -36,7 +36,7 @@ class Covering:
                     self.by_line[file, line].add(test)
 
     def tests_of(self, mutant: Mutant, root: Path) -> list[str]:
-        """The tests that run the mutated statement, quickest first.
+        """The tests that run the mutated statement, those of the fewest CPU seconds first.
 
         What runs when a file is imported is run by no test in particular: there it is the tests that call anything in
         the file, and where nothing in it is called, those that call anything in files that import it.
@@ -50,7 +50,7 @@ class Covering:
                 for file in {file for file, _ in self.by_line}:
                     if module in (root / file).read_text(encoding="utf-8"):
                         found |= self._calling(root, file)
-        return sorted(found, key=lambda test: (self.seconds[test], test))
+        return sorted(found, key=lambda test: (self.cpu[test], test))
 
     def _at(self, places: Iterable[tuple[str, int]]) -> set[str]:
         return {test for place in places for test in self.by_line.get(place, ())}
