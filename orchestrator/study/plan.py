@@ -106,6 +106,8 @@ def throughput_specs(plan: Plan, hardware: str) -> dict[str, ThroughputSpec]:
             operator = dataclasses.replace(operator, init="random")  # speed does not depend on the weights
         # What trains nothing, such as a skipped layer, is measured as the study trains.
         student = step.train if isinstance(step.train, DistilSpec | ScratchSpec) and step.own_tokens else None
+        rest_scale = (student.optimizer if student else plan.study.recipe.optimizer).rest_scale
+        freeze = plan.study.recipe.freeze if student is None else getattr(student, "freeze", ())
         found[step.train.key] = ThroughputSpec(
             teacher=plan.teacher.train.key,
             operator=operator,
@@ -115,6 +117,8 @@ def throughput_specs(plan: Plan, hardware: str) -> dict[str, ThroughputSpec]:
             sequence_length=plan.study.data.sequence_length,
             numerics=alone(student.numerics if student else plan.study.numerics),
             hardware=hardware,
+            rest_trains=rest_scale > 0 or not step.swapped,
+            freeze=tuple(sorted(set(freeze))) if step.swapped else (),
         )
     return found
 

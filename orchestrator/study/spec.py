@@ -174,6 +174,8 @@ class ThroughputSpec(Spec):
     sequence_length: int
     numerics: Numerics
     hardware: str
+    rest_trains: bool = True  # in training, what is not in the swapped layers gets gradients too
+    freeze: tuple[str, ...] = ()  # in training, globs over parameter names that get none
 
 
 StageSpec = Annotated[

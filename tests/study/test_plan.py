@@ -281,6 +281,23 @@ def test_equal_architectures_share_one_speed_measurement() -> None:
     assert {spec.hardware for spec in speeds.values()} == {"h"}
 
 
+def test_training_speed_is_measured_of_what_the_stages_train() -> None:
+    frozen = "recipe.freeze=[lm_head.*, '*embed*']"
+    plan = planned(
+        frozen, "search.space={recipe.optimizer.rest_scale: [0.0, 0.3, 0.5]}", "recipe.optimizer.rest_scale=0"
+    )
+    speeds = throughput_specs(plan, "h")
+    of_trials = [{speeds[step.train.key] for step in trial.steps} for trial in plan.trials]
+    assert [{spec.rest_trains for spec in specs} for specs in of_trials] == [{False}, {True}, {True}]
+    assert of_trials[1] == of_trials[2]
+    controls = {name.split()[0]: speeds[step.train.key] for name, step in plan.controls.items()}
+    assert (controls["skip"].rest_trains, controls["scratch"].rest_trains) == (False, True)
+    globs = ("*embed*", "lm_head.*")
+    assert {spec.freeze for spec in [*set.union(*of_trials), controls["skip"]]} == {globs}
+    teacher = speeds[plan.teacher.train.key]
+    assert (controls["scratch"].freeze, teacher.freeze, teacher.rest_trains) == ((), (), True)
+
+
 def test_the_teacher_trains_on_the_studys_text_or_is_imported() -> None:
     made = planned()
     assert isinstance(made.teacher.train, TeacherSpec)

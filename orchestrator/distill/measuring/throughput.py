@@ -1,6 +1,7 @@
 """Speed of a student's architecture against its teacher's: training, prefill and decode.
 
-Weights do not change speed, so a measurement belongs to an architecture and every student of that shape shares it.
+Weights do not change speed, so a measurement belongs to an architecture, and to which of it trains; every student of
+that shape shares it.
 Both models run in turn in one process that has the machine to itself; ratios are medians of ratios by turn.
 """
 
@@ -13,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from operators import native
 from orchestrator.distill.context import Workplace
+from orchestrator.distill.models.families import family_of
 from orchestrator.distill.models.student import load_teacher
-from orchestrator.distill.models.swap import swap
+from orchestrator.distill.models.swap import attention_of, swap, swapped
 from orchestrator.distill.training.loop import autocast, prepare
-from orchestrator.distill.training.losses import next_token_loss
+from orchestrator.distill.training.losses import next_token_loss, train_operators_only
 from orchestrator.distill.training.memory import give_back_freed_memory
+from orchestrator.distill.training.optimizers import set_trainable
 from orchestrator.study.spec import ThroughputSpec
 
 Timed = Callable[[Any], float]  # model -> seconds
@@ -41,6 +45,8 @@ def measure_throughput(spec: ThroughputSpec, place: Workplace) -> dict[str, Any]
     student = load_teacher(place.inputs["teacher"])
     swap(student, spec.layers, spec.operator, torch.Generator().manual_seed(0))
     student.to(device)
+    for model in (teacher, student):
+        _choose_gradients(model, spec)
     settings = spec.throughput
     result: dict[str, Any] = {"core": core}
     longest = teacher.config.max_position_embeddings
@@ -101,8 +107,27 @@ def _decode(model: Any, batch: int, context: int, tokens: int, spec: ThroughputS
     return clock.seconds
 
 
+def _choose_gradients(model: Any, spec: ThroughputSpec) -> None:
+    """Let training take the gradients that the study's stages take; of the teacher, those of the attention that is
+    replaced in the operators' place.
+
+    Where that leaves nothing, as in a skipped layer with all else frozen, the gradient is that of what enters the
+    lowest of the layers: what any operator there would need.
+    """
+    mixers = [parameter for layer in spec.layers for parameter in attention_of(model, layer).parameters()]
+    set_trainable(model, spec.rest_trains, spec.freeze, mixers if not swapped(model) else ())
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        lowest = family_of(model).layers(model)[min(spec.layers, default=0)]
+        lowest.register_forward_pre_hook(_with_gradient)
+
+
+def _with_gradient(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+    if torch.is_grad_enabled():
+        arguments[0].requires_grad_()
+
+
 def _train(model: Any, batch: int, length: int, spec: ThroughputSpec, device: str) -> float:
-    model.train().requires_grad_(True)
+    train_operators_only(model)
     ids = _ids(model, batch, length, device)
     with _clock(device) as clock:
         with autocast(spec.numerics, device):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -22,20 +23,15 @@ def make_optimizers(model: Any, config: Optimizer, freeze: tuple[str, ...] = ())
     as an output head that is tied to the embedding, is frozen by each of them. Raises `ValueError` for a glob in
     `freeze` that matches no parameter and where nothing is left to train.
     """
-    names_of: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names_of.setdefault(parameter, []).append(name)
-    names = [name for several in names_of.values() for name in several]
+    names = [name for several in _names(model).values() for name in several]
     for pattern in freeze:
         if not fnmatch.filter(names, pattern):
             raise ValueError(f"recipe.freeze: {pattern!r} matches no parameter; names look like {names[0]!r}")
+    set_trainable(model, config.rest_scale > 0, freeze)
     tables = set(_tables(model))
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         operator = ".operator." in name
-        fixed = _fixed_in_operator(name) and not parameter.requires_grad
-        frozen = fixed or any(fnmatch.filter(names_of[parameter], pattern) for pattern in freeze)
-        parameter.requires_grad_(not frozen and (operator or config.rest_scale > 0))
         if parameter.requires_grad:
             plain = parameter.ndim == 2 and name not in tables and ".filter." not in name and "short_" not in name
             groups.setdefault((config.method == "muon" and plain, operator), []).append(parameter)
@@ -46,6 +42,27 @@ def make_optimizers(model: Any, config: Optimizer, freeze: tuple[str, ...] = ())
         for matrices in (True, False)
         if (made := _optimizer(matrices, {op: g for (m, op), g in groups.items() if m == matrices}, config))
     ]
+
+
+def set_trainable(model: nn.Module, rest: bool, freeze: tuple[str, ...], mixers: Collection[nn.Parameter] = ()) -> None:
+    """Say which parameters get gradients: those of operators and `mixers`, with `rest` all others too.
+
+    What a glob of `freeze` matches by any of its names gets none, nor what an operator itself holds fixed.
+    """
+    own = set(mixers)
+    for parameter, names in _names(model).items():
+        mixer = ".operator." in names[0] or parameter in own
+        fixed = _fixed_in_operator(names[0]) and not parameter.requires_grad
+        frozen = fixed or any(fnmatch.filter(names, pattern) for pattern in freeze)
+        parameter.requires_grad_(not frozen and (mixer or rest))
+
+
+def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Every parameter with all its names."""
+    found: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(parameter, []).append(name)
+    return found
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
