@@ -249,7 +249,8 @@ def spec_of(kind: str, dtype: Any) -> Any:
                 **common, **trained, architecture=SHAPE, teacher=None, operator=HyenaConfig(), layers=(1,)
             )
         case "distil":
-            return distil_spec((0, 1), (0, 1), 0, ADAMW, dtype=dtype)
+            short = tuple(phase.model_copy(update={"steps": 1}) for phase in PHASES)
+            return distil_spec((0, 1), (0, 1), 0, ADAMW, dtype=dtype).model_copy(update={"phases": short})
         case _:
             evaluation = Evaluation(tokens=LENGTH * 2, prompts=0)
             return EvaluateSpec(**common, teacher="r", subject="s", evaluation=evaluation)
