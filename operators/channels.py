@@ -6,20 +6,23 @@ the last, x_{N-1}, down to x_1, as safari's code does.
 Shapes: as in `hyena`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from operators.config import HyenaConfig
 from operators.convolution.causal import compute_dtype, long_conv_reference
 from operators.convolution.gated import Inputs, gated, gated_trained
+from operators.decoding.channelwise import CHANNEL_STATES, ChannelState, Tiled
+from operators.decoding.extend import outside_autocast
 from operators.decoding.frozen import Filters
-from operators.decoding.state import State
-from operators.decoding.steps import STEP_MODES
+from operators.decoding.state import HyenaState
 from operators.filters.base import draw_uniform
 from operators.gpu import accelerated
 from operators.gpu.channels import gated as gated_by_kernels
 from operators.gpu.channels import takes as takes_by_kernels
-from operators.hyena import Hyena, outside_autocast
+from operators.hyena import Hyena
 from operators.native import serves
 from operators.native.channels import convolve, convolve_trained
 from operators.native.decode import open_window, step, takes
@@ -32,35 +35,37 @@ class ChannelHyena(Hyena):
     """E = (N + 1) D; `filter` has (N - 1) D filters, one block of D per convolution in order of application, and
     `direct` as many entries. Otherwise as `Hyena`."""
 
+    STATES = CHANNEL_STATES
+
     def __init__(self, config: HyenaConfig, d_model: int, max_length: int) -> None:
         super().__init__(config, d_model, max_length)
         self.convolutions = config.order - 1
         filters = self.convolutions * d_model
         self.build((config.order + 1) * d_model, filters, self.convolutions, filters)
 
-    def combine(self, u_BEL: Tensor, mask_BL: Tensor | None, h_CT: Tensor | None, state: State | None) -> Tensor:
-        """See `Hyena.combine`."""
-        assert state is not None
+    def combine(
+        self, u_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None
+    ) -> Tensor:
+        """See `Hyena.combine`; always with a state, for whole sequences take one pass."""
+        assert isinstance(state, ChannelState) and isinstance(filters, Filters)
         if u_BEL.shape[-1] == 1:
-            return self.combine_step(u_BEL.transpose(1, 2), state).transpose(1, 2)
+            return self.combine_step(u_BEL.transpose(1, 2), filters, state).transpose(1, 2)
         first_BDL, *gates, y_BDL = u_BEL.chunk(self.config.order + 1, dim=1)
-        assert h_CT is None
-        assert state.filters is not None
         for index, gate_BDL in enumerate(reversed(gates)):
-            y_BDL = STEP_MODES[state.mode].chunk(state.filters, state, *self._named(index), gate_BDL * y_BDL)
+            y_BDL = state.chunk(index, self._channels(index), gate_BDL * y_BDL)
         return first_BDL * y_BDL
 
-    def combine_step(self, u_B1E: Tensor, state: State) -> Tensor:
+    def combine_step(self, u_B1E: Tensor, filters: Filters, state: HyenaState) -> Tensor:
         """See `Hyena.combine_step`."""
+        assert isinstance(state, ChannelState)
         first_B1D, *gates, y_B1D = u_B1E.chunk(self.config.order + 1, dim=2)
-        assert state.filters is not None
         for index, gate_B1D in enumerate(reversed(gates)):
-            y_B1D = STEP_MODES[state.mode].step(state.filters, state, *self._named(index), gate_B1D * y_B1D)
+            y_B1D = state.step(index, self._channels(index), gate_B1D * y_B1D)
         return first_B1D * y_B1D
 
-    def frozen(self) -> Filters:
-        """The filters with `direct` at lag 0, where it belongs."""
-        return self.filter.frozen(self.direct)
+    def freeze(self) -> Filters:
+        """See `Hyena.freeze`; with `direct` at lag 0, where it belongs."""
+        return self.filter.freeze(self.direct)
 
     def step_modes(self) -> tuple[str, ...]:
         """See `Hyena.step_modes`: those of the filter."""
@@ -85,49 +90,51 @@ class ChannelHyena(Hyena):
         """See `Hyena.project`; for the core one product over all positions of a batch, channels last."""
         return linear(x_BDL.transpose(1, 2)).transpose(1, 2) if serves(x_BDL) else super().project(linear, x_BDL)
 
-    def whole(self, p_BEL: Tensor, mask_BL: Tensor | None, h_CL: Tensor | None, state: State | None) -> Tensor:
+    def whole(
+        self, p_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None
+    ) -> Tensor:
         """See `Hyena.whole`: one pass, `gated` or the compiled core's."""
         if state is None and accelerated(p_BEL) and takes_by_kernels(p_BEL, self.short_weight):
-            return self._one_pass_gpu(p_BEL, mask_BL, h_CL)
+            return self._one_pass_gpu(p_BEL, mask_BL, filters)
         one_pass = self._one_pass_native if serves(p_BEL) else self._one_pass
         if state is None:
-            return one_pass(p_BEL, mask_BL, h_CL, [], None)[0]
+            return one_pass(p_BEL, mask_BL, filters, [], None)[0]
+        assert isinstance(state, ChannelState)
         like_BDL = p_BEL.new_empty((state.batch, self.d_model, p_BEL.shape[-1]), dtype=compute_dtype(p_BEL.dtype))
-        mode, named = STEP_MODES[state.mode], [self._named(index) for index in range(self.convolutions)]
-        histories = [mode.room(state, name, like_BDL) for name, _ in named]
-        y_BDL, *known = one_pass(p_BEL, mask_BL, h_CL, histories, state)
-        for (name, channels), z_BDL, known_BDW in zip(named, histories, known, strict=True):
-            mode.filled(self.frozen(), state, name, channels, z_BDL, known_BDW)
+        rooms = state.rooms(like_BDL, self.convolutions)
+        y_BDL, *known = one_pass(p_BEL, mask_BL, filters, rooms, state)
+        for index, (z_BDL, known_BDW) in enumerate(zip(rooms, known, strict=True)):
+            state.filled(index, self._channels(index), z_BDL, known_BDW)
         return y_BDL
 
     def _one_pass(
         self,
         p_BEL: Tensor,
         mask_BL: Tensor | None,
-        h_CL: Tensor | None,
-        histories: list[Tensor],
-        state: State | None,
+        filters: Tensor | Filters,
+        rooms: Sequence[Tensor],
+        state: ChannelState | None,
     ) -> tuple[Tensor, *tuple[Tensor | None, ...]]:
         """Outputs (B, D, L) and, for a state, what each convolution adds to those after them as far as that is known;
-        what each reads goes to `histories`."""
+        what each reads goes to `rooms`."""
         blocks, each = (self.config.order + 1, self.d_model), (self.convolutions, self.d_model)
         parts = (p_BEL.unflatten(1, blocks), mask_BL, self.short_weight.unflatten(0, blocks))
         inputs = Inputs(*parts, self.short_bias.unflatten(0, blocks))
         with outside_autocast(p_BEL.device.type):
-            if h_CL is not None:
-                y_BDL = gated_trained(inputs, h_CL.unflatten(0, each), self.direct.unflatten(0, each), histories)
-                return y_BDL, *[None] * len(histories)
+            if isinstance(filters, Tensor):
+                y_BDL = gated_trained(inputs, filters.unflatten(0, each), self.direct.unflatten(0, each), rooms)
+                return y_BDL, *[None] * len(rooms)
             length = p_BEL.shape[-1]
-            beyond = 0 if state is None else STEP_MODES[state.mode].beyond(length, self.max_length)
-            y_BDL, *known = gated(inputs, self.frozen().convolution(length, beyond), histories, beyond)
+            beyond = 0 if state is None else state.beyond(length)
+            y_BDL, *known = gated(inputs, filters.convolution(length, beyond), rooms, beyond)
             return y_BDL, *known
 
-    def _one_pass_gpu(self, p_BEL: Tensor, mask_BL: Tensor | None, h_CL: Tensor | None) -> Tensor:
+    def _one_pass_gpu(self, p_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters) -> Tensor:
         """The same without a state by the kernels for accelerators, outputs in the dtype of the projections."""
-        if h_CL is None:
-            h_CL = self.frozen().h_CL[:, : p_BEL.shape[-1]]
+        if isinstance(filters, Tensor):
+            h_CL = filters + torch.nn.functional.pad(self.direct[:, None], (0, filters.shape[1] - 1))
         else:
-            h_CL = h_CL + torch.nn.functional.pad(self.direct[:, None], (0, h_CL.shape[1] - 1))
+            h_CL = filters.first(p_BEL.shape[-1])
         blocks, each = (self.config.order + 1, self.d_model), (self.convolutions, self.d_model)
         short = (self.short_weight.unflatten(0, blocks), self.short_bias.unflatten(0, blocks))
         with outside_autocast(p_BEL.device.type):
@@ -137,26 +144,25 @@ class ChannelHyena(Hyena):
         self,
         p_BEL: Tensor,
         mask_BL: Tensor | None,
-        h_CL: Tensor | None,
-        histories: list[Tensor],
-        state: State | None,
+        filters: Tensor | Filters,
+        rooms: Sequence[Tensor],
+        state: ChannelState | None,
     ) -> tuple[Tensor, *tuple[Tensor | None, ...]]:
         """The same by the compiled core, outputs in the dtype of the projections."""
-        inputs, unknown = (p_BEL, mask_BL, self.short_weight, self.short_bias), [None] * len(histories)
-        if h_CL is not None:
-            return convolve_trained(*inputs, h_CL, self.direct, histories), *unknown
+        inputs, unknown = (p_BEL, mask_BL, self.short_weight, self.short_bias), [None] * len(rooms)
+        if isinstance(filters, Tensor):
+            return convolve_trained(*inputs, filters, self.direct, rooms), *unknown
         ahead = None
-        if state is not None and state.mode == "tiled":
+        if isinstance(state, Tiled):
             ahead = open_window(state, p_BEL.shape[-1], self.d_model, self.convolutions)
-        return convolve(*inputs, self.frozen(), histories, ahead), *unknown
+        return convolve(*inputs, filters, rooms, ahead), *unknown
 
-    def between(self, x_B1D: Tensor, p_B1E: Tensor, state: State) -> Tensor | None:
+    def between(self, x_B1D: Tensor, p_B1E: Tensor, filters: Filters, state: HyenaState) -> Tensor | None:
         """See `Hyena.between`."""
-        if state.mode != "tiled" or not takes(state, x_B1D, p_B1E):
+        if not (isinstance(state, Tiled) and takes(state, x_B1D, p_B1E)):
             return None
-        assert state.filters is not None
-        return step(x_B1D, p_B1E, self.short_of(state), state.filters, state)
+        return step(x_B1D, p_B1E, self.short_of(state), filters, state)
 
-    def _named(self, index: int) -> tuple[str, slice]:
-        """What a convolution is called in a state, and its filters."""
-        return f"gated_{index}", slice(index * self.d_model, (index + 1) * self.d_model)
+    def _channels(self, index: int) -> slice:
+        """The filters of a convolution."""
+        return slice(index * self.d_model, (index + 1) * self.d_model)

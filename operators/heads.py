@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from operators.config import HyenaConfig
 from operators.convolution.causal import compute_dtype, short_conv
 from operators.convolution.recompute import recomputed
+from operators.decoding.extend import outside_autocast
 from operators.decoding.frozen import Filters
-from operators.decoding.state import State
+from operators.decoding.multihead import HEAD_STATES, HeadMemory, KeysAndValues
+from operators.decoding.state import HyenaState
 from operators.filters.modes import Modes
-from operators.hyena import Hyena, outside_autocast
+from operators.hyena import Hyena
 from operators.mixing.chunked import Bases
 from operators.mixing.forms import mix_fastest, weights_for
 from operators.mixing.fused import mix_fused
@@ -43,6 +45,8 @@ class HeadHyena(Hyena):
     Otherwise as `Hyena`.
     """
 
+    STATES = HEAD_STATES
+
     def __init__(self, config: HyenaConfig, d_model: int, max_length: int) -> None:
         super().__init__(config, d_model, max_length)
         assert config.heads is not None
@@ -57,17 +61,18 @@ class HeadHyena(Hyena):
         self.build(sum(self.widths), self.heads, 1, d_model)
         self.degree = config.degree if config.feature_map == "power" else None
         self.scale = 1 / math.sqrt(self.key_dim) if config.feature_map == "identity" else 1.0
-        self._frozen_modes: tuple[Filters, Recurrence] | None = None
         self.hedgehog: nn.Parameter | None = None
         if config.feature_map == "hedgehog":
             self.hedgehog = nn.Parameter(torch.zeros(self.heads, self.key_dim, self.key_dim))
 
-    def whole(self, p_BEL: Tensor, mask_BL: Tensor | None, h_CL: Tensor | None, state: State | None) -> Tensor:
+    def whole(
+        self, p_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None
+    ) -> Tensor:
         """See `Hyena.whole`; under autocast to bfloat16 what is mixed is so too, and computed again for backward."""
         if p_BEL.dtype != torch.bfloat16 or not torch.is_autocast_enabled(p_BEL.device.type):
-            return super().whole(p_BEL, mask_BL, h_CL, state)
+            return super().whole(p_BEL, mask_BL, filters, state)
         if self._plain and mask_BL is None and state is None:
-            h_HL = self.frozen().h_CL[:, : p_BEL.shape[-1]] if h_CL is None else h_CL
+            h_HL = _first(filters, p_BEL.shape[-1])
             with outside_autocast(p_BEL.device.type):
                 weights = self._weights(self.key_dim, torch.bfloat16, h_HL)
                 return mix_fused(p_BEL, self.short_weight, self.short_bias, self.direct, weights, self.degree)
@@ -78,14 +83,19 @@ class HeadHyena(Hyena):
 
         u_BEL = convolved()
         with recomputed(u_BEL, convolved), outside_autocast(u_BEL.device.type):
-            return self.combine(u_BEL, mask_BL, h_CL, state)
+            return self.combine(u_BEL, mask_BL, filters, state)
 
-    def combine(self, u_BEL: Tensor, mask_BL: Tensor | None, h_CT: Tensor | None, state: State | None) -> Tensor:
+    def combine(
+        self, u_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None
+    ) -> Tensor:
         """See `Hyena.combine`."""
         q_BHKL, k_BHKL, v_BHVL = self._parts(u_BEL, mask_BL)
-        if state is not None and state.mode == "modal":
-            return self._finish(self._from_memory(q_BHKL, k_BHKL, v_BHVL, h_CT, state), u_BEL)
-        return self._finish(self._from_history(q_BHKL, k_BHKL, v_BHVL, h_CT, state), u_BEL)
+        if isinstance(state, HeadMemory):
+            return self._finish(self._from_memory(q_BHKL, k_BHKL, v_BHVL, filters, state), u_BEL)
+        if isinstance(state, KeysAndValues):
+            k_BHKL = state.keys.append(state.length, k_BHKL)
+            v_BHVL = state.values.append(state.length, v_BHVL)
+        return self._finish(self._gathered(q_BHKL.to(k_BHKL.dtype), k_BHKL, v_BHVL, filters, state), u_BEL)
 
     def step_modes(self) -> tuple[str, ...]:
         """See `Hyena.step_modes`: of modal filters "modal", where the features of queries and keys are at hand."""
@@ -113,50 +123,47 @@ class HeadHyena(Hyena):
             return mix_fastest(scaled_BHKQ, k_BHKT, v_BHVT, weights, self.degree)
         return mix(self._scaled(q_BHKQ), k_BHKT, v_BHVT, h_HT[:, : self.filter.lags], self.degree)
 
-    def _from_history(
-        self, q_BHKn: Tensor, k_BHKn: Tensor, v_BHVn: Tensor, h_HT: Tensor | None, state: State | None
+    def _gathered(
+        self, q_BHKn: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, filters: Tensor | Filters, state: HyenaState | None
     ) -> Tensor:
-        k_BHKT = k_BHKn if state is None else state.append("key", k_BHKn)
-        v_BHVT = v_BHVn if state is None else state.append("value", v_BHVn)
-        q_BHKn = q_BHKn.to(k_BHKT.dtype)
-        if h_HT is not None:
-            return self._mix(q_BHKn, k_BHKT, v_BHVT, h_HT)
-        filters = self.frozen() if state is None or state.filters is None else state.filters
-        differentiated = torch.is_grad_enabled() and q_BHKn.requires_grad
-        if state is None or state.length == 0 or q_BHKn.shape[-1] > 1 or differentiated:
-            return self._mix(q_BHKn, k_BHKT, v_BHVT, filters.h_CL[:, : k_BHKT.shape[-1]])
-        seen = slice(max(0, k_BHKT.shape[-1] - filters.taps), None)
-        k_BHKT, v_BHVT = k_BHKT[..., seen], v_BHVT[..., seen]
-        return mix_step(self._scaled(q_BHKn), k_BHKT, v_BHVT, filters.reversed(k_BHKT.shape[-1]), self.degree)
+        """What the last positions gather from all of them."""
+        length = k_BHKT.shape[-1]
+        if isinstance(filters, Tensor) or state is None or state.length == 0 or q_BHKn.shape[-1] > 1:
+            return self._mix(q_BHKn, k_BHKT, v_BHVT, _first(filters, length))
+        seen = min(length, filters.taps)
+        k_BHKT, v_BHVT = (part.narrow(-1, length - seen, seen) for part in (k_BHKT, v_BHVT))
+        return mix_step(self._scaled(q_BHKn), k_BHKT, v_BHVT, filters.reversed(seen), self.degree)
 
-    def _from_memory(self, q_BHKn: Tensor, k_BHKn: Tensor, v_BHVn: Tensor, h_HT: Tensor | None, state: State) -> Tensor:
+    def _from_memory(
+        self, q_BHKn: Tensor, k_BHKn: Tensor, v_BHVn: Tensor, filters: Tensor | Filters, state: HeadMemory
+    ) -> Tensor:
         """New positions after a memory of constant size; with filters to differentiate they are the first."""
         recurrence = self._recurrence(state)
-        if "heads" not in state.memory:
-            state.memory["heads"] = first_state(state.batch, recurrence, k_BHKn.shape[2], v_BHVn.shape[2])
+        if not state.memory:
+            state.memory = [first_state(state.batch, recurrence, k_BHKn.shape[2], v_BHVn.shape[2])]
         go_on = step if q_BHKn.shape[-1] == 1 else extend
-        with torch.set_grad_enabled(torch.is_grad_enabled() and h_HT is None):
-            y_BHVn, later = go_on(self._scaled(q_BHKn), k_BHKn, v_BHVn, state.memory["heads"], recurrence)
-        state.memory["heads"] = later.detach().clone() if later.requires_grad else later
-        return y_BHVn if h_HT is None else self._mix(q_BHKn, k_BHKn, v_BHVn, h_HT)
+        with torch.no_grad():
+            y_BHVn, later = go_on(self._scaled(q_BHKn), k_BHKn, v_BHVn, state.memory[0], recurrence)
+        state.memory = [later]
+        return self._mix(q_BHKn, k_BHKn, v_BHVn, filters) if isinstance(filters, Tensor) else y_BHVn
 
-    def _recurrence(self, state: State) -> Recurrence:
+    def _recurrence(self, state: HeadMemory) -> Recurrence:
         """The modes of the filters that the state goes on with."""
-        filters = self.frozen() if state.filters is None else state.filters
-        if self._frozen_modes is None or self._frozen_modes[0] is not filters:
-            assert filters.modes is not None
-            self._frozen_modes = (filters, freeze(filters.modes))
-        return self._frozen_modes[1]
+        if state.recurrence is None:
+            assert state.filters is not None and state.filters.modes is not None
+            state.recurrence = freeze(state.filters.modes)
+        return state.recurrence
 
-    def between(self, x_B1D: Tensor, p_B1E: Tensor, state: State) -> Tensor | None:
+    def between(self, x_B1D: Tensor, p_B1E: Tensor, filters: Filters, state: HyenaState) -> Tensor | None:
         """See `Hyena.between`."""
         if self.hedgehog is not None or not takes(state, x_B1D, p_B1E):
             return None
         short = self.short_of(state)
         how = {"gated": self.config.key_gate, "largest_gate": LARGEST_GATE, "scale": self.scale}
-        if state.mode == "direct":
+        if isinstance(state, KeysAndValues):
             how |= {"degree": self.degree or 0, "normalised": self.config.normalise, "smallest_sum": SMALLEST_SUM}
             return step_heads(x_B1D, p_B1E, short, self.direct, state, **how)
+        assert isinstance(state, HeadMemory)
         recurrence = self._recurrence(state)
         modes = (recurrence.decay_HS11, recurrence.modes.residues_CS)
         return step_modal_heads(x_B1D, p_B1E, short, modes, self.direct, state, **how)
@@ -229,6 +236,11 @@ class HeadHyena(Hyena):
         v_BDL = u_BEL.narrow(1, 2 * self.widths[0], self.d_model)
         direct_D1 = self.direct.unsqueeze(1).to(v_BDL.dtype)
         return torch.addcmul(y_BHVL.flatten(1, 2).to(v_BDL.dtype), v_BDL, direct_D1)
+
+
+def _first(filters: Tensor | Filters, length: int) -> Tensor:
+    """Filters of whole sequences, (H, length)."""
+    return filters if isinstance(filters, Tensor) else filters.first(length)
 
 
 def _hedgehog(x_BHKL: Tensor, map_HKK: Tensor) -> Tensor:

@@ -1,19 +1,26 @@
-"""Which operators exist, what all of them offer, and how a configuration becomes one.
+"""Which operators exist, how each can decode, what all of them offer, and how a configuration becomes one.
 
 A new operator is a configuration in `config.OperatorConfig`, a module, and a line in `OPERATORS`; the
-contract suite then asks for test cases of it.
+contract suite then asks for test cases of it. A new way to decode is a state class and a place in the tables that
+`STATES` is made of; which of them a filter allows is said by the operator's `step_modes`.
+
+    channel-wise   tiled, direct, modal, window     `decoding.channelwise`
+    heads          modal, direct                    `decoding.multihead`
+    skip           count                            `decoding.state`
 
 Shapes: B batch, L positions, D model width.
 """
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from operators.channels import ChannelHyena
 from operators.config import HyenaConfig, OperatorConfig
+from operators.decoding.channelwise import CHANNEL_STATES
+from operators.decoding.multihead import HEAD_STATES
 from operators.decoding.state import State
 from operators.heads import HeadHyena
 from operators.skip import Skip
@@ -35,7 +42,7 @@ class Operator(Protocol):
     def init_state(self, batch: int, mode: str | None = None, *, croppable: bool = True) -> State:
         """State of `batch` sequences of which nothing was seen; ValueError for a mode that the operator lacks."""
 
-    def extend(self, x_BLD: Tensor, state: State, mask_BL: Tensor | None = None) -> tuple[Tensor, State]:
+    def extend(self, x_BLD: Tensor, state: Any, mask_BL: Tensor | None = None) -> tuple[Tensor, State]:
         """Outputs of n >= 1 new positions after those in `state`, and the state, changed in place."""
 
     def initialise(self, attention: AttentionWeights | None, generator: torch.Generator) -> None:
@@ -48,6 +55,11 @@ def _hyena(config: HyenaConfig, d_model: int, max_length: int) -> nn.Module:
 
 
 OPERATORS: dict[str, Callable[..., nn.Module]] = {"hyena": _hyena, "skip": Skip}
+STATES: dict[type[nn.Module], Mapping[str, type[State]]] = {
+    ChannelHyena: CHANNEL_STATES,
+    HeadHyena: HEAD_STATES,
+    Skip: {State.mode: State},
+}
 
 
 def build(config: OperatorConfig, d_model: int, max_length: int) -> nn.Module:

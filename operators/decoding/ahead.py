@@ -18,6 +18,7 @@ become the former a `TURN` at a time.
 Shapes: B batch, D channels, d channels of a portion, T positions seen, W outputs to come, N outputs that are near.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -57,26 +58,25 @@ class Ahead:
     """What the inputs of one long convolution add to its outputs to come.
 
     Args:
-        filters: all long filters of the operator.
+        filters: all long filters of the operator; the caller keeps them.
         channels: those of this convolution.
         past_BDT: its inputs so far, T >= 1.
         known_BDW: what they add to the next W outputs, where that is known already.
     """
 
     def __init__(self, filters: Filters, channels: slice, past_BDT: Tensor, known_BDW: Tensor | None = None) -> None:
-        self.filters, self.channels, self.longest = filters, channels, filters.h_CL.shape[1]
+        self.channels, self.longest = channels, filters.longest
         self.origin = self.position = past_BDT.shape[-1]
         length = window(self.origin, self.longest) if known_BDW is None else known_BDW.shape[-1]
         # Of outputs that have all that was there before the first step.
         self.window = (self.origin, self.origin + length)
         self.jobs: list[Job] = []
-        self.lags_ND = filters.first_lags(channels, NEAR)
         self.near_BND = past_BDT.new_zeros(past_BDT.shape[0], NEAR + TURN, past_BDT.shape[1])
         self.sums_BDW = past_BDT.new_zeros(*past_BDT.shape[:2], length) if known_BDW is None else known_BDW
         if known_BDW is None:
-            self._add(self._of_origin(), past_BDT, past_BDT.shape[1])
+            self._add(filters, self._of_origin(), past_BDT, past_BDT.shape[1])
 
-    def step(self, z_B1D: Tensor, past_BDT: Tensor) -> Tensor:
+    def step(self, filters: Filters, z_B1D: Tensor, past_BDT: Tensor) -> Tensor:
         """The output (B, 1, D) at the position of `z`; `past` has the inputs up to it and may have room for more."""
         place = (self.position - self.origin) % TURN
         if place == 0:
@@ -84,20 +84,16 @@ class Ahead:
         if self.position == self.window[0]:
             self._plan_window()
         into_BND = self.near_BND.narrow(1, place, NEAR)
-        into_BND.addcmul_(z_B1D.detach() if z_B1D.requires_grad else z_B1D, self.lags_ND)
-        y_B1D = into_BND.narrow(1, 0, 1)
-        if z_B1D.requires_grad:
-            y_B1D = y_B1D + (z_B1D - z_B1D.detach()) * self.lags_ND[0]
+        into_BND.addcmul_(z_B1D, filters.first_lags(self.channels, NEAR))
         self.position += 1
         if place == TURN - 1:
             self._plan_far(self.position - self.origin)
-        self._work(past_BDT)
-        return y_B1D
+        self._work(filters, past_BDT)
+        return into_BND.narrow(1, 0, 1)
 
-    def select(self, indices: Tensor) -> None:
-        """Keep the sequences `indices`."""
-        self.near_BND = self.near_BND.index_select(0, indices.to(self.near_BND.device))
-        self.sums_BDW = self.sums_BDW.index_select(0, indices.to(self.sums_BDW.device))
+    def select(self, kept: Callable[[Tensor], Tensor]) -> None:
+        """Let `kept` choose among the sequences."""
+        self.near_BND, self.sums_BDW = kept(self.near_BND), kept(self.sums_BDW)
 
     def _turn(self) -> None:
         """Let the near sums be those from this position on."""
@@ -125,28 +121,29 @@ class Ahead:
             first, into = self.position - width, self.position + width
             end = min(into + 3 * width - 1, self.longest)
             lags = (2 * width, min(4 * width, self.longest - first))
-            self.jobs.append(Job(first, self.position, lags, into, end, self.position, steps, recurs=True))
+            whole = lags[1] == 4 * width
+            self.jobs.append(Job(first, self.position, lags, into, end, self.position, steps, recurs=whole))
             width *= 2
             steps = width - width.bit_length() + TURN.bit_length()  # so that not all of them end in one step
 
-    def _work(self, past_BDT: Tensor) -> None:
+    def _work(self, filters: Filters, past_BDT: Tensor) -> None:
         """Do of every job what keeps it in time, a portion of channels or more."""
         batch, width, _ = past_BDT.shape
         for job in self.jobs:
             due = width * (self.position - job.begun) // job.steps
             portion = PORTION // (batch * (job.stop - job.first + job.end - job.into))
             if due == width or due - job.done >= max(1, portion):
-                self._add(job, past_BDT, due)
+                self._add(filters, job, past_BDT, due)
         self.jobs = [job for job in self.jobs if job.done < width]
 
-    def _add(self, job: Job, past_BDT: Tensor, due: int) -> None:
+    def _add(self, filters: Filters, job: Job, past_BDT: Tensor, due: int) -> None:
         """Add up channels `[job.done, due)` of a job."""
         mine, count = slice(job.done, due), job.stop - job.first + job.lags[1] - job.lags[0] - 1
         channels = slice(self.channels.start + job.done, self.channels.start + due)
         offset = job.into - job.first - job.lags[0]
         size = fft_size(count - offset)  # what wraps around lies before the offset
         spectrum = torch.fft.rfft(past_BDT[:, mine, job.first : job.stop], size)
-        spectrum *= self.filters.segment(channels, job.lags, size, keep=job.recurs)
+        spectrum *= filters.segment(channels, job.lags, size, keep=job.recurs)
         sums_BdW = self._sums(job.into, job.end)[:, mine]
         sums_BdW += torch.fft.irfft(spectrum, size)[..., offset : offset + job.end - job.into]
         job.done = due

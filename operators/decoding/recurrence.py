@@ -38,15 +38,10 @@ class Recurrence:
         self._pieces: dict[int, tuple[Tensor, Tensor]] = {}
 
     def step(self, channels: slice, z_B1D: Tensor, x_BSD: Tensor) -> Tensor:
-        """The output (B, 1, D) at one position, differentiable by z; the state moves on in place."""
+        """The output (B, 1, D) at one position; the state moves on in place."""
         change_SD, residue_SD, direct_D = self._step_tables(channels)
-        added_BSD = torch.addcmul(residue_SD * z_B1D, x_BSD, change_SD)
-        if added_BSD.requires_grad:
-            moved_BSD = x_BSD + added_BSD
-            x_BSD.copy_(moved_BSD.detach())
-        else:
-            moved_BSD = x_BSD.add_(added_BSD)
-        y_B1D = moved_BSD.sum(1, keepdim=True)
+        x_BSD += torch.addcmul(residue_SD * z_B1D, x_BSD, change_SD)
+        y_B1D = x_BSD.sum(1, keepdim=True)
         return torch.addcmul(y_B1D.real if y_B1D.is_complex() else y_B1D, z_B1D, direct_D)
 
     def take(self, channels: slice, z_BDL: Tensor, x_BSD: Tensor | None) -> Tensor:

@@ -1,139 +1,48 @@
-"""The decoding state of an operator: what it must remember of the positions it has seen.
+"""Decoding states: what an operator must remember of the positions it has seen. One class a mode.
 
-A history has one entry per position, in a preallocated buffer that at least doubles when it is full, so that a step
-writes its own entry and copies nothing (amortised). Entries behind `length` are left over and never read, which makes
-`crop` exact and free. A memory has a constant size; it cannot be cropped, but is computed again from the inputs behind
-the last of a few marks, which the next call does. The batch operations are those that beam search, contrastive search
-and speculative decoding ask of a cache.
+`State` counts positions, and has the operations that beam search, contrastive search and speculative decoding ask of a
+cache. `HyenaState` adds what the projections need; the modes are in `channelwise` and `multihead`. Some have a history
+(`history`); others a memory of a constant size (`MemoryState`), which cannot be cropped, but is computed again from the
+inputs behind the last of a few marks, which the next call does.
 
-A state belongs to the weights it was made with; after an update of the weights start a new one. Gradients do
-not flow into earlier calls.
+A state belongs to the weights it was made with, and owns what it derives from them; after an update of the weights
+start a new one. Copies share what is derived, pickles leave it out. States hold no gradients, and each is one thread's.
 
-Shapes: B batch, T positions remembered.
+Shapes: B batch, D model width, E rows of the projection, K taps, T positions remembered.
 """
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from operators.decoding.ahead import Ahead
-from operators.decoding.frozen import Filters
+from operators.decoding.frozen import Derived, Filters
+from operators.decoding.history import History
 
-MIN_CAPACITY = 64
-PADDING = 16  # rows a power of two apart would share few places of a cache, and a step writes to every row
 MARKS = 2
 
-
-class Mark(NamedTuple):
-    """What is remembered in a constant size after `length` positions."""
-
-    length: int
-    memory: dict[str, Tensor]
-    recent_projections: tuple[Tensor, ...] | None
+Kept = Callable[[Tensor], Tensor]  # chooses among sequences, which come first
 
 
-class ShortConv(NamedTuple):
-    """The short convolution as a step wants it, without gradients: bias (E,), weights (K, E), and these by tap."""
-
-    bias_E: Tensor
-    weight_KE: Tensor
-    taps: tuple[Tensor, ...]
-
-
-@dataclass
-class CoreWindow:
-    """Sums of the outputs from `first` on, batch first, that hold all of the past when `position` is next."""
-
-    sums: Tensor
-    first: int
-    position: int
-
-
-@dataclass
 class State:
-    """Histories of the positions seen so far.
+    """Counts positions: all that an operator remembers that has no memory.
 
-    Attributes:
+    Args:
         batch: sequences.
         max_length: positions the operator was built for.
-        mode: how channel-wise operators go on from it, see `steps`.
-        croppable: whether the inputs are kept that a crop needs.
+        croppable: whether what a crop needs is kept.
+
+    Attributes:
+        mode: what the operator calls this way of going on.
         length: positions seen.
-        histories: buffers, batch first and positions last; only the first `length` positions are meaningful.
-        filters: the long filters, once a step has needed them.
-        ahead: by convolution, what the positions seen add to outputs to come; of use only at the position it is at.
-        core: the same of the compiled core, for all convolutions.
-        memory: what is remembered in a constant size, batch first.
-        behind: positions of those seen that `memory` has lost by a crop.
-        marks: earlier memories, the newest last.
-        recent_projections: what the short convolution still sees, (B, 1, E) of each of the last taps - 1 positions, the
-            newest last; None after a crop.
-        short: the short convolution, once a step has needed it.
     """
 
-    batch: int
-    max_length: int
-    mode: str = "direct"
-    croppable: bool = True
-    length: int = 0
-    histories: dict[str, Tensor] = field(default_factory=dict)
-    filters: Filters | None = None
-    ahead: dict[str, Ahead] = field(default_factory=dict)
-    core: CoreWindow | None = None
-    memory: dict[str, Tensor] = field(default_factory=dict)
-    behind: int = 0
-    marks: list[Mark] = field(default_factory=list)
-    recent_projections: tuple[Tensor, ...] | None = None
-    short: ShortConv | None = None
+    mode: ClassVar[str] = "count"
 
-    def append(self, name: str, new: Tensor) -> Tensor:
-        """Write `new` (B, ..., n) behind the positions seen; returns the history (B, ..., length + n).
-
-        `length` does not move: the operator moves it once, when all of its histories are written. With no
-        position seen yet the result is `new` itself, and where `new` is differentiated it is part of a copy.
-        """
-        self.write(name, new)
-        if self.length == 0:
-            return new
-        if torch.is_grad_enabled() and new.requires_grad:
-            return torch.cat([self.histories[name][..., : self.length], new], dim=-1)
-        return self.histories[name][..., : self.length + new.shape[-1]]
-
-    def write(self, name: str, new: Tensor) -> Tensor:
-        """`append`, but returns the whole buffer, of which positions behind the new ones mean nothing."""
-        self.room(name, new).copy_(new.detach() if new.requires_grad else new)
-        return self.histories[name]
-
-    def keep_input(self, name: str, new: Tensor) -> Tensor:
-        """`append` to what only crops need: `new` itself where the state is not croppable.
-
-        The channels of a position touch in the buffer, as a step has them: nothing else reads it often.
-        """
-        if not self.croppable:
-            return new
-        if name not in self.histories:
-            self.histories[name] = new.new_empty(new.shape[0], 0, new.shape[1]).transpose(1, 2)
-        return self.append(name, new)
-
-    def mark(self) -> None:
-        """Remember the memory as it is now, for crops to positions behind it."""
-        if self.croppable and self.memory:
-            memory = {name: value.clone() for name, value in self.memory.items()}
-            self.marks = [*self.marks, Mark(self.length, memory, self.recent_projections)][-MARKS:]
-
-    def room(self, name: str, like: Tensor) -> Tensor:
-        """The place behind the positions seen for new ones, (B, ..., n) as `like`: what `append` fills."""
-        start, stop = self.length, self.length + like.shape[-1]
-        buffer = self.histories.get(name)
-        if buffer is None or buffer.shape[-1] < stop:
-            capacity = min(self.max_length, max(2 * stop, MIN_CAPACITY))
-            grown = _empty(like, capacity + PADDING, buffer)
-            if buffer is not None and start > 0:
-                grown[..., :start] = buffer[..., :start]
-            self.histories[name] = buffer = grown
-        return buffer.narrow(-1, start, stop - start)
+    def __init__(self, batch: int, max_length: int, croppable: bool = True) -> None:
+        self.batch, self.max_length, self.croppable = batch, max_length, croppable
+        self.length = 0
 
     def crop(self, length: int) -> None:
         """Forget all positions from `length` on.
@@ -149,20 +58,8 @@ class State:
                 "make it with croppable=True."
             )
         if length < self.length:
-            self.recent_projections = self.core = None
-            self.ahead.clear()
-            self._return_to_mark(length)
-        if length == 0:
-            self.filters = self.short = None  # a new text may come with new weights
+            self._crop(length)
         self.length = length
-
-    def _return_to_mark(self, length: int) -> None:
-        if not self.memory and self.behind == 0:
-            return
-        self.marks = [mark for mark in self.marks if mark.length <= length]
-        mark = self.marks[-1] if self.marks else Mark(0, {}, None)
-        self.memory = {name: value.clone() for name, value in mark.memory.items()}
-        self.recent_projections, self.behind = mark.recent_projections, length - mark.length
 
     def reorder(self, indices: Tensor) -> None:
         """Let sequence i continue what sequence indices[i] was, (B,) int64; the beam operation."""
@@ -175,26 +72,7 @@ class State:
 
     def select(self, indices: Tensor) -> None:
         """Keep the sequences `indices`, (b,) int64, in that order; the batch becomes b."""
-
-        def kept(tensor: Tensor) -> Tensor:
-            return tensor.index_select(0, indices.to(tensor.device))
-
-        def all_kept(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {name: kept(tensor) for name, tensor in tensors.items()}
-
-        def maybe_kept(tensors: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
-            return None if tensors is None else tuple(kept(tensor) for tensor in tensors)
-
-        for name, buffer in self.histories.items():
-            self.histories[name] = _empty(kept(buffer[..., :1]), buffer.shape[-1], buffer)
-            self.histories[name][..., : self.length] = kept(buffer[..., : self.length])
-        for ahead in self.ahead.values():
-            ahead.select(indices)
-        if self.core is not None:
-            self.core.sums = kept(self.core.sums)
-        self.memory = all_kept(self.memory)
-        self.recent_projections = maybe_kept(self.recent_projections)
-        self.marks = [Mark(m.length, all_kept(m.memory), maybe_kept(m.recent_projections)) for m in self.marks]
+        self._select(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
         self.batch = indices.numel()
 
     def repeat(self, n: int) -> None:
@@ -218,9 +96,114 @@ class State:
                 "build the operator with a larger max_length."
             )
 
+    def _crop(self, length: int) -> None:
+        """Forget more than none."""
 
-def _empty(like: Tensor, capacity: int, laid_out_as: Tensor | None) -> Tensor:
-    """A buffer (..., capacity) of the shape of `like` but for its positions."""
-    if laid_out_as is not None and laid_out_as.dim() == 3 and laid_out_as.stride(1) == 1:
-        return like.new_empty(like.shape[0], capacity, like.shape[1]).transpose(1, 2)
-    return like.new_empty(*like.shape[:-1], capacity)
+    def _select(self, kept: Kept) -> None:
+        """Let `kept` choose among the sequences of all that is remembered."""
+
+
+class ShortConv(Derived):
+    """The short convolution as a step wants it: bias (E,), weights (K, E), and these by tap."""
+
+    def __init__(self, bias_E: Tensor, weight_KE: Tensor) -> None:
+        self.bias_E, self.weight_KE, self.taps = bias_E, weight_KE, weight_KE.unbind()
+
+
+class HyenaState(State):
+    """What every mode of Hyena remembers.
+
+    Attributes:
+        filters: the long filters, from the first call on.
+        short: the short convolution, once a step has needed it.
+        inputs: (B, D, T), where the state is croppable; only crops and gradients read it.
+        mask: of the positions seen, (B, T), where the state is croppable and any was given.
+        recent: the projections that the short convolution still sees, (B, 1, E) of each of the last taps - 1 positions,
+            the newest last; None after a crop.
+        behind: positions of those seen that a memory of constant size has lost by a crop.
+    """
+
+    behind = 0
+
+    def __init__(self, batch: int, max_length: int, croppable: bool = True) -> None:
+        super().__init__(batch, max_length, croppable)
+        self.filters: Filters | None = None
+        self.short: ShortConv | None = None
+        self.inputs = History(max_length, channels_touch=True)
+        self.mask: History | None = None
+        self.recent: tuple[Tensor, ...] | None = None
+
+    def keep_input(self, new_BDn: Tensor) -> Tensor:
+        """The inputs (B, D, T) with the new ones; these alone where the state is not croppable."""
+        return self.inputs.append(self.length, new_BDn) if self.croppable else new_BDn
+
+    def keep_mask(self, mask_Bn: Tensor | None, x_BnD: Tensor) -> Tensor | None:
+        """The mask (B, T) of all positions, of the new ones if the state is not croppable; None while none was given.
+
+        `x` are the new inputs."""
+        if not self.croppable or (mask_Bn is None and self.mask is None):
+            return mask_Bn
+        if self.mask is None:
+            self.mask = History(self.max_length)
+            self.mask.write(0, torch.ones(self.batch, self.length, dtype=torch.bool, device=x_BnD.device))
+        new_Bn = torch.ones(x_BnD.shape[:2], dtype=torch.bool, device=x_BnD.device) if mask_Bn is None else mask_Bn
+        return self.mask.append(self.length, new_Bn.bool())
+
+    def mark(self) -> None:
+        """Remember what a crop cannot restore, for crops to positions behind it."""
+
+    def _crop(self, length: int) -> None:
+        self.recent = None
+        if length == 0:
+            self.filters = self.short = None  # a new text may come with new weights
+
+    def _select(self, kept: Kept) -> None:
+        for history in (self.inputs, self.mask):
+            if history is not None:
+                history.select(kept, self.length)
+        self.recent = _all_kept(self.recent, kept)
+
+
+class Mark(NamedTuple):
+    """What is remembered in a constant size after `length` positions."""
+
+    length: int
+    memory: tuple[Tensor, ...]
+    recent: tuple[Tensor, ...] | None
+
+
+class MemoryState(HyenaState):
+    """A state of constant size, but for the inputs.
+
+    Attributes:
+        memory: by convolution, batch first.
+        marks: earlier memories, the newest last.
+    """
+
+    def __init__(self, batch: int, max_length: int, croppable: bool = True) -> None:
+        super().__init__(batch, max_length, croppable)
+        self.memory: list[Tensor] = []
+        self.marks: list[Mark] = []
+        self.behind = 0
+
+    def mark(self) -> None:
+        """Remember the memory as it is now."""
+        if self.croppable:
+            now = Mark(self.length, tuple(part.clone() for part in self.memory), self.recent)
+            self.marks = [*self.marks, now][-MARKS:]
+
+    def _crop(self, length: int) -> None:
+        super()._crop(length)
+        self.marks = [mark for mark in self.marks if mark.length <= length]
+        mark = self.marks[-1] if self.marks else Mark(0, (), None)
+        self.memory = [part.clone() for part in mark.memory]
+        self.recent, self.behind = mark.recent, length - mark.length
+
+    def _select(self, kept: Kept) -> None:
+        super()._select(kept)
+        self.memory = [kept(part) for part in self.memory]
+        self.marks = [Mark(m.length, _all_kept(m.memory, kept) or (), _all_kept(m.recent, kept)) for m in self.marks]
+
+
+def _all_kept(tensors: tuple[Tensor, ...] | None, kept: Kept) -> tuple[Tensor, ...] | None:
+    return None if tensors is None else tuple(kept(tensor) for tensor in tensors)

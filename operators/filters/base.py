@@ -9,7 +9,6 @@ Shapes: C filters, L positions, T lags of a profile.
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +58,6 @@ class LongFilter(nn.Module, ABC):
         super().__init__()
         self.filters, self.max_length = filters, max_length
         self.lags: int | None = None
-        self._frozen: tuple[Any, Filters] | None = None
 
     @abstractmethod
     def forward(self, length: int) -> Tensor:
@@ -80,21 +78,10 @@ class LongFilter(nn.Module, ABC):
         """The exponentials that the filters are sums of, differentiable; None where they are none."""
         return None
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def frozen(self, direct_C: Tensor | None = None) -> Filters:
-        """The filters as they are, computed once until a parameter changes in place, moves or is replaced.
-
-        `direct_C` is added at lag 0.
-        """
-        watched = [*self.parameters(), *([] if direct_C is None else [direct_C])]
-        stamp = tuple((p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device) for p in watched)
-        if self._frozen is None or self._frozen[0] != stamp:
-            h_CL = self(self.max_length)
-            if direct_C is not None:
-                h_CL[:, 0] += direct_C
-            self._frozen = (stamp, Filters(h_CL, self.modes(), direct_C, self.lags))
-        return self._frozen[1]
+    def freeze(self, direct_C: Tensor | None = None) -> Filters:
+        """The filters as they are now, for whoever asks to keep; `direct_C` is added at lag 0. Lags are computed when
+        they are needed first, so the parameters must not change before that."""
+        return Filters(self, self.max_length, self.modes, direct_C, self.lags)
 
     def check(self, length: int) -> None:
         """Raise ValueError if `length` exceeds `max_length`."""

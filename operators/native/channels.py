@@ -8,6 +8,7 @@ Shapes: B batch, D model width, E projections' rows, K taps, C filters (of all c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,7 @@ def convolve(
     weight_EK: Tensor,
     bias_E: Tensor,
     filters: Filters,
-    rooms: list[Tensor],
+    rooms: Sequence[Tensor],
     ahead: Tensor | None = None,
 ) -> Tensor:
     """What `ChannelHyena.whole` does, without gradients, by the frozen filters.
@@ -39,18 +40,20 @@ def convolve(
     Returns:
         (B, D, L) in the dtype of the projections.
     """
-    width, length = _width(p_BEL, filters.h_CL), p_BEL.shape[-1]
+    length = p_BEL.shape[-1]
+    width = _width(p_BEL, filters.covering(length))
     spectra = spectra_of(filters, width, length + (0 if ahead is None else ahead.shape[2]))
     inputs = (_dense(p_BEL), _floats(mask_BL), weight_EK.float(), bias_E.float())
     return cast(Tensor, torch.ops.layerswap.convolve(*inputs, spectra, width, rooms, ahead))
 
 
 def spectra_of(filters: Filters, width: int, length: int) -> Tensor:
-    """Spectra of the frozen filters for convolutions over `length` positions, computed once for every power of two."""
+    """Spectra of frozen filters for convolutions over `length` positions, kept there for every power of two."""
     size = transform_size(length)
-    if size not in filters.native:
-        filters.native[size] = torch.ops.layerswap.spectrum(filters.h_CL, None, width, size)
-    return cast(Tensor, filters.native[size])
+    if size not in filters.core_spectra:
+        h_CL = filters.covering(min(size, filters.longest))
+        filters.core_spectra[size] = torch.ops.layerswap.spectrum(h_CL, None, width, size)
+    return filters.core_spectra[size]
 
 
 def transform_size(length: int) -> int:
@@ -65,7 +68,7 @@ def convolve_trained(
     bias_E: Tensor,
     h_CL: Tensor,
     direct_C: Tensor,
-    rooms: list[Tensor],
+    rooms: Sequence[Tensor],
 ) -> Tensor:
     """`convolve` with gradients of the projections, the short convolution, the filters and the direct term."""
     inputs = (p_BEL, mask_BL, weight_EK.float(), bias_E.float(), h_CL, direct_C.float(), rooms)
@@ -82,7 +85,7 @@ class _Convolve(torch.autograd.Function):
         bias_E: Tensor,
         h_CL: Tensor,
         direct_C: Tensor,
-        rooms: list[Tensor],
+        rooms: Sequence[Tensor],
     ) -> Tensor:
         p_BEL, mask_BL, h_CL = _dense(p_BEL), _floats(mask_BL), h_CL.contiguous()
         ctx.save_for_backward(p_BEL, mask_BL, weight_EK, bias_E, h_CL, direct_C)

@@ -18,16 +18,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from operators.decoding.channelwise import CoreTables, CoreWindow, Tiled
 from operators.decoding.frozen import Filters
-from operators.decoding.state import CoreWindow, ShortConv, State
+from operators.decoding.history import History
+from operators.decoding.multihead import HeadMemory, KeysAndValues
+from operators.decoding.state import HyenaState, ShortConv
 from operators.native import LONGEST, serves
 from operators.native.channels import spectra_of, transform_size
 
 LANES, NEAR, LEAST_ROOM = 16, 32, 64
 
 
-def open_window(state: State, seen: int, channels: int, convolutions: int) -> Tensor | None:
-    """Room for what `seen` positions add to those behind, (B, N, W, P), to be filled; None where none can follow."""
+def open_window(state: Tiled, seen: int, channels: int, convolutions: int) -> Tensor | None:
+    """Room for what `seen` positions add to those behind, (B, N, W, P), to be filled; None where none can follow, or
+    none that the core computes."""
+    if state.max_length > LONGEST:
+        return None
     room = max(LEAST_ROOM, seen // 4)
     stop = min(transform_size(min(seen + room, state.max_length)), state.max_length)
     if stop == seen:
@@ -37,21 +43,22 @@ def open_window(state: State, seen: int, channels: int, convolutions: int) -> Te
     return state.core.sums
 
 
-def step(x_B1D: Tensor, p_B1E: Tensor, short: ShortConv, filters: Filters, state: State) -> Tensor:
+def step(x_B1D: Tensor, p_B1E: Tensor, short: ShortConv, filters: Filters, state: Tiled) -> Tensor:
     """Outputs (B, 1, D) before the last projection at the state's next position, in the dtype of projections `p`.
 
     Writes the position to the state's histories but does not move its length.
     """
     width, position = x_B1D.shape[-1], state.length
-    histories = _histories(state, ["input", *(f"gated_{i}" for i in range(filters.h_CL.shape[0] // width))])
+    histories = _buffers(state.inputs, *state.gated, position=position)
     core = state.core
     if core is None or core.position != position or position == core.first + core.sums.shape[2]:
-        open_window(state, position, width, len(histories) - 1)
+        open_window(state, position, width, len(state.gated))
         assert state.core is not None
         core = state.core
         spectra = spectra_of(filters, width, position + core.sums.shape[2])
         torch.ops.layerswap.fold(histories[1:], position, spectra, core.sums)
-    weights = (short.weight_KE, short.bias_E, filters.h_CL, *_tables(filters, width))
+    tables = _tables(filters, width, core.first + core.sums.shape[2], state)
+    weights = (short.weight_KE, short.bias_E, tables.h_CL, tables.near, tables.spectra, tables.ready)
     y_B1D = torch.ops.layerswap.step(
         p_B1E, _recent(state, p_B1E), *weights, x_B1D.contiguous(), histories, core.sums, position, core.first
     )
@@ -59,11 +66,14 @@ def step(x_B1D: Tensor, p_B1E: Tensor, short: ShortConv, filters: Filters, state
     return cast(Tensor, y_B1D)
 
 
-def step_heads(x_B1D: Tensor, p_B1E: Tensor, short: ShortConv, direct_D: Tensor, state: State, **how: Any) -> Tensor:
+def step_heads(
+    x_B1D: Tensor, p_B1E: Tensor, short: ShortConv, direct_D: Tensor, state: KeysAndValues, **how: Any
+) -> Tensor:
     """`step` of heads; `how` are the last arguments of the core's `heads_step`."""
     assert state.filters is not None
-    weights = (short.weight_KE, short.bias_E, state.filters.reversed(state.length + 1), direct_D.float())
-    inputs = (x_B1D.contiguous(), _histories(state, ["input", "key", "value"]), state.length)
+    weights = (short.weight_KE, short.bias_E, state.filters.reversed(state.length + 1), direct_D.detach().float())
+    histories = _buffers(state.inputs, state.keys, state.values, position=state.length)
+    inputs = (x_B1D.contiguous(), histories, state.length)
     return cast(Tensor, torch.ops.layerswap.heads_step(p_B1E, _recent(state, p_B1E), *weights, *inputs, **how))
 
 
@@ -73,48 +83,52 @@ def step_modal_heads(
     short: ShortConv,
     modes: tuple[Tensor, Tensor],
     direct_D: Tensor,
-    state: State,
+    state: HeadMemory,
     **how: Any,
 ) -> Tensor:
     """`step` of heads whose filters are sums of modes, of these decays and residues, (H, S) each."""
-    weights = (short.weight_KE, short.bias_E, *modes, direct_D.float())
-    memory_BHSKV = state.memory["heads"] = state.memory["heads"].contiguous()
-    inputs = (x_B1D.contiguous(), *_histories(state, ["input"]), memory_BHSKV, state.length)
+    weights = (short.weight_KE, short.bias_E, *modes, direct_D.detach().float())
+    memory_BHSKV = state.memory[0] = state.memory[0].contiguous()
+    inputs = (x_B1D.contiguous(), *_buffers(state.inputs, position=state.length), memory_BHSKV, state.length)
     return cast(Tensor, torch.ops.layerswap.heads_modal_step(p_B1E, _recent(state, p_B1E), *weights, *inputs, **how))
 
 
-def takes(state: State, x_B1D: Tensor, p_B1E: Tensor) -> bool:
-    """Whether the core computes this step: none that anybody differentiates."""
-    if torch.is_grad_enabled() or not (serves(p_B1E) and state.croppable and state.max_length <= LONGEST):
+def takes(state: HyenaState, x_B1D: Tensor, p_B1E: Tensor) -> bool:
+    """Whether the core computes this step: it wants histories in float32, which keys and values of heads are not that
+    were seen under autocast."""
+    if not (serves(p_B1E) and state.croppable and state.max_length <= LONGEST):
         return False
-    return state.histories["input"].dtype == x_B1D.dtype
+    keys = state.keys.buffer if isinstance(state, KeysAndValues) else None
+    inputs = state.inputs.buffer
+    return inputs is not None and inputs.dtype == x_B1D.dtype and (keys is None or keys.dtype == torch.float32)
 
 
-def _histories(state: State, names: list[str]) -> list[Tensor]:
-    """Buffers that have room for the next position."""
-    for name in names:
-        if state.histories[name].shape[-1] <= state.length:
-            state.room(name, state.histories[name][..., :1])
-    return [state.histories[name] for name in names]
+def _buffers(*histories: History, position: int) -> list[Tensor]:
+    """Buffers that have room for this position."""
+    for history in histories:
+        if history.buffer is not None and history.buffer.shape[-1] <= position:
+            history.room(position, history.buffer[..., :1])
+    return [history.buffer for history in histories if history.buffer is not None]
 
 
-def _recent(state: State, p_B1E: Tensor) -> tuple[Tensor, ...]:
+def _recent(state: HyenaState, p_B1E: Tensor) -> tuple[Tensor, ...]:
     """The projections before `p`, which is the newest from now on."""
-    assert state.recent_projections is not None
-    recent = state.recent_projections
-    state.recent_projections = (*recent, p_B1E)[1:]
+    assert state.recent is not None
+    recent = state.recent
+    state.recent = (*recent, p_B1E)[1:]
     return recent
 
 
-def _tables(filters: Filters, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The first lags (N, NEAR, P), and room for the spectra of longer ones, which the core fills as it needs them."""
-    if "step" not in filters.native:
-        h_CL = filters.h_CL
+def _tables(filters: Filters, width: int, stop: int, state: Tiled) -> CoreTables:
+    """The first lags (N, NEAR, P), and room for the spectra of longer ones, which the core fills as it needs them; of
+    filters that reach `stop` positions."""
+    tables, h_CL = state.tables, filters.covering(stop)
+    if tables is None or tables.h_CL is not h_CL:
         convolutions, blocks, lags = h_CL.shape[0] // width, -(-width // LANES), h_CL.shape[1]
         each = [filters.first_lags(slice(i * width, (i + 1) * width), NEAR) for i in range(convolutions)]
         near = torch.nn.functional.pad(torch.stack(each), (0, blocks * LANES - width))
         levels = max(0, (lags - 1).bit_length() - NEAR.bit_length() + 1)
         spectra = h_CL.new_empty(convolutions * blocks, NEAR * (2**levels - 1), 2, LANES)
         ready = torch.zeros(levels, convolutions * blocks, dtype=torch.uint8)
-        filters.native["step"] = (near, spectra, ready)
-    return cast(tuple[Tensor, Tensor, Tensor], filters.native["step"])
+        tables = state.tables = CoreTables(h_CL, near, spectra, ready)
+    return tables

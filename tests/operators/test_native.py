@@ -38,7 +38,6 @@ ELSEWHERE = (
     "registered",
     "gradients_equal",
     "every_window",
-    "filters_are",
     "every_input_meets",
     "no_step_transforms",
     "sizes_of_transforms",
@@ -180,10 +179,11 @@ def test_every_level_and_window_is_exact(order: int, width: int, splits: list[in
 def test_no_step_of_a_window_copies_the_history(core: None) -> None:
     operator, x_BLD = operator_of(2, 3, 8, 1000), draw(B, 600, 8)
     state = operator.extend(x_BLD[:, :300], operator.init_state(B))[1]
-    before = {name: buffer.data_ptr() for name, buffer in state.histories.items()}
+    histories = [state.inputs, *state.gated]
+    before = [history.buffer.data_ptr() for history in histories]
     for t in range(300, 512):
         operator.extend(x_BLD[:, t : t + 1], state)
-    assert {name: buffer.data_ptr() for name, buffer in state.histories.items()} == before
+    assert [history.buffer.data_ptr() for history in histories] == before
     assert state.core is not None and (state.core.first, state.core.position) == (300, 512)
 
 
@@ -219,6 +219,19 @@ def test_steps_in_bfloat16_and_of_many_sequences_agree_with_torch(core: None) ->
         theirs = test_contract.extended(operator, x_BLD, [60] + [1] * 90)
     assert ours.dtype == theirs.dtype
     close(ours.float(), theirs.float(), 0.03)
+
+
+@pytest.mark.parametrize("case", HEADS)
+@torch.no_grad()
+def test_heads_decode_under_autocast(case: str, core: None) -> None:
+    """A prompt under autocast leaves keys and values in bfloat16, which the core does not read."""
+    operator, x_BLD, found = make(case), draw(B, MAX, D), []
+    for on in (True, False):
+        native.use(on)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found.append(test_contract.extended(operator, x_BLD, [20, 1, 1, 1, 30, *[1] * (MAX - 53)]))
+    close(found[0].float(), found[1].float(), 0.03)
+    close(found[0].float(), operator(x_BLD), 0.1)
 
 
 def test_training_keeps_the_projections_in_their_dtype_and_little_else(core: None) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from operators.decoding.kept import frozen_filters
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.data import load_tokens, spread_windows
 from orchestrator.distill.models.student import load_student, load_teacher, parameter_count
@@ -44,12 +45,14 @@ def evaluate(spec: EvaluateSpec, place: Workplace) -> dict[str, Any]:
     subject = load_student(place.inputs["subject"], load_teacher(place.inputs["teacher"])).to(device).eval()
     tokens = load_tokens(place.inputs["tokens"], "valid")
     windows_BL = spread_windows(tokens, spec.sequence_length, spec.evaluation.tokens)
-    result = _likelihood(teacher, subject, windows_BL, spec, device)
+    with frozen_filters(subject):
+        result = _likelihood(teacher, subject, windows_BL, spec, device)
     bad = [name for name, value in result.items() if not math.isfinite(value)]
     if bad:
         role = "teacher" if "teacher_perplexity" in bad else "student"
         raise ArithmeticError(f"evaluation gave no finite {', '.join(bad)}: {DIVERGED[role]}")
-    result |= _generation(teacher, subject, windows_BL, spec, device)
+    with frozen_filters(subject):
+        result |= _generation(teacher, subject, windows_BL, spec, device)
     return {**result, "parameters": parameter_count(subject)}
 
 

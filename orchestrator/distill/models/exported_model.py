@@ -7,6 +7,7 @@ an error, never a GPT-NeoX with random attention.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from operators.config import (
     OperatorConfig,
     SkipConfig,
 )
+from operators.decoding.kept import frozen_filters
 from orchestrator.distill.models.swap import decode_by, fit_errors, swap
 
 FILTERS = {"implicit": ImplicitFilterConfig, "modal": ModalFilterConfig, "fir": FirFilterConfig}
@@ -53,6 +55,10 @@ class LayerswapForCausalLM(GPTNeoXForCausalLM):
     def fit_errors(self) -> dict[int, Tensor]:
         """Relative errors (C,) of the filters of layers that decode by modes fitted to them, see `swap.fit_errors`."""
         return fit_errors(self)
+
+    def frozen_filters(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, filters are computed once for all prompts; weights must not change there, see `kept`."""
+        return frozen_filters(self)
 
 
 def operator_config(values: dict[str, Any]) -> OperatorConfig:

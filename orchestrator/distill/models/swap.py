@@ -188,7 +188,7 @@ def decode_by(model: Any, step_mode: str | None, *, croppable: bool = True) -> N
 def fit_errors(model: Any) -> dict[int, Tensor]:
     """Of layers that decode by modes that were fitted to their filters, the relative error of every filter, (C,).
 
-    Computes the fit where it is not known: seconds a layer.
+    Computes the fit, seconds a layer, which `frozen_filters` keeps for the decoding inside of it.
     """
     fitted = {placed.layer: placed.operator.frozen() for placed in swapped(model) if placed.step_mode == "modal"}
     return {layer: filters.fitted[1] for layer, filters in fitted.items() if filters.modes is None}
