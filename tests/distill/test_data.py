@@ -88,6 +88,28 @@ def test_tokens_are_the_documents_with_an_end_each_held_out_or_not(place: Any, t
     assert load_tokens(made.out, "train").dtype == np.uint16
 
 
+def test_the_tokenizer_learns_from_the_training_text_and_has_the_entries_asked_for(place: Any, tmp_path: Path) -> None:
+    """The same documents beside others that are held out make the same tokenizer; its first entry ends a text."""
+    files = write(tmp_path, "text")
+    made = prepared(place, spec_of(), files)
+    tokenizer = load_tokenizer(made.out)
+    assert (len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id) == (300, 0, 0)
+    held_out = tokenizer.decode(tokens_of(made)["valid"]).split("<|endoftext|>")[:-1]
+    mine = [path for path in files if path.read_text(encoding="utf-8") not in held_out]
+    assert len(mine) < len(files)
+    source = SourceIdentity(source="text", fingerprint="valid")
+    where = {"valid": Location(files=(str(files[0]),))}
+    whole = prepared(place, spec_of(validation=source, validation_share=None), mine, locations=where)
+    assert load_tokenizer(whole.out).get_vocab() == tokenizer.get_vocab()
+
+
+def test_text_of_exactly_one_sequence_is_enough(place: Any, tmp_path: Path) -> None:
+    shortest = len(tokens_of(prepared(place, spec_of(), write(tmp_path, "text")))["valid"])
+    assert len(tokens_of(prepared(place, spec_of(sequence_length=shortest), write(tmp_path, "text")))["valid"])
+    with pytest.raises(DataError, match=rf"^the valid text has {shortest} tokens, less than one sequence of"):
+        prepared(place, spec_of(sequence_length=shortest + 1), write(tmp_path, "text"))
+
+
 def test_a_document_is_held_out_whatever_stands_beside_it(place: Any, tmp_path: Path) -> None:
     files = write(tmp_path, "text")
     whole, part = prepared(place, spec_of(), files), prepared(place, spec_of(), files[::2])

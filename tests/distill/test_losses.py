@@ -226,3 +226,33 @@ def test_of_the_teachers_forward_only_what_a_loss_needs_is_held(
     batch_losses(teacher, student, ids, LAYERS, losses)
     assert len(made) == (10 if losses != Losses(ce=1.0) else 0)
     assert counted[0] == held
+
+
+def test_a_loss_that_is_not_asked_for_is_zero(teacher: Any, student: Any, ids: Tensor) -> None:
+    heads, kl = (OutputHead(teacher), OutputHead(student)), LogitKL(weight=1.0)
+    hidden = final_hidden(teacher, ids), final_hidden(student, ids)
+    divergence, entropy = logit_losses(*hidden, *heads, ids, kl, with_ce=False)
+    assert divergence > 0 and entropy == 0
+    divergence, entropy = logit_losses(None, hidden[1], None, heads[1], ids, LogitKL(weight=0.0), with_ce=True)
+    assert divergence == 0 and entropy > 0
+
+
+@pytest.mark.parametrize(("positions", "made"), [(38, 1), (37, 4), (19, 4), (13, 6)])
+def test_logits_are_made_again_in_backward_where_there_are_several_chunks(
+    teacher: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch, positions: int, made: int
+) -> None:
+    """Of 38 positions: one chunk is kept, of several none."""
+    monkeypatch.setattr(module, "LOGITS_PER_CHUNK", positions * 300)
+    hidden, calls = final_hidden(teacher, ids).detach().requires_grad_(), []
+    teacher.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    logit_losses(None, hidden, None, OutputHead(teacher), ids, LogitKL(weight=0.0), True)[1].backward()
+    assert len(calls) == made
+
+
+def test_the_stream_after_a_layer_that_returns_a_tuple_is_its_first_part(teacher: Any) -> None:
+    layer = teacher.gpt_neox.layers[1]
+    layer.forward = lambda x: (x, None)
+    x_BLD = torch.ones(1, 2, 32)
+    with recorded(teacher, (), (1,)) as seen:
+        layer(x_BLD)
+    assert seen.hidden[1] is x_BLD

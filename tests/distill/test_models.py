@@ -197,3 +197,19 @@ def test_a_teacher_in_half_precision_is_imported_in_single(place: Any, tiny_teac
     made: Workplace = place(locations={"f": Location(files=(str(tmp_path / "half"),))})
     import_teacher(ImportSpec(fingerprint="f"), made)
     assert {tensor.dtype for tensor in load_file(made.out / "model.safetensors").values()} == {torch.float32}
+
+
+def test_what_lies_in_a_students_folder(teacher: Any, tiny_teacher: Path, tmp_path: Path) -> None:
+    """Stages of other days are read by these names."""
+    save_student(student_of(tiny_teacher, {1: SkipConfig()}), teacher.state_dict(), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"student.json", "student.safetensors"}
+    assert json.loads((tmp_path / "student.json").read_text()) == {
+        "operators": {"1": {"kind": "skip"}},
+        "complete": False,
+    }
+
+
+def test_loading_a_model_draws_no_progress_bars() -> None:
+    from transformers.utils import logging
+
+    assert not logging.is_progress_bar_enabled()

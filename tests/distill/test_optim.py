@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from operators.config import HyenaConfig, ImplicitFilterConfig
 from orchestrator.distill.models.student import load_teacher
@@ -182,3 +182,25 @@ def test_muon_of_many_matrices_is_torchs(decay: float, nesterov: bool, monkeypat
 def test_muon_in_batches_knows_one_rule_for_learning_rates() -> None:
     with pytest.raises(ValueError, match="adjust_lr_fn must be original here but is 'match_rms_adamw'"):
         muon.BatchedMuon([nn.Parameter(torch.ones(2, 2))], adjust_lr_fn="match_rms_adamw")
+
+
+def test_muon_in_batches_tells_what_its_closure_told() -> None:
+    parameter = nn.Parameter(torch.ones(2, 3))
+    optimizer = muon.BatchedMuon([parameter], lr=0.1, adjust_lr_fn="original")
+
+    def closure() -> Tensor:
+        loss = parameter.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step() is None
+    assert torch.equal(parameter, torch.ones(2, 3))
+    assert optimizer.step(closure).item() == 6.0
+    assert not torch.equal(parameter, torch.ones(2, 3))
+
+
+def test_muons_batches_have_at_most_so_many_numbers_or_one_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muon, "TOGETHER", 6)
+    many = [torch.empty(shape) for shape in ((1, 2), (2, 2), (1, 2), (3, 3), (1, 2), (3, 3), (1, 2), (2, 2))]
+    found = [[tuple(x.shape) for x in batch] for batch in muon._alike(many)]
+    assert found == [[(1, 2)] * 3, [(1, 2)], [(2, 2)], [(2, 2)], [(3, 3)], [(3, 3)]]

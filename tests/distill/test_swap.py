@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, StaticCache
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, StaticCache
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
 from operators.config import HyenaConfig, ModalFilterConfig, OperatorConfig, SkipConfig
@@ -107,6 +107,16 @@ def test_attention_computed_from_the_weights_that_are_read_is_the_modules_own(te
     scores = (query @ key.transpose(-1, -2) / 8**0.5).masked_fill(~causal, float("-inf"))
     mixed = (scores.softmax(-1) @ parts["value"]).transpose(1, 2).flatten(2)
     torch.testing.assert_close(mixed @ weights.output.T + weights.output_bias, own, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_without_biases_is_read_without(tiny_teacher: Path) -> None:
+    config = GPTNeoXConfig.from_pretrained(tiny_teacher, attention_bias=False)
+    model: Any = GPTNeoXForCausalLM(config)
+    weights = family_of(model).read(attention_of(model, 1))
+    biases = [weights.query_bias, weights.key_bias, weights.value_bias, weights.output_bias]
+    assert biases == [None] * 4
+    made: Any = swap(model, [1], HyenaConfig(heads=4), generator())[0].operator
+    assert torch.equal(made.out_proj.weight, weights.output)
 
 
 @every_operator

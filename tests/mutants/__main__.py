@@ -42,7 +42,7 @@ class Verdict:
 
     def __str__(self) -> str:
         mutant, note = self.mutant, f"  by {self.by}" if self.by else ""
-        note += f"  ({self.left_out} slower tests not run)" if self.left_out and self.state == "survived" else ""
+        note += f"  ({self.left_out} tests not run)" if self.left_out and self.state == "survived" else ""
         head = f"{self.state:11} {mutant.id}  {mutant.path}:{mutant.line}  {mutant.kind}  {self.seconds:.1f} s{note}"
         return f"{head}\n    - {mutant.before}\n    + {mutant.after}"
 
@@ -159,7 +159,7 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--file", help="only mutants of these files, with commas")
     parser.add_argument("--only", help="only mutants with these ids, with commas; prints what their tests print")
     parser.add_argument("--list", action="store_true", help="print the mutants and run none")
-    parser.add_argument("--most", type=float, default=60.0, help="CPU seconds of tests for a mutant, quickest first")
+    parser.add_argument("--most", type=float, default=60.0, help="CPU seconds of tests for a mutant")
     parser.add_argument("--ray", action="store_true", help="with the tests marked ray or slow")
     parser.set_defaults(preloaded=PRELOADED)
     parser.add_argument("--json", type=Path, help="write what came of every mutant to FILE-ROOM.json")

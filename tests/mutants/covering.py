@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import queue
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,18 +25,20 @@ class Covering:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     cpu: dict[str, float] = dataclasses.field(default_factory=dict)
     by_line: dict[tuple[str, int], set[str]] = dataclasses.field(default_factory=lambda: defaultdict(set))
+    lines: Counter[str] = dataclasses.field(default_factory=Counter)  # that a test runs in all
     failed: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, measured: dict[str, Any]) -> None:
         self.failed += measured["failed"]
         for test, found in measured["tests"].items():
             self.seconds[test], self.cpu[test] = found["seconds"], found["cpu"]
+            self.lines[test] = sum(map(len, found["lines"].values()))
             for file, lines in found["lines"].items():
                 for line in lines:
                     self.by_line[file, line].add(test)
 
     def tests_of(self, mutant: Mutant, root: Path) -> list[str]:
-        """The tests that run the mutated statement, those of the fewest CPU seconds first.
+        """The tests that run the mutated statement: first those that take little time and run little else.
 
         What runs when a file is imported is run by no test in particular: there it is the tests that call anything in
         the file, and where nothing in it is called, those that call anything in files that import it.
@@ -50,7 +52,7 @@ class Covering:
                 for file in {file for file, _ in self.by_line}:
                     if module in (root / file).read_text(encoding="utf-8"):
                         found |= self._calling(root, file)
-        return sorted(found, key=lambda test: (self.cpu[test], test))
+        return sorted(found, key=lambda test: (self.cpu[test] * self.lines[test], test))
 
     def _at(self, places: Iterable[tuple[str, int]]) -> set[str]:
         return {test for place in places for test in self.by_line.get(place, ())}
