@@ -99,12 +99,17 @@ def distil(spec: DistilSpec, place: Workplace) -> Result:
 
 
 def _statistics(spec: DistilSpec, student: Any, place: Workplace) -> dict[int, AttentionStatistics]:
-    """By layer, what the attention that is about to be replaced does on the first text of the path, if it matters."""
+    """By layer, what the attention that is about to be replaced does on the first text of the path, if it matters.
+
+    Computed on the stage's device, told on the CPU, where operators are set and the student is left.
+    """
     if not getattr(spec.operator, "needs_statistics", False):
         return {}
     tokens = load_tokens(place.inputs["tokens"], "train")
     ids_BL = batch(tokens, spec.sequence_length, spec.seed + STUDENT_ORDER, 0, SEQUENCES)
-    return attention_statistics(student, spec.new_layers, ids_BL)
+    found = attention_statistics(student.to(place.context.device), spec.new_layers, ids_BL.to(place.context.device))
+    student.cpu()
+    return found
 
 
 def _language_modelling(

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 from operators.config import HyenaConfig, ImplicitFilterConfig
+from orchestrator.distill import stage
 from orchestrator.distill.measuring.statistics import attention_statistics
+from orchestrator.distill.models.student import load_teacher
 from orchestrator.distill.models.swap import attention_of, swap
+from orchestrator.study.schema import Numerics, Optimizer
+from orchestrator.study.spec import DistilSpec
 
 
 def test_profiles_are_the_mean_logarithm_by_lag(teacher: Any, ids: Tensor) -> None:
@@ -48,3 +56,44 @@ def test_a_student_that_is_swapped_in_part_can_be_looked_at(teacher: Any, ids: T
     wanted_HT = statistics[1].profile.softmax(-1)
     assert ((filter_HT / filter_HT.sum(-1, keepdim=True) - wanted_HT).abs().sum(-1) < 0.2).all()
     assert attention_of(teacher, 1) is placed
+
+
+def test_a_model_that_has_diverged_is_told_so(teacher: Any, ids: Tensor) -> None:
+    with torch.no_grad():
+        teacher.gpt_neox.layers[1].attention.query_key_value.bias.fill_(float("nan"))
+    with pytest.raises(
+        ArithmeticError, match=r"layer 1 gives no finite numbers: the student has diverged; lower recipe"
+    ):
+        attention_statistics(teacher, (0, 1), ids)
+
+
+def test_a_stage_takes_them_on_its_device_and_sets_operators_on_the_processor(
+    place: Any, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device has no numbers, only places; what it would have found is taken from the teacher."""
+    seen: list[tuple[str, str]] = []
+
+    def found(model: Any, layers: tuple[int, ...], ids_BL: Tensor) -> Any:
+        seen.append((next(model.parameters()).device.type, ids_BL.device.type))
+        return attention_statistics(load_teacher(tiny_teacher), layers, torch.ones(1, 16, dtype=torch.int64))
+
+    def swapping(model: Any, layers: Any, *more: Any, **named: Any) -> None:
+        seen.append((next(model.parameters()).device.type, named["statistics"][layers[0]].profile.device.type))
+        raise KeyboardInterrupt
+
+    for name, fake in {"attention_statistics": found, "swap": swapping, "check_output_head": lambda _: None}.items():
+        monkeypatch.setattr(stage, name, fake)
+    monkeypatch.setattr(torch.nn.Module, "cpu", lambda model: model.to_empty(device="cpu"))
+    np.arange(1, 289, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    (tmp_path / "tokens.json").write_text(json.dumps({"dtype": "uint16"}))
+    power = HyenaConfig(
+        heads=4, feature_map="power", normalise=True, key_gate=True, filter=ImplicitFilterConfig(positive=True)
+    )
+    spec = DistilSpec(
+        tokens="t", teacher="r", parent="p", layers=(1,), new_layers=(1,), operator=power, phases=(), batch_size=1,
+        sequence_length=16, first_sequence=0, freeze=(), optimizer=Optimizer(), numerics=Numerics(), seed=0,
+    )  # fmt: skip
+    inputs = {"tokens": tmp_path, "teacher": tiny_teacher, "parent": tiny_teacher}
+    with pytest.raises(KeyboardInterrupt):
+        stage.distil(spec, place("device", inputs, device="meta"))
+    assert seen == [("meta", "meta"), ("cpu", "cpu")]

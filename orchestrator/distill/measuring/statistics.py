@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from operators.transfer.attention import AttentionStatistics
 from orchestrator.distill.models.swap import attention_of
+from orchestrator.distill.training.loop import DIVERGED
 
 SEQUENCES = 16
 SMALLEST = 1e-9  # of a weight, so that one that underflowed to 0 has a logarithm
@@ -26,7 +27,8 @@ def attention_statistics(model: Any, layers: tuple[int, ...], ids_BL: Tensor) ->
     inputs, (D,) and (D, D), all float64.
 
     Lags that the second half of the positions can all look back to are averaged over that half only: at the start of a
-    text few positions share all the weight.
+    text few positions share all the weight. Computed on the model's device, given on the CPU.
+    Raises ArithmeticError where a number is not finite, since the model has diverged.
     """
     sums: dict[int, list[Tensor]] = {layer: [] for layer in layers}
 
@@ -51,7 +53,10 @@ def attention_statistics(model: Any, layers: tuple[int, ...], ids_BL: Tensor) ->
         model.set_attn_implementation(implementation)
         for handle in handles:
             handle.remove()
-    return {layer: _statistics(*(one / len(ids_BL) for one in total)) for layer, total in sums.items()}
+    for layer, total in sums.items():
+        if not all(bool(torch.isfinite(one).all()) for one in total):
+            raise ArithmeticError(f"the attention of layer {layer} gives no finite numbers: {DIVERGED['student']}")
+    return {layer: _statistics(*((one / len(ids_BL)).cpu() for one in total)) for layer, total in sums.items()}
 
 
 def _statistics(profile_HT: Tensor, mean_D: Tensor, moment_DD: Tensor) -> AttentionStatistics:
