@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from orchestrator.run.environment import own_process
 from orchestrator.study.loader import Document, StudyError, read_document, validate
 from orchestrator.study.peek import check_files
 from orchestrator.study.plan import Plan, make_plan, throughput_specs
@@ -54,6 +55,11 @@ PROCESS = {
     "MALLOC_TOP_PAD_": "16777216",
     "GOMP_SPINCOUNT": "2000",
 }
+
+
+@app.callback()
+def _begin() -> None:
+    own_process()
 
 
 @app.command()
@@ -242,6 +248,10 @@ def ui(
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
         _bad_input(f"--port {port} is taken by another program: give another one")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from orchestrator.record.database import renew_places
+
+    renew_places(place)
+    os.chdir(place.root)  # the server imports what lies in its working directory
     print(f"MLflow UI on http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
     where = ["--backend-store-uri", place.database, "--default-artifact-root", place.artefacts]
     command = [sys.executable, "-m", "mlflow", "server", *where, "--host", "127.0.0.1", "--port", str(port)]

@@ -19,6 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
+from orchestrator.run import temporary
 from tests.bad_inputs import LOSSES, Make, Row, at, content, home, store_of, study, teacher, words
 from tests.bad_text import TEXT
 
@@ -223,6 +224,8 @@ def test_a_hub_that_is_not_there_is_told(place: Path) -> None:
 def own_temporary(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """A directory for temporary files that no dead run of somebody else has left anything in."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
+    monkeypatch.setattr(temporary, "FALLBACKS", ())
+    monkeypatch.setattr(temporary, "LONGEST", 1000)
 
 
 @pytest.mark.usefixtures("own_temporary")

@@ -115,9 +115,25 @@ def _zombies(home: Home, store: Store) -> Iterator[Finding]:
     """MLflow runs that say RUNNING while nobody runs in this home."""
     if not (home.root / "mlflow.db").is_file() or home.used or any(store.locked(key) for key in store.all_keys()):
         return
-    from orchestrator.record.runs import still_running  # takes seconds, so only where there is a database
+    from orchestrator.record.runs import (  # takes seconds, so only where there is a database
+        AnotherVersionError,
+        still_running,
+    )
 
-    for name, run_id, end in still_running(home.database):
+    try:
+        running = list(still_running(home.database))
+    except AnotherVersionError as error:
+        what, _, remedy = str(error).partition(": ")
+        yield Finding(f"MLflow: {what}", remedy)
+        return
+    except Exception as error:  # whatever MLflow raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        yield Finding(
+            f"MLflow's database {home.root / 'mlflow.db'} cannot be read ({reason})",
+            "move it away: `layerswap report STUDY` makes it again from the store",
+        )
+        return
+    for name, run_id, end in running:
         yield Finding(
             f"MLflow run {name} ({run_id[:8]}) says RUNNING while nobody runs here",
             "run its study again, which takes it up, or `layerswap doctor --fix`, which marks it KILLED",

@@ -30,7 +30,7 @@ class Home:
     @property
     def database(self) -> str:
         """URI of the home's own MLflow database."""
-        return f"sqlite:///{(self.root / 'mlflow.db').resolve()}"
+        return sqlite_uri(self.root / "mlflow.db")
 
     @property
     def tracking_uri(self) -> str:
@@ -78,6 +78,14 @@ class Home:
     def add_run(self, name: str, run: dict[str, Any]) -> None:
         """Remember a run."""
         write_json(self.study(name) / "runs.json", [*self.runs(name), run])
+
+
+def sqlite_uri(path: Path) -> str:
+    """The URI of an SQLite database, whatever signs its path has."""
+    plain = str(path.resolve())
+    quoted = plain.replace("%", "%25").replace("?", "%3F").replace("#", "%23")
+    # With a driver's name MLflow does not make the folder of the path as it is written here.
+    return f"sqlite:///{plain}" if quoted == plain else f"sqlite+pysqlite:///{quoted}"
 
 
 def default_home(study: Path) -> Path:

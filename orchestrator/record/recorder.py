@@ -16,6 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from orchestrator.record.home import Home
+from orchestrator.record.runs import AnotherVersionError
 from orchestrator.record.tracking import Tracker
 from orchestrator.run.store import Store
 from orchestrator.study.plan import Plan
@@ -37,6 +38,7 @@ class Recorder:
         self.store = Store(home.store)
         self.tracker: Tracker | None = None
         self.trouble: str | None = None  # why MLflow is behind
+        self.remedy = ""  # what has to be done before it can catch up, where that is known
         self.complete: set[str] = set()  # identities of runs that need no more
         self.elsewhere = False  # another recorder of this study is at work
         self.patience = PATIENCE if live else REPORT_PATIENCE
@@ -75,6 +77,8 @@ class Recorder:
         begun = {step.train.key for step in self.plan.steps if self.store.attempt(step.train.key) is not None}
         lacking = sum(f"stage:{key}" not in self.complete for key in begun)
         what = f"{lacking} of {len(begun)} stages" if lacking else "the study's files"
+        if self.remedy:
+            return [f"MLflow lacks {what}: {self.remedy}; nothing is lost: after that, {command} sends them"]
         return [
             f"MLflow lacks {what} ({self.trouble or 'it does not answer'}); nothing is lost: the next run sends them, "
             f"or {command}"
@@ -128,7 +132,7 @@ class Recorder:
             self.complete |= self.tracker.closed
             if self.trouble is not None and self.live:
                 print("MLflow has caught up", file=sys.stderr)
-            self.trouble = None
+            self.trouble, self.remedy = None, ""
 
     def _look(self) -> None:
         """Learn the runs that the recorder at work has made."""
@@ -138,7 +142,9 @@ class Recorder:
             self.tracker = None  # telling of it is that recorder's
 
     def _say_behind(self, error: Exception) -> None:
-        told = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else ''}"
+        self.remedy = str(error) if isinstance(error, AnotherVersionError) else ""
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else ""
+        told = self.remedy or f"{type(error).__name__}: {reason}"
         if self.trouble is None and self.live:
             print(f"MLflow is behind, nothing is lost, the study goes on: {told}", file=sys.stderr)
         self.trouble = told

@@ -5,9 +5,13 @@ The only importer of mlflow. What the runs stand for is `tracking`'s to say.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
+import re
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,11 +25,14 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
 
 import mlflow
+import mlflow.store.db_migrations
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
+from sqlalchemy.engine import make_url
 
-from orchestrator.record.home import Home
+from orchestrator.record.database import renew_places
+from orchestrator.record.home import Home, sqlite_uri
 from orchestrator.record.records import leaves
 from orchestrator.study.loader import dump
 
@@ -159,13 +166,16 @@ class Runs:
         self.heard = time.monotonic()
 
     def _experiment(self) -> str:
-        found = self.client.get_experiment_by_name(self.study)
+        with _of_this_version(self.home.tracking_uri):
+            found = self.client.get_experiment_by_name(self.study)
+        place = None if self.home.artefacts is None else f"{self.home.artefacts}/{self.study}"
         if found is not None:
+            if self.home.tracking is None and found.artifact_location != place:  # the home was moved
+                renew_places(self.home)
             if found.lifecycle_stage == "deleted":  # in the UI, by its owner, who now runs the study again
                 self.client.restore_experiment(found.experiment_id)
             return str(found.experiment_id)
         tags = {"mlflow.experimentKind": "custom_model_development"}  # the UI then opens on runs and metrics
-        place = None if self.home.artefacts is None else f"{self.home.artefacts}/{self.study}"
         return str(self.client.create_experiment(self.study, place, tags))
 
     def _find(self) -> None:
@@ -192,6 +202,32 @@ class Runs:
         self.status[run.info.run_id] = run.info.status
 
 
+class AnotherVersionError(RuntimeError):
+    """A database that another version of MLflow wrote; the message says what to do about it."""
+
+
+@contextlib.contextmanager
+def _of_this_version(uri: str) -> Iterator[None]:
+    """Raise `AnotherVersionError` where MLflow refuses the database at this URI for its schema."""
+    try:
+        yield
+    except mlflow.exceptions.MlflowException as error:
+        found = re.search(r"database schema \(found version (\w+)", str(error))
+        if found is None:
+            raise
+        told = make_url(uri).render_as_string(hide_password=True)
+        known = Path(mlflow.store.db_migrations.__file__).parent.glob(f"versions/{found[1]}*.py")
+        if any(known):
+            upgrade = shlex.join([sys.executable, "-m", "mlflow", "db", "upgrade", told])
+            raise AnotherVersionError(
+                f"the database is of an older MLflow than {mlflow.__version__}: make a copy of it, then run {upgrade}"
+            ) from None
+        raise AnotherVersionError(
+            f"the database {told} is of another MLflow than {mlflow.__version__}, which does not know its schema "
+            f"{found[1]}: install the MLflow that wrote it"
+        ) from None
+
+
 def make_database(home: Home) -> None:
     """Make the home's own database where there is none: whole or not at all, by one process.
 
@@ -204,14 +240,18 @@ def make_database(home: Home) -> None:
     with FileLock(home.root / "mlflow.lock"):
         if not database.exists():
             unfinished.unlink(missing_ok=True)
-            MlflowClient(tracking_uri=f"sqlite:///{unfinished.resolve()}").search_experiments(max_results=1)
+            MlflowClient(tracking_uri=sqlite_uri(unfinished)).search_experiments(max_results=1)
             unfinished.replace(database)
 
 
 def still_running(database: str) -> Iterator[tuple[str, str, Callable[[], None]]]:
-    """Name and id of every run that says RUNNING, of any study, and what marks it KILLED."""
+    """Name and id of every run that says RUNNING, of any study, and what marks it KILLED.
+
+    Raises `AnotherVersionError` where another version of MLflow wrote the database.
+    """
     client = MlflowClient(tracking_uri=database)
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    with _of_this_version(database):
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     for run in client.search_runs(experiments, "attributes.status = 'RUNNING'", max_results=1000):
         run_id = run.info.run_id
         yield run.info.run_name, run_id, functools.partial(client.set_terminated, run_id, "KILLED")

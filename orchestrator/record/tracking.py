@@ -92,7 +92,7 @@ class Tracker:
             run = self.runs.ids.get(f"stage:{step.train.key}")
             if run is not None and step.swapped and getattr(step.train, "phases", ()) and self.runs.told(run):
                 key = step.train.key
-                self.runs.add_model(run, f"student-{short(key)}", key, str(self.store.artefacts(key)))
+                self.runs.add_model(run, f"student-{short(key)}", key, str(self.store.artefacts(key).resolve()))
 
     def run_id(self, step: Step) -> str | None:
         """The MLflow run of a step's stage."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.distill.context import RunContext
+from orchestrator.run.environment import own_instance, paths_of_workers
 from orchestrator.run.guard import guarded, watched
 from orchestrator.run.store import Store
 from orchestrator.run.temporary import temporary_directory
@@ -28,6 +29,7 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_DEDUP_LOGS": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_worker_niceness": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -83,6 +85,7 @@ def connected(cluster: Cluster) -> Iterator[tuple[Node, ...]]:
             os.environ["HOME"] = folder
         local: dict[str, Any] = {}
         if cluster.address is None:
+            own_instance()
             local = {
                 "num_cpus": cluster.cpus,
                 "num_gpus": cluster.gpus,
@@ -142,13 +145,30 @@ def _connect(address: str | None, local: dict[str, Any]) -> None:
     import ray
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are told once, at the end
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    options: dict[str, Any] = {
+        "namespace": "layerswap",
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "job_config": _job(),
+    }
     try:
-        ray.init(address=address, namespace="layerswap", **quiet, **local)
+        ray.init(address=address or "local", **options, **local)
     except (ConnectionError, RuntimeError, ValueError) as error:
         if address is None:
             raise
         raise absent(address, str(error).strip().split("\n")[0]) from error
+
+
+def _job() -> Any:
+    """A job whose workers import this program and what is installed, not what lies in the working directory."""
+    from ray.job_config import JobConfig
+
+    class Job(JobConfig):
+        def _get_proto_job_config(self) -> Any:
+            self._py_driver_sys_path = paths_of_workers()  # in place of the driver's script and working directory
+            return super()._get_proto_job_config()  # type: ignore[no-untyped-call]
+
+    return Job()
 
 
 def absent(address: str, reason: str) -> ClusterError:

@@ -26,7 +26,7 @@ DIED = "Ray's {} has died; nothing finished is lost, go on with the same command
 @contextmanager
 def guarded(folder: str) -> Iterator[None]:
     """When this context or this process ends, end every other process that uses the directory, and remove it."""
-    command = [sys.executable, "-m", "orchestrator.run.guard", folder]
+    command = [sys.executable, "-P", __file__, folder]  # whatever modules the working directory holds
     guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # signals to our group pass it by
     try:
         yield

@@ -14,6 +14,7 @@ import socket
 
 from orchestrator.distill.context import RunContext
 from orchestrator.run.cluster import Cluster, ClusterError, absent, check_before_start
+from orchestrator.run.temporary import TemporaryError, temporary_root
 from orchestrator.study.plan import Plan
 
 DEVICES = ("cpu", "cuda")
@@ -30,6 +31,10 @@ def check_run(plan: Plan, context: RunContext, cluster: Cluster) -> None:
         )
     if context.device not in DEVICES:
         raise ClusterError(f"--device {context.device} is not known: give one of {', '.join(DEVICES)}")
+    try:
+        temporary_root()
+    except TemporaryError as error:
+        raise ClusterError(str(error)) from None
     if cluster.address is None:
         if context.device == "cuda" and not cluster.gpus:
             raise ClusterError(
@@ -63,11 +68,15 @@ def _check_core(plan: Plan) -> None:
 
 def _knock(address: str) -> None:
     """Ask the address for a sign of Ray: `ray.init` would try for minutes, and end the process where it gets none."""
+    given = f"--ray-address {address}"
+    if address == "auto":  # Ray looks into the variable first, then for a cluster of this machine
+        address = os.environ.get("RAY_ADDRESS") or "auto"
+        given += f" (RAY_ADDRESS={address})"
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal():
-        raise ClusterError(f"--ray-address {address} is no address: give host:port of the cluster's head node, or auto")
+        raise ClusterError(f"{given} is no address: give host:port of the cluster's head node, or auto")
     try:
         connection = socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS)
     except (OSError, OverflowError) as error:

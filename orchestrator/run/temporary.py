@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,12 +18,24 @@ from filelock import FileLock, Timeout
 
 PREFIX = "layerswap-"
 OWNER = "owner.lock"
+# Where TMPDIR is too long for a socket below it, or has signs that Ray does not understand in a path.
+FALLBACKS = ("/tmp", "/var/tmp")
+DEEPEST = "/layerswap-ray-abcdefgh/session_2026-01-01_00-00-00_123456_1234567/sockets/plasma_store"
+LONGEST = 107 - len(DEEPEST)  # bytes; Linux takes no longer path of a socket
+PLAIN = re.compile(r"[A-Za-z0-9/._+-]+")
+
+
+class TemporaryError(ValueError):
+    """No directory in which Ray could run."""
 
 
 @contextlib.contextmanager
 def temporary_directory(purpose: str) -> Iterator[Path]:
-    """Yield a new directory `layerswap-PURPOSE-...` that is removed at the end."""
-    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{purpose}-"))
+    """Yield a new directory `layerswap-PURPOSE-...` that is removed at the end.
+
+    Raises `TemporaryError` where there is no place for it.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{purpose}-", dir=temporary_root()))
     try:
         with FileLock(folder / OWNER):
             yield folder
@@ -30,10 +43,25 @@ def temporary_directory(purpose: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def temporary_root() -> str:
+    """The first place for temporary files that Ray can run in: TMPDIR, or one that every machine has."""
+    for folder in _roots():
+        if len(folder) <= LONGEST and PLAIN.fullmatch(folder) and os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    raise TemporaryError(
+        f"TMPDIR {tempfile.gettempdir()} cannot hold Ray's sockets (more than {LONGEST} bytes, or other signs than "
+        f"letters, digits and . _ + -), and {' and '.join(FALLBACKS)} cannot be written: set TMPDIR to a short one"
+    )
+
+
+def _roots() -> list[str]:
+    return list(dict.fromkeys([tempfile.gettempdir(), *FALLBACKS]))
+
+
 def abandoned_directories() -> list[Path]:
     """This user's directories of that kind whose owner is dead."""
     found = []
-    for folder in sorted(Path(tempfile.gettempdir()).glob(f"{PREFIX}*")):
+    for folder in sorted(path for root in _roots() for path in Path(root).glob(f"{PREFIX}*")):
         lock = folder / OWNER
         with contextlib.suppress(OSError, Timeout):
             if lock.stat().st_uid == os.getuid():

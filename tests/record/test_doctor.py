@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 from orchestrator.cli import app
 from orchestrator.files import write_json
 from orchestrator.record.home import Home
+from orchestrator.run import temporary as module
 from orchestrator.run.store import Store
 from orchestrator.run.temporary import temporary_directory
 
@@ -70,6 +71,8 @@ def temporary(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     """Temporary directories of this test alone, so that those of others on this machine do not show."""
     folder = tmp_path_factory.mktemp("t")
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(module, "FALLBACKS", ())
+    monkeypatch.setattr(module, "LONGEST", 1000)
     yield folder
     monkeypatch.undo()
 
@@ -316,7 +319,7 @@ def test_a_stage_that_the_study_does_not_need_is_told_so(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").mkdir()
     for name in "ab":
-        (tmp_path / "text" / f"{name}.txt").write_text("a text\n" * 20)
+        (tmp_path / "text" / f"{name}.txt").write_text(f"a text of {name}\n" * 20)
     (tmp_path / "tiny.yaml").write_text(STUDY)
     stage(home)
     needed = json.loads(layerswap("plan", "tiny.yaml", "--home", str(home.root), "--json").stdout)["tree"][0]["key"]
