@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 
 from orchestrator.cli import app
 from orchestrator.run import temporary
-from tests.bad_inputs import LOSSES, Make, Row, at, content, home, store_of, study, teacher, words
+from tests.bad_inputs import LOSSES, Make, Row, at, content, home, store_of, study, words
+from tests.bad_teachers import TEACHERS
 from tests.bad_text import TEXT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,7 +64,6 @@ def existing_target(folder: Path) -> list[str]:
     return words("--to", str(folder / "student"), command="export")(folder)
 
 
-NEOX = '{"model_type": "gpt_neox", "num_hidden_layers": 2}'
 STUDIES: list[Row] = [
     ("missing study", lambda _: ["plan", "gone.yaml"], r"gone\.yaml: no such study file: name a YAML file"),
     ("directory as study", directory, r"study\.yaml: is a directory: name a YAML file"),
@@ -117,15 +117,6 @@ STUDIES: list[Row] = [
     ("set an unknown key", words("--set", "sede=1"), r"^--set sede=1: sede: unknown key; did you mean seed\?"),
     ("set bad YAML", words("--set", "seed=["), r"^--set seed=\[: the value is not valid YAML: .*"),
     ("vocabulary of a pretrained teacher", words("--set", "teacher={kind: pretrained, folder: m}", "--set", "data.vocabulary=300"), "^--set data.vocabulary=300: data.vocabulary.* has no use with a pretrained teacher"),
-]  # fmt: skip
-TEACHERS: list[Row] = [
-    ("no teacher folder", words("--set", "teacher={kind: pretrained, folder: gone}"), "teacher.folder: .*gone holds no config.json: give the folder of a saved model"),
-    ("teacher without config", teacher(tokenizer__json="{}"), at % "4:3" + "teacher.folder: .*model holds no config.json: give the folder of a saved model"),
-    ("teacher without tokenizer", teacher(config__json=NEOX), at % "4:3" + "teacher.folder: .*model holds no tokenizer: save it there"),
-    ("teacher of another family", teacher(config__json='{"model_type": "llama"}', tokenizer__json="{}"), at % "2:1" + "teacher: model type 'llama' cannot be swapped yet; supported: gpt_neox"),
-    ("teacher with a torn config", teacher(config__json='{"model', tokenizer__json="{}"), at % "2:1" + "teacher: .*config.json is not JSON .*: save the model again"),
-    ("teacher with half a config", teacher(config__json=NEOX, tokenizer__json="{}"), at % "2:1" + "teacher: config.json has no number hidden_size: save the model again"),
-    ("both hub and folder", words("--set", "teacher={kind: pretrained, folder: a, hub: b}"), "^--set .*: teacher: exactly one of hub and folder is needed"),
 ]  # fmt: skip
 PLACES: list[Row] = [
     ("home that is a file, plan", home(lambda root: root.write_text("mine"), "plan"), "home is a file: give a directory as --home"),

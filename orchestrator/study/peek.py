@@ -1,4 +1,4 @@
-"""A look at the beginning of every file that a study reads: what is wrong there fails in the plan, not in a stage.
+"""A look at the beginning of every text that a study reads: what is wrong there fails in the plan, not in a stage.
 
 Place in the flow: after `sources`, before the plan. Invariant: cheap; at most a mebibyte of each file is read, and what
 lies behind it is found by the stage that reads it.
@@ -21,14 +21,15 @@ from orchestrator.study.documents import (
     place_of,
 )
 from orchestrator.study.loader import StudyError
+from orchestrator.study.pretrained import check_teacher
 from orchestrator.study.schema import FileSource, Study
-from orchestrator.study.sources import Resolved
+from orchestrator.study.sources import Resolved, read_config
 
 PEEK = 1 << 20
 
 
 def check_files(study: Study, resolved: Resolved) -> None:
-    """Raise `StudyError` for text files that cannot be read or are too short, and for a teacher without weights."""
+    """Raise `StudyError` for text files that cannot be read or are too short, and for a teacher that is not whole."""
     data = study.data
     share = None if resolved.validation is not None else data.validation_share
     for key, source, identity in (
@@ -40,8 +41,7 @@ def check_files(study: Study, resolved: Resolved) -> None:
             _check_source(key, source, paths, data.sequence_length, share)
     if resolved.teacher is not None:
         for name in resolved.locations[resolved.teacher].files:
-            if not [*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]:
-                raise StudyError(f"teacher.folder: {name} holds no weights: save them there with model.save_pretrained")
+            check_teacher(Path(name), read_config(Path(name) / "config.json"))
 
 
 @dataclasses.dataclass

@@ -18,6 +18,7 @@ from typing import Any
 
 from orchestrator.files import canonical_json, sha256_file
 from orchestrator.study.loader import StudyError
+from orchestrator.study.pretrained import check_precision
 from orchestrator.study.schema import FileSource, HubSource, Pretrain, Source, StdlibSource, Study
 from orchestrator.study.spec import Architecture, SourceIdentity
 
@@ -169,7 +170,7 @@ def _teacher_folder(folder: Path, locations: dict[str, Location]) -> tuple[str, 
         raise StudyError(f"teacher.folder: {folder} holds no tokenizer: save it there with tokenizer.save_pretrained")
     fingerprint = _digest((path.relative_to(folder).as_posix(), sha256_file(path)) for path in files)
     locations[fingerprint] = Location(files=(str(folder),))
-    return fingerprint, _config(folder / "config.json")
+    return fingerprint, read_config(folder / "config.json")
 
 
 def _teacher_hub(name: str, revision: str, locations: dict[str, Location]) -> tuple[str, dict[str, Any]]:
@@ -182,10 +183,11 @@ def _teacher_hub(name: str, revision: str, locations: dict[str, Location]) -> tu
     commit = config.parent.name  # the hub's cache files a snapshot under its commit
     fingerprint = _digest([(name, commit)])
     locations[fingerprint] = Location(hub=name, revision=commit)
-    return fingerprint, _config(config)
+    return fingerprint, read_config(config)
 
 
-def _config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json; `StudyError` where it is none."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -198,9 +200,10 @@ def _architecture(config: dict[str, Any], fingerprint: str) -> Architecture:
     if family is None:
         known = ", ".join(FAMILIES)
         raise StudyError(f"teacher: model type {config.get('model_type')!r} cannot be swapped yet; supported: {known}")
-    absent = [theirs for theirs in family.values() if not isinstance(config.get(theirs), int)]
+    absent = [theirs for theirs in family.values() if type(config.get(theirs)) is not int or config[theirs] < 1]
     if absent:
         raise StudyError(f"teacher: config.json has no number {absent[0]}: save the model again with save_pretrained")
+    check_precision(config)
     sizes = {name: config[theirs] for name, theirs in family.items()}
     return Architecture(**sizes, pretrained=fingerprint)
 

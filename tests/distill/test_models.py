@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from operators.config import (
     FirFilterConfig,
@@ -33,6 +34,7 @@ from orchestrator.distill.models.student import (
     save_student,
 )
 from orchestrator.distill.models.swap import SwappedAttention, attention_of, swap
+from orchestrator.study.pretrained import SHAPES
 from orchestrator.study.sources import Location
 from orchestrator.study.spec import Architecture, ImportSpec
 
@@ -189,6 +191,74 @@ def test_an_imported_teacher_is_the_model_of_its_folder_with_its_tokenizer(
     assert import_teacher(ImportSpec(fingerprint="f"), made) == {"parameters": parameter_count(teacher)}
     assert same(load_teacher(made.out), teacher)
     assert (made.out / "tokenizer.json").read_bytes() == (tiny_teacher / "tokenizer.json").read_bytes()
+
+
+def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
+    names = {name for name, _ in model.named_parameters()}
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name in names}
+
+
+@pytest.mark.parametrize("more", [{}, {"attention_bias": False}, {"tie_word_embeddings": True}], ids=str)
+def test_the_plan_knows_every_tensor_of_a_model(more: dict[str, Any]) -> None:
+    config = GPTNeoXConfig(
+        hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24, vocab_size=40, **more
+    )
+    assert SHAPES["gpt_neox"](config.to_dict()) == shapes_of(GPTNeoXForCausalLM(config))
+    unsaid = {name: value for name, value in config.to_dict().items() if not isinstance(value, bool) or name in more}
+    assert SHAPES["gpt_neox"](unsaid) == shapes_of(GPTNeoXForCausalLM(config))
+
+
+def lost(name: str) -> Any:
+    return lambda tensors: {known: tensor for known, tensor in tensors.items() if name not in known}
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (
+            lambda t: {f"module.{name}": tensor for name, tensor in t.items()},
+            "lacks gpt_neox.embed_in.weight, ",
+        ),
+        (lost("layers.1."), r"lacks gpt_neox.layers.1.attention.dense.bias, .* \(12 in all\): save the whole model"),
+        (lost("embed_out"), r"lacks lm_head.weight \(1 in all\)"),
+        (lambda t: {**t, "gpt_neox.layers.3.mlp.bias": torch.ones(3)}, "has no place for gpt_neox.layers.3.mlp.bias"),
+        (
+            lambda t: {**t, "embed_out.weight": torch.ones(200, 32)},
+            r"lm_head.weight in .* has the shape \[200, 32\], and \[300, 32\] by config.json",
+        ),
+        (
+            lambda t: {**t, "embed_out.weight": t["embed_out.weight"].index_fill(0, torch.tensor([7]), float("inf"))},
+            "32 of the 9600 numbers of lm_head.weight in .* are not finite",
+        ),
+    ],
+    ids=["wrapped", "lost layer", "lost head", "a layer too many", "another shape", "infinite"],
+)
+@pytest.mark.parametrize("kind", ["safetensors", "pickled"])
+def test_a_teacher_that_is_not_whole_is_not_imported(
+    place: Any, tiny_teacher: Path, tmp_path: Path, edit: Any, told: str, kind: str
+) -> None:
+    shutil.copytree(tiny_teacher, tmp_path / "torn")
+    tensors = edit(load_file(tmp_path / "torn" / "model.safetensors"))
+    if kind == "pickled":
+        (tmp_path / "torn" / "model.safetensors").unlink()
+        torch.save(tensors, tmp_path / "torn" / "pytorch_model.bin")
+    else:
+        save_file(tensors, tmp_path / "torn" / "model.safetensors", {"format": "pt"})
+    made: Workplace = place(locations={"f": Location(files=(str(tmp_path / "torn"),))})
+    with pytest.raises(ValueError, match=told):
+        import_teacher(ImportSpec(fingerprint="f"), made)
+    assert list(made.out.iterdir()) == []
+
+
+def test_a_tokenizer_with_more_entries_than_the_model_is_not_imported(
+    place: Any, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(shutil.copytree(tiny_teacher, tmp_path / "more"))
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    tokenizer.save_pretrained(tmp_path / "more")
+    made: Workplace = place(locations={"f": Location(files=(str(tmp_path / "more"),))})
+    with pytest.raises(ValueError, match=r"has 301 entries, the end of text '<end>' at 300, and the model has 300"):
+        import_teacher(ImportSpec(fingerprint="f"), made)
 
 
 def test_a_teacher_in_half_precision_is_imported_in_single(place: Any, tiny_teacher: Path, tmp_path: Path) -> None:

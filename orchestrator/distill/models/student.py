@@ -71,14 +71,53 @@ def load_teacher(folder: Path) -> Any:
 
 
 def import_teacher(spec: ImportSpec, place: Workplace) -> dict[str, Any]:
-    """Bring a pretrained model and its tokenizer into the store, weights in float32 as they will be used."""
+    """Bring a pretrained model and its tokenizer into the store, weights in float32 as they will be used.
+
+    Raises `ValueError` for a model that is not whole, or a tokenizer that does not fit it: what the plan looks for in
+    folders of safetensors files is looked for here wherever the model comes from.
+    """
     location = place.context.locations[spec.fingerprint]
     name = location.hub or location.files[0]
-    model = AutoModelForCausalLM.from_pretrained(name, revision=location.revision, dtype=torch.float32, **OUTPUTS)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        name, revision=location.revision, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
+        **OUTPUTS,
+    )  # fmt: skip
+    model, told = loaded
     family_of(model)
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=location.revision)
+    _check_whole(name, model, told)
+    _check_entries(name, model, tokenizer)
     model.save_pretrained(place.out)
-    AutoTokenizer.from_pretrained(name, revision=location.revision).save_pretrained(place.out)
+    tokenizer.save_pretrained(place.out)
     return {"parameters": parameter_count(model)}
+
+
+def _check_whole(name: str, model: Any, told: Mapping[str, Any]) -> None:
+    """ValueError for tensors that were filled at random or left out, as `told` by transformers, or are not finite."""
+    for what, names in (("lacks", told["missing_keys"]), ("has no place for", told["unexpected_keys"])):
+        if names:
+            raise ValueError(
+                f"the model in {name} {what} {', '.join(sorted(names)[:6])} ({len(names)} in all): save the whole "
+                "model with model.save_pretrained, not a part of it nor what is wrapped around it"
+            )
+    for tensor, found, wanted in sorted(told["mismatched_keys"]):
+        raise ValueError(f"{tensor} in {name} has the shape {list(found)}, and {list(wanted)} by config.json")
+    for tensor, values in model.state_dict().items():
+        wrong = int((~torch.isfinite(values)).sum())
+        if wrong:
+            raise ValueError(f"{wrong} of the {values.numel()} numbers of {tensor} in {name} are not finite")
+
+
+def _check_entries(name: str, model: Any, tokenizer: Any) -> None:
+    """ValueError for a tokenizer with more entries than the model."""
+    count = model.get_input_embeddings().num_embeddings
+    entries = 1 + max(tokenizer.get_vocab().values())
+    if entries > count:
+        end = f", the end of text {tokenizer.eos_token!r} at {tokenizer.eos_token_id}" if tokenizer.eos_token else ""
+        raise ValueError(
+            f"the tokenizer in {name} has {entries} entries{end}, and the model has {count}: give the tokenizer that "
+            "it was trained with, or resize the model (model.resize_token_embeddings)"
+        )
 
 
 def save_student(student: Any, base: Mapping[str, torch.Tensor] | None, folder: Path) -> None:
