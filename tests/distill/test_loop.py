@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.distill.context import newest_step
+from orchestrator.distill.training import journal as journal_module
 from orchestrator.distill.training import loop
 from orchestrator.distill.training.journal import NAME, Journal, read_journal
 from orchestrator.distill.training.loop import Stopped, Training, prepare, train
@@ -113,3 +114,11 @@ def test_without_a_checkpoint_training_would_go_on_from_the_beginning(tmp_path: 
     for step in (7, 1_000_000, 999_999):
         (tmp_path / f"step-{step:06d}").mkdir()
     assert newest_step(tmp_path) == 1_000_000
+
+
+def test_a_line_has_the_time_to_the_millisecond(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module.time, "time", lambda: 1234.56789)
+    journal = Journal(tmp_path)
+    journal.write(2, 20, {"loss": 1.0})
+    journal.close()
+    assert read_journal(tmp_path) == [{"step": 2, "tokens": 20, "time": 1234.568, "metrics": {"loss": 1.0}}]

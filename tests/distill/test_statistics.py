@@ -16,6 +16,7 @@ from orchestrator.distill import stage
 from orchestrator.distill.measuring.statistics import attention_statistics
 from orchestrator.distill.models.student import load_teacher
 from orchestrator.distill.models.swap import attention_of, swap
+from orchestrator.distill.training.losses import recorded
 from orchestrator.study.schema import Numerics, Optimizer
 from orchestrator.study.spec import DistilSpec
 
@@ -97,3 +98,21 @@ def test_a_stage_takes_them_on_its_device_and_sets_operators_on_the_processor(
     with pytest.raises(KeyboardInterrupt):
         stage.distil(spec, place("device", inputs, device="meta"))
     assert seen == [("meta", "meta"), ("cpu", "cpu")]
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_attention_may_be_called_by_position_or_by_name(teacher: Any, ids: Tensor, by_name: bool) -> None:
+    """Model families, and versions of transformers, differ in how a layer hands its attention the input."""
+    wanted = attention_statistics(teacher, (1,), ids)[1]
+
+    def hand_over(_: Any, args: Any, given: dict[str, Any]) -> Any:
+        x_BLD = args[0] if args else given.pop("hidden_states")
+        return ((), {**given, "hidden_states": x_BLD}) if by_name else ((x_BLD,), given)
+
+    attention_of(teacher, 1).register_forward_pre_hook(hand_over, with_kwargs=True)
+    found = attention_statistics(teacher, (1,), ids)[1]
+    assert torch.equal(found.input_mean, wanted.input_mean) and torch.equal(found.profile, wanted.profile)
+    with recorded(teacher, (1,), ()) as seen:
+        teacher(ids)
+    x_ND = seen.mixer_in[1].flatten(0, 1).double()
+    torch.testing.assert_close(x_ND.mean(0), wanted.input_mean, rtol=1e-5, atol=1e-6)

@@ -2,7 +2,8 @@
 
 A mutant replaces the text of one node of the file's syntax tree; everything else stays as it is, to the byte. Left
 alone is what no test could or should notice: docstrings, annotations, `__all__`, messages of assertions and of errors,
-f-strings and texts with spaces (words for people), code under `TYPE_CHECKING`, and the `encoding` of files.
+f-strings and texts with spaces (words for people), code under `TYPE_CHECKING`, the `encoding` of files and the `strict`
+of `zip`, which asserts what cannot happen.
 """
 
 from __future__ import annotations
@@ -140,7 +141,9 @@ class _Finder(ast.NodeVisitor):
         if getattr(node.func, "id", getattr(node.func, "attr", "")) in OF_TYPES:
             self.several(node.args[1:])
         else:
-            self.several([node.func, *node.args, *(word.value for word in node.keywords if word.arg != "encoding")])
+            self.several(
+                [node.func, *node.args, *(word.value for word in node.keywords if not _is_left_alone(node, word.arg))]
+            )
 
     def visit_Assert(self, node: ast.Assert) -> None:
         self.visit(node.test)
@@ -232,10 +235,14 @@ def _fewer_arguments(node: ast.Call) -> Iterator[tuple[str, ast.AST, str]]:
     if getattr(node.func, "id", getattr(node.func, "attr", "")) in OF_TYPES:
         return
     for i, word in enumerate(node.keywords):
-        if word.arg != "encoding":
+        if not _is_left_alone(node, word.arg):
             yield "argument", node, _with(node, lambda new, i=i: new.keywords.pop(i), "{}")
     if len(node.args) > 1 and not isinstance(node.args[-1], ast.Starred):
         yield "argument", node, _with(node, lambda new: new.args.pop(), "{}")
+
+
+def _is_left_alone(call: ast.Call, argument: str | None) -> bool:
+    return argument == "encoding" or (argument == "strict" and getattr(call.func, "id", "") == "zip")
 
 
 def _is_text(node: ast.AST) -> bool:

@@ -51,6 +51,8 @@ from tests.mutants.rooms import ROOMS, ROOT
         ("if TYPE_CHECKING: f(a)", set()),
         ("'docstring'", set()),
         ("x = f(a, encoding='utf-8')", set()),
+        ("x = zip(a, strict=True)", set()),
+        ("x = f(a, strict=True)", {"x = f(a)", "x = f(a, strict=False)"}),
     ],
 )
 def test_every_mutation_of_a_line(line: str, mutated: set[str]) -> None:
