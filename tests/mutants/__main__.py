@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tests.mutants.copies import PRELOADED, Copy
 from tests.mutants.covering import LONGEST, Covering, measured
-from tests.mutants.equivalent import reasons
+from tests.mutants.equivalent import reasons, stale
 from tests.mutants.mutations import Mutant, mutants
 from tests.mutants.rooms import ROOMS, ROOT
 
@@ -82,6 +82,8 @@ def sample(root: Path, files: Iterable[str], options: argparse.Namespace) -> lis
 def decide(root: Path, chosen: list[Mutant], test_files: list[str], options: argparse.Namespace) -> list[Verdict]:
     """What comes of each mutant."""
     known = reasons()
+    for path, before, after in stale(root, known):
+        print(f"to be taken out of equivalent.txt, since the code has changed: {path}\n    - {before}\n    + {after}")
     with contextlib.ExitStack() as stack:
         copies = [stack.enter_context(Copy(root, options.preloaded)) for _ in range(options.jobs)]
         for copy in copies:

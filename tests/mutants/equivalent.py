@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+
+from tests.mutants.mutations import mutants
 
 LIST = Path(__file__).with_name("equivalent.txt")
 
@@ -31,3 +34,11 @@ def reasons(text: str | None = None) -> dict[tuple[str, str, str], str]:
     if before:
         raise ValueError(f"{LIST.name}: the last mutant has no reason.")
     return found
+
+
+def stale(root: Path, known: Iterable[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """Entries that are no mutant any more, since the code has changed."""
+    known = list(known)
+    files = {path for path, _, _ in known if (root / path).exists()}
+    real = {(m.path, m.before, m.after) for f in files for m in mutants(f, (root / f).read_text(encoding="utf-8"))}
+    return [entry for entry in known if entry not in real]
