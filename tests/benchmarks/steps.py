@@ -25,7 +25,7 @@ from orchestrator.distill.training import muon
 from orchestrator.distill.training import optimizers as optim
 from orchestrator.distill.training.loop import Parts, Training, autocast, prepare
 from orchestrator.distill.training.loop import _step as step
-from orchestrator.distill.training.losses import batch_losses, next_token_loss
+from orchestrator.distill.training.losses import batch_losses, next_token_loss, train_operators_only
 from orchestrator.study.loader import read_document, validate
 from orchestrator.study.plan import make_plan
 from orchestrator.study.sources import resolve
@@ -56,7 +56,7 @@ def distilling(spec: DistilSpec, teacher: Any, device: str) -> Training:
     assert isinstance(spec.operator, HyenaConfig)
     operator = dataclasses.replace(spec.operator, init="random")
     swap(student, spec.layers, operator, torch.Generator().manual_seed(0))
-    student.to(device).train()
+    train_operators_only(student.to(device))
     size = (spec.batch_size, spec.sequence_length)
     ids_BL = torch.randint(teacher.config.vocab_size, size, device=device)
 
