@@ -277,6 +277,31 @@ def test_words_that_yaml_1_1_converts_stay_texts(word: str) -> None:
     assert load(edited("", f"question: {word}")).question == word
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *((word, None) for word in ("~", "null", "Null", "NULL", "")),
+        *((word, True) for word in ("true", "True", "TRUE")),
+        *((word, False) for word in ("false", "False", "FALSE")),
+        *((word, word) for word in ("nULL", "tRUE", "~~", "nil", "falsey", "1__x", "+", ".", ".Nan")),
+        *((word, 12) for word in ("12", "+12", "1_2", "012")),
+        *((word, -7) for word in ("-7", "-07")),
+        *((word, 0.5) for word in ("0.5", ".5", "+.5", "5e-1", "5.e-1", "50E-2")),
+    ],
+)
+def test_plain_scalars_are_those_of_the_core_schema(text: str, value: object) -> None:
+    Path("study.yaml").write_text(f"key: {text}\n", encoding="utf-8")
+    found = read_document(Path("study.yaml")).values["key"]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("text", [".inf", "+.Inf", ".INF", "-.inf", ".nan", ".NaN", ".NAN"])
+def test_what_is_no_finite_number_is_told(text: str) -> None:
+    with pytest.raises(StudyError) as caught:
+        load(f"key: {text}\n")
+    assert str(caught.value) == at("1:6", "key", f"{text} is not a finite number; write one")
+
+
 def test_an_alias_stands_for_its_value() -> None:
     assert load(edited("layers: 6", "layers: &n 8\n  heads: *n")).teacher.heads == 8  # type: ignore[union-attr]
 
