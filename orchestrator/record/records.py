@@ -12,7 +12,6 @@ from orchestrator.study.stages import Step
 
 Record = dict[str, Any]
 OWN = "the study's own values"  # of a trial that sets none
-QUALITY = ("perplexity", "perplexity_ratio", "accuracy", "agreement", "kl", "hit_nll", "miss_nll")
 
 
 def make_records(

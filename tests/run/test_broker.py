@@ -12,14 +12,17 @@ import pytest
 from filelock import FileLock
 from ray.exceptions import RayTaskError
 
+from operators.config import SkipConfig
 from orchestrator.distill.context import RunContext
+from orchestrator.files import write_json
 from orchestrator.run import broker as module
-from orchestrator.run.broker import Broker, StageFailed
+from orchestrator.run.broker import Broker, StageFailed, start_broker
 from orchestrator.run.cluster import Node
-from orchestrator.run.compute import StageClaimed
+from orchestrator.run.compute import Disturbed, StageClaimed
+from orchestrator.run.distributed import RankDied
 from orchestrator.run.mirror import Mirror
 from orchestrator.run.store import Store
-from orchestrator.study.schema import Evaluation, Numerics, Optimizer
+from orchestrator.study.schema import Evaluation, Numerics, Optimizer, Throughput
 from orchestrator.study.spec import (
     Architecture,
     EvaluateSpec,
@@ -27,6 +30,7 @@ from orchestrator.study.spec import (
     SourceIdentity,
     Spec,
     TeacherSpec,
+    ThroughputSpec,
     TokensSpec,
 )
 
@@ -50,6 +54,10 @@ EVALUATIONS = [
     )
     for tokens in (8, 16)
 ]  # fmt: skip
+SPEED = ThroughputSpec(
+    teacher=TEACHERS[0].key, operator=SkipConfig(), layers=(0,), throughput=Throughput(), train_batch_size=8,
+    sequence_length=8, numerics=Numerics(), hardware="h",
+)  # fmt: skip
 SPECS: dict[str, Spec] = {spec.key: spec for spec in [TOKENS, *TEACHERS, *EVALUATIONS]}
 
 
@@ -221,6 +229,110 @@ def test_what_the_mirror_has_is_fetched_without_its_parents(context: RunContext,
     asyncio.run(run())
 
 
+def test_a_mirror_that_does_not_answer_is_no_reason_not_to_compute(
+    context: RunContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(*_: Any) -> bool:
+        raise RuntimeError("an error of the file system's own")
+
+    async def run() -> None:
+        broker = Fake(dataclasses.replace(context, mirror=f"file://{tmp_path}/mirror"))
+        await broker.want(TOKENS.key)
+        assert broker.computed == [TOKENS.key]
+
+    monkeypatch.setattr(Mirror, "fetch", fetch)
+    asyncio.run(run())
+
+
+def test_a_stage_that_is_disturbed_is_tried_again_and_not_for_ever(context: RunContext) -> None:
+    async def run(disturbances: int) -> int:
+        left = iter([Disturbed("its directory was deleted")] * disturbances)
+
+        async def act(_: str) -> None:
+            if (error := next(left, None)) is not None:
+                raise RayTaskError("compute", "", error)
+
+        broker = Fake(dataclasses.replace(context, store=f"{context.store}-{disturbances}"), act)
+        await broker.want(TOKENS.key)
+        return len(broker.computed)
+
+    assert asyncio.run(run(3)) == 4
+    with pytest.raises(StageFailed, match="its directory was deleted"):
+        asyncio.run(run(4))
+
+
+def test_a_failure_is_told_in_the_words_that_the_stage_left(context: RunContext) -> None:
+    async def run() -> None:
+        async def act(key: str) -> None:
+            write_json(broker.store.folder(key) / "failure.json", {"error": "StoreError: no space left"})
+            raise RayTaskError("compute", "", OSError("No space left on device"))
+
+        broker = Fake(context, act)
+        with pytest.raises(StageFailed, match=r"^StoreError: no space left$"):
+            await broker.want(TOKENS.key)
+
+    asyncio.run(run())
+
+
+def test_only_training_stages_are_waited_for(context: RunContext) -> None:
+    """A stage that trains is named while it is computed and no longer; text is not."""
+
+    async def run() -> None:
+        seen: dict[str, set[str]] = {}
+
+        async def act(key: str) -> None:
+            seen[key] = set(broker.training)
+
+        broker = Fake(context, act)
+        await broker.want(EVALUATIONS[0].key)
+        teacher = TEACHERS[0].key
+        assert seen == {TOKENS.key: set(), teacher: {teacher}, EVALUATIONS[0].key: set()}
+        assert broker.training == set()
+        await broker.settle()
+
+    asyncio.run(run())
+
+
+def test_the_end_of_training_is_waited_for(context: RunContext) -> None:
+    async def run() -> None:
+        broker = Fake(context)
+        key = TEACHERS[0].key
+        broker.training.add(key)
+        broker.store.folder(key).mkdir(parents=True)
+        with FileLock(broker.store.folder(key) / "lock"):
+            settled = asyncio.ensure_future(broker.settle())
+            await asyncio.sleep(0.02)
+            assert not settled.done()
+        await settled
+
+    asyncio.run(run())
+
+
+def test_a_stage_that_is_gone_is_computed_again_when_it_is_wanted_again(context: RunContext) -> None:
+    async def run() -> None:
+        broker = Fake(context)
+        await broker.want(TOKENS.key)
+        await broker.want(TOKENS.key)
+        assert broker.computed == [TOKENS.key]
+        (broker.store.folder(TOKENS.key) / "DONE.json").unlink()
+        await broker.begin([TOKENS.key])
+        assert (await broker.want(TOKENS.key))["key"] == TOKENS.key
+        assert broker.computed == [TOKENS.key] * 2
+
+    asyncio.run(run())
+
+
+def test_a_result_that_cannot_be_read_is_computed_again(context: RunContext) -> None:
+    async def run() -> None:
+        broker = Fake(context)
+        publish(broker.store, TOKENS.key)
+        (broker.store.folder(TOKENS.key) / "DONE.json").write_text("{")
+        assert (await broker.want(TOKENS.key))["key"] == TOKENS.key
+        assert broker.computed == [TOKENS.key]
+
+    asyncio.run(run())
+
+
 def test_cores_and_place_of_every_kind(context: RunContext) -> None:
     broker = Fake(dataclasses.replace(context, gpus_per_stage=0.5))
     plain = broker._needs(EVALUATIONS[0])
@@ -230,4 +342,67 @@ def test_cores_and_place_of_every_kind(context: RunContext) -> None:
         assert needs["num_cpus"] == 1 and needs["scheduling_strategy"].node_id == HERE
         assert not needs["scheduling_strategy"].soft
     assert broker._needs(TEACHERS[1])["num_cpus"] == 0  # its ranks have them
+    assert broker._needs(TEACHERS[1])["scheduling_strategy"].node_id == HERE
     assert broker._shared_at_once() == 3  # of six cores, two for each
+    del broker.specs[TEACHERS[1].key]
+    broker.specs["many"] = TEACHERS[0].model_copy(update={"numerics": Numerics(threads=5)})
+    assert broker._shared_at_once() == 6  # no stage has ranks
+    broker.specs["most"] = TEACHERS[0].model_copy(update={"numerics": Numerics(threads=5, world_size=2)})
+    assert broker._shared_at_once() == 1
+    assert broker._needs(broker.specs["many"])["num_cpus"] == 5
+
+
+@pytest.mark.parametrize(("share", "gpus"), [(0.0, 0), (0.5, 3)])
+def test_speed_is_measured_alone_on_the_drivers_machine(context: RunContext, share: float, gpus: int) -> None:
+    broker = Fake(dataclasses.replace(context, gpus_per_stage=share))
+    broker.here = Node(HERE, 2, 3, "")
+    needs = broker._needs(SPEED)
+    assert (needs["num_cpus"], needs["num_gpus"]) == (2, gpus)
+    assert needs["scheduling_strategy"].node_id == HERE
+
+
+def test_the_broker_lives_on_the_drivers_node_and_is_started_again(
+    context: RunContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    class Actor:
+        def options(self, **options: Any) -> Actor:
+            given.append(options)
+            return self
+
+        def remote(self, *words: Any) -> str:
+            given.append(words)
+            return "the actor"
+
+    monkeypatch.setattr(module.ray, "remote", lambda kind: Actor() if kind is Broker else None)
+    nodes = (Node(HERE, 2, 0, ""), Node("2e" * 28, 4, 1, ""))
+    assert start_broker({}, context, nodes) == "the actor"
+    options, words = given
+    assert options.pop("scheduling_strategy").node_id == HERE
+    assert options == {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": 10_000}
+    assert words == ({}, context, nodes)
+
+
+def test_a_stage_is_a_task_that_is_tried_again_where_a_rank_dies(
+    context: RunContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    class Task:
+        def options(self, **options: Any) -> Task:
+            given.append(options)
+            return self
+
+        async def remote(self, *words: Any) -> None:
+            given.append(words)
+
+    monkeypatch.setattr(module.ray, "remote", lambda function: Task() if function is module.compute else None)
+    broker, spec = Fake(context), TEACHERS[0]
+    asyncio.run(Broker._submit(broker, spec.key, spec, "an expired lease"))
+    options, words = given
+    assert options == {
+        "name": f"teacher-{spec.key[:8]}", "max_retries": 3, "retry_exceptions": [RankDied], "num_cpus": 1,
+        "num_gpus": 0.0, "scheduling_strategy": "DEFAULT",
+    }  # fmt: skip
+    assert words == (spec.model_dump_json(), context, "an expired lease")

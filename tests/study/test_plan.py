@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,28 @@ def test_controls_are_every_skip_and_each_operator_from_scratch_on_the_longest_p
     assert scratch.train.operator == HyenaConfig(heads=4, init="random")
     assert scratch.own_tokens == max(trial.steps[-1].tokens for trial in plan.trials)
     assert scratch.train.optimizer.rest_scale == 1.0
+
+
+@pytest.mark.parametrize("tokens", [[6400, 3200], [3200, 6400]])
+def test_a_scratch_control_has_the_tokens_of_the_longest_path_wherever_that_is(tokens: list[int]) -> None:
+    scratch = planned(f"search.space={{recipe.joint.0.tokens: {tokens}}}").controls["scratch hyena-4h"]
+    assert scratch.own_tokens == scratch.tokens == planned().trials[0].steps[-1].tokens
+    assert scratch.swapped == ALL
+
+
+def test_heads_that_divide_no_width_are_told_with_one_that_does() -> None:
+    odd = dataclasses.replace(RESOLVED, architecture=RESOLVED.architecture.model_copy(update={"hidden": 121}))
+    for heads, near in ((2, 1), (12, 11), (4, 1)):
+        with pytest.raises(StudyError, match=f"{heads} must divide the teacher's width 121: .* for example {near}$"):
+            planned(f"operator.heads={heads}", resolved=odd)
+    assert planned("operator.heads=11", resolved=odd).trials
+
+
+def test_filters_may_be_as_long_as_the_teachers_positions() -> None:
+    filters = "operator={{kind: hyena, filter: {{kind: fir, taps: {}}}}}"
+    assert planned(filters.format(1024)).trials
+    with pytest.raises(StudyError, match=r"operator\.filter\.taps: 1025 exceeds the teacher's 1024 positions"):
+        planned(filters.format(1025))
 
 
 def test_by_default_the_own_operator_is_the_one_trained_from_scratch() -> None:

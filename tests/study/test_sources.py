@@ -11,6 +11,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
+from orchestrator.study import sources
 from orchestrator.study.loader import StudyError
 from orchestrator.study.schema import Study
 from orchestrator.study.sources import Location, Resolved, resolve, stdlib_files
@@ -117,6 +118,26 @@ def test_locations_do_not_depend_on_the_working_directory(texts: Path, monkeypat
 
 def test_an_absolute_path_is_taken_as_it_is(texts: Path) -> None:
     assert found(Path("/nowhere"), str(texts / "a.txt")).train == found(texts, "a.txt").train
+
+
+def test_what_git_keeps_beside_a_teacher_is_not_the_teacher(texts: Path, tiny_teacher: Path) -> None:
+    shutil.copytree(tiny_teacher, texts / "model")
+    study = study_of(teacher={"kind": "pretrained", "folder": "model"})
+    before = resolve(study, texts).teacher
+    (texts / "model" / ".git" / "objects").mkdir(parents=True)
+    (texts / "model" / ".git" / "objects" / "ab").write_text("of a clone")
+    (texts / "model" / "empty").mkdir()
+    assert resolve(study, texts).teacher == before
+    (texts / "model" / "empty" / "more.json").write_text("{}")
+    assert resolve(study, texts).teacher != before
+
+
+@pytest.mark.parametrize(
+    ("revision", "commit"),
+    [("0123456789abcdef" * 2 + "01234567", True), ("0" * 39, False), ("g" * 40, False), ("A" * 40, False), ("", False)],
+)
+def test_a_commit_is_forty_hex_digits(revision: str, commit: bool) -> None:
+    assert sources._is_commit(revision) is commit
 
 
 @pytest.mark.parametrize("files", [["gone.txt"], ["a.txt", "*.md"], ["deep"]])
