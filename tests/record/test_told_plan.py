@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from filelock import FileLock
 
 from orchestrator.record.estimate import estimate
 from orchestrator.record.plan_view import gc_text, plan_summary, plan_text, status_text
-from orchestrator.study.spec import short
+from orchestrator.study.spec import ImportSpec, short
 from tests.record.handmade import Hand, put
 
 MB = 2**20
@@ -181,6 +182,16 @@ def test_the_summary_for_scripts(measured: Hand, two_cores: None) -> None:
         node("two 0", [0], 160, "done", 2, node("two 1", [1], 160, "new", 2, *ends[:2])),
         node("heads 0", [0], 160, "done", 1, node("heads 1", [1], 160, "new", 1, ends[2])),
     ]
+
+
+def test_a_teacher_that_was_brought_has_no_tokens_of_its_own(hand: Hand) -> None:
+    brought = dataclasses.replace(hand.plan.teacher, train=ImportSpec(fingerprint="f"))
+    plan = dataclasses.replace(hand.plan, teacher=brought)
+    assert plan_text(plan, hand.store, {}).splitlines()[2] == "teacher  2 layers"
+    hand.write(brought.train, {})
+    assert plan_text(plan, hand.store, {}).splitlines()[2] == "teacher  2 layers …"
+    hand.evaluate("teacher")
+    assert plan_text(plan, hand.store, {}).splitlines()[2] == "teacher  2 layers ✓"
 
 
 def test_large_numbers_are_told_in_thousands_and_millions(tmp_path: Path, two_cores: None) -> None:
