@@ -38,3 +38,8 @@ def test_where_only_the_study_was_given_they_are_the_plain_ones(monkeypatch: pyt
         "export": "layerswap export s.yaml",
         "ui": "make ui STUDY=s.yaml",
     }
+
+
+def test_numbers_are_written_as_people_write_them() -> None:
+    told = commands("run", "--checkpoint-seconds", "15.0", "--gpus-per-stage", "1e-1")["run"]
+    assert told == "layerswap run s.yaml --gpus-per-stage 0.1 --checkpoint-seconds 15"

@@ -257,7 +257,11 @@ def test_the_picture_has_every_student_at_its_speed_and_its_quality(
     for axis, name in ((prefill, "prefill"), (decode, "decode")):
         assert axis.get_xlabel() == f"{name} speed over the teacher's at 32 tokens (right is faster)"
         assert axis.get_yscale() == "log"
+        assert {f(1.256) for f in (axis.yaxis.get_major_formatter(), axis.yaxis.get_minor_formatter())} == {"1.26"}
     assert prefill.get_ylabel() == "perplexity over the teacher's (down is better)"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "hyena-2", "hyena-2h", "Pareto front", "from scratch", "teacher"
+    ]  # fmt: skip
     title = "handmade: every stage of every trial; larger dots swap more of 2 layers"
     assert figure.get_suptitle() == title
     assert (tmp_path / "pareto.png").read_bytes()[:4] == b"\x89PNG"

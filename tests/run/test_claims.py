@@ -182,6 +182,52 @@ def test_the_holders_thread_renews_and_notices_a_loss(tmp_path: Path) -> None:
     assert (tmp_path / "lease.json").read_text() == "another's"
 
 
+def test_a_holder_whose_file_system_fails_goes_on_until_its_time_is_over(
+    lease: Make, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread renews four times in the time to live; the third of these tries comes when that is over."""
+    waits: list[float] = []
+    lost: list[int] = []
+
+    class Over:
+        def wait(self, seconds: float) -> bool:
+            waits.append(seconds)
+            if len(waits) == 3:
+                clock.now += TTL
+            return len(waits) > 4
+
+        def set(self) -> None: ...
+
+    holder = lease(on_lost=lambda: lost.append(len(waits)))
+    holder._renewed = clock.now
+
+    def unreachable() -> str:
+        raise RuntimeError("an error of the file system's own")
+
+    monkeypatch.setattr(holder, "_over", Over())
+    monkeypatch.setattr(holder, "_read", unreachable)
+    holder._beat()
+    assert waits == [TTL / 4] * 3
+    assert lost == [3]
+
+
+def test_an_error_of_who_lost_its_lease_is_no_failure_of_the_stage(
+    text: tuple[TokensSpec, RunContext], leased: RunContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = text[0]
+
+    def run_stage(*_: Any) -> Any:
+        at = leased.mirror or f"file://{leased.store}"
+        with fsspec.open(f"{at}/{spec.key[:2]}/{spec.key}/lease.json", "wb") as stream:
+            stream.write(b"another's")
+        raise ValueError("what the other wrote was in the way")
+
+    monkeypatch.setattr(stage, "run_stage", run_stage)
+    with pytest.raises(ClaimLost, match="was taken over by another process"):
+        compute(spec.model_dump_json(), leased)
+    assert Store(Path(leased.store)).failure(spec.key) is None
+
+
 def test_a_process_that_lost_its_lease_ends_at_once() -> None:
     code = "from orchestrator.run.claims import end_process; end_process(); print('alive')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
