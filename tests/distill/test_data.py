@@ -19,7 +19,15 @@ import tokenizers
 import torch
 
 from orchestrator.distill.context import Workplace
-from orchestrator.distill.data import DataError, batch, load_tokenizer, load_tokens, prepare_tokens, spread_windows
+from orchestrator.distill.data import (
+    DataError,
+    _first_characters,
+    batch,
+    load_tokenizer,
+    load_tokens,
+    prepare_tokens,
+    spread_windows,
+)
 from orchestrator.study.sources import Location
 from orchestrator.study.spec import SourceIdentity, TokensSpec
 
@@ -283,6 +291,63 @@ def test_a_held_out_share_without_one_sequence_names_what_to_raise(
     told = r"^the valid text has \d+ tokens, .* of 16: raise data\.train\.max_tokens or data\.validation_share, or "
     with pytest.raises(DataError, match=told):
         prepare_tokens(spec_of("hub", field="body", max_tokens=40, vocabulary=None, validation_share=0.01), made)
+
+
+@pytest.mark.parametrize(
+    ("limits", "told"),
+    [
+        (
+            (10, None),
+            r"^the train text has 10 tokens, less .* of 16: raise data\.train\.max_tokens, or a smaller ",
+        ),
+        (
+            (99, 10),
+            r"^the valid text has 10 tokens, less .* of 16: raise data\.validation\.max_tokens, or a ",
+        ),
+    ],
+)
+def test_text_that_its_own_limit_makes_too_short_names_that_limit(
+    place: Any, tmp_path: Path, limits: tuple[int, int | None], told: str
+) -> None:
+    files = write(tmp_path, "text")
+    validation = SourceIdentity(source="text", fingerprint="valid", max_tokens=limits[1])
+    spec = spec_of(validation=validation, validation_share=None, max_tokens=limits[0])
+    with pytest.raises(DataError, match=told):
+        prepared(place, spec, files, locations={"valid": Location(files=(str(files[3]),))})
+
+
+class Silent(Exception):
+    """Says nothing."""
+
+
+@pytest.mark.parametrize(
+    ("third", "told"),
+    [
+        ({"text": "x"}, r"^hub data at a/b, record 3, has no field 'body': "),
+        (OSError("the line is down\nbecause of the weather"), r"^hub data at a/b cannot be read: the line is down$"),
+        (Silent(), r"^hub data at a/b cannot be read: Silent$"),
+    ],
+)
+def test_what_is_wrong_with_hub_data_is_told_with_the_record(
+    place: Any, monkeypatch: pytest.MonkeyPatch, tiny_teacher: Path, third: Any, told: str
+) -> None:
+    def records() -> Iterator[Any]:
+        yield from [{"body": "one"}, {"body": "two"}]
+        if isinstance(third, Exception):
+            raise third
+        yield third
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *words, **options: records())
+    datasets.enable_progress_bars()
+    with pytest.raises(DataError, match=told):
+        prepare_tokens(spec_of("hub", field="body"), place(locations=HUB, inputs={"teacher": tiny_teacher}))
+    assert datasets.are_progress_bars_disabled()
+
+
+@pytest.mark.parametrize(("limit", "taken"), [(1, 1), (2, 1), (3, 2), (5, 2), (6, 3), (99, 3)])
+def test_the_first_characters_are_whole_texts_up_to_the_limit(limit: int, taken: int) -> None:
+    texts = ["ab", "cde", "f"]
+    assert list(_first_characters(iter(texts), limit)) == texts[:taken]
 
 
 @pytest.mark.parametrize("length", [4, 7])
