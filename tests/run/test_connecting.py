@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.job_config import JobConfig
 
 from orchestrator.distill.context import RunContext
 from orchestrator.run import cluster as module
@@ -75,8 +76,9 @@ def test_a_cluster_of_this_machine_has_what_it_is_given(machines: Machines) -> N
     guarded, init, watched, down = machines.calls
     folder = guarded[1]
     assert init.pop("logging_level") == 40  # errors only
+    assert isinstance(init.pop("job_config"), JobConfig)
     assert init == {
-        "address": None, "namespace": "layerswap", "log_to_driver": False, "num_cpus": 3, "num_gpus": 1,
+        "address": "local", "namespace": "layerswap", "log_to_driver": False, "num_cpus": 3, "num_gpus": 1,
         "include_dashboard": False, "object_store_memory": 100 * 2**20, "_temp_dir": folder,
     }  # fmt: skip
     assert watched == ("watched", "raylet", "gcs_server") and down == "shutdown"
@@ -88,7 +90,7 @@ def test_a_cluster_at_an_address_keeps_what_it_has(machines: Machines) -> None:
         pass
     init = machines.calls[1]
     assert init["address"] == "10.0.0.1:6379"
-    assert init.keys() == {"address", "namespace", "log_to_driver", "logging_level"}
+    assert init.keys() == {"address", "namespace", "log_to_driver", "logging_level", "job_config"}
 
 
 @pytest.mark.parametrize("writable", [True, False])
