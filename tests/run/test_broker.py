@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -12,76 +11,14 @@ import pytest
 from filelock import FileLock
 from ray.exceptions import RayTaskError
 
-from operators.config import SkipConfig
 from orchestrator.distill.context import RunContext
 from orchestrator.files import write_json
 from orchestrator.run import broker as module
-from orchestrator.run.broker import Broker, StageFailed, start_broker
-from orchestrator.run.cluster import Node
+from orchestrator.run.broker import StageFailed
 from orchestrator.run.compute import Disturbed, StageClaimed
-from orchestrator.run.distributed import RankDied
 from orchestrator.run.mirror import Mirror
 from orchestrator.run.store import Store
-from orchestrator.study.schema import Evaluation, Numerics, Optimizer, Throughput
-from orchestrator.study.spec import (
-    Architecture,
-    EvaluateSpec,
-    ImportSpec,
-    SourceIdentity,
-    Spec,
-    TeacherSpec,
-    ThroughputSpec,
-    TokensSpec,
-)
-
-HERE = "1f" * 28  # a node's id as Ray writes it
-SOURCE = SourceIdentity(source="text", fingerprint="f")
-TOKENS = TokensSpec(
-    train=SOURCE, validation=None, validation_share=0.1, sequence_length=8, vocabulary=300, teacher=None
-)
-TEACHERS = [
-    TeacherSpec(
-        tokens=TOKENS.key, architecture=Architecture(layers=1, hidden=8, heads=1, intermediate=8, max_length=8,
-        vocabulary=300), token_budget=8 * 8, batch_size=8, sequence_length=8, optimizer=Optimizer(),
-        numerics=Numerics(world_size=ranks), seed=0,
-    )
-    for ranks in (1, 2)
-]  # fmt: skip
-EVALUATIONS = [
-    EvaluateSpec(
-        tokens=TOKENS.key, teacher=TEACHERS[0].key, subject=TEACHERS[0].key, sequence_length=8,
-        evaluation=Evaluation(tokens=tokens), numerics=Numerics(),
-    )
-    for tokens in (8, 16)
-]  # fmt: skip
-SPEED = ThroughputSpec(
-    teacher=TEACHERS[0].key, operator=SkipConfig(), layers=(0,), throughput=Throughput(), train_batch_size=8,
-    sequence_length=8, numerics=Numerics(), hardware="h",
-)  # fmt: skip
-SPECS: dict[str, Spec] = {spec.key: spec for spec in [TOKENS, *TEACHERS, *EVALUATIONS]}
-
-
-class Fake(Broker):
-    """A broker whose stages are computed by the test: `act(key)` may wait, fail, or publish."""
-
-    def __init__(self, context: RunContext, act: Callable[[str], Coroutine[Any, Any, None]] | None = None) -> None:
-        texts = {key: spec.model_dump_json() for key, spec in SPECS.items()}
-        super().__init__(texts, context, (Node(HERE, 2, 0, ""), Node("there", 4, 1, "")))
-        self.act = act
-        self.computed: list[str] = []
-
-    async def _submit(self, key: str, spec: Any, expired: str | None) -> None:
-        self.computed.append(key)
-        if self.act is not None:
-            await self.act(key)
-        publish(self.store, key)
-
-
-def publish(store: Store, key: str) -> None:
-    folder = store.folder(key)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "artefacts").mkdir(exist_ok=True)
-    (folder / "DONE.json").write_text(f'{{"key": "{key}", "result": {{"key": "{key}"}}, "files": {{}}}}')
+from tests.run.fakes import EVALUATIONS, TEACHERS, TOKENS, Fake, publish
 
 
 @pytest.fixture
@@ -331,78 +268,3 @@ def test_a_result_that_cannot_be_read_is_computed_again(context: RunContext) -> 
         assert broker.computed == [TOKENS.key]
 
     asyncio.run(run())
-
-
-def test_cores_and_place_of_every_kind(context: RunContext) -> None:
-    broker = Fake(dataclasses.replace(context, gpus_per_stage=0.5))
-    plain = broker._needs(EVALUATIONS[0])
-    assert plain == {"num_cpus": 1, "num_gpus": 0.5, "scheduling_strategy": "DEFAULT"}
-    for spec in (TOKENS, ImportSpec(fingerprint="f")):  # they read what the driver's machine has
-        needs = broker._needs(spec)
-        assert needs["num_cpus"] == 1 and needs["scheduling_strategy"].node_id == HERE
-        assert not needs["scheduling_strategy"].soft
-    assert broker._needs(TEACHERS[1])["num_cpus"] == 0  # its ranks have them
-    assert broker._needs(TEACHERS[1])["scheduling_strategy"].node_id == HERE
-    assert broker._shared_at_once() == 3  # of six cores, two for each
-    del broker.specs[TEACHERS[1].key]
-    broker.specs["many"] = TEACHERS[0].model_copy(update={"numerics": Numerics(threads=5)})
-    assert broker._shared_at_once() == 6  # no stage has ranks
-    broker.specs["most"] = TEACHERS[0].model_copy(update={"numerics": Numerics(threads=5, world_size=2)})
-    assert broker._shared_at_once() == 1
-    assert broker._needs(broker.specs["many"])["num_cpus"] == 5
-
-
-@pytest.mark.parametrize(("share", "gpus"), [(0.0, 0), (0.5, 3)])
-def test_speed_is_measured_alone_on_the_drivers_machine(context: RunContext, share: float, gpus: int) -> None:
-    broker = Fake(dataclasses.replace(context, gpus_per_stage=share))
-    broker.here = Node(HERE, 2, 3, "")
-    needs = broker._needs(SPEED)
-    assert (needs["num_cpus"], needs["num_gpus"]) == (2, gpus)
-    assert needs["scheduling_strategy"].node_id == HERE
-
-
-def test_the_broker_lives_on_the_drivers_node_and_is_started_again(
-    context: RunContext, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: list[Any] = []
-
-    class Actor:
-        def options(self, **options: Any) -> Actor:
-            given.append(options)
-            return self
-
-        def remote(self, *words: Any) -> str:
-            given.append(words)
-            return "the actor"
-
-    monkeypatch.setattr(module.ray, "remote", lambda kind: Actor() if kind is Broker else None)
-    nodes = (Node(HERE, 2, 0, ""), Node("2e" * 28, 4, 1, ""))
-    assert start_broker({}, context, nodes) == "the actor"
-    options, words = given
-    assert options.pop("scheduling_strategy").node_id == HERE
-    assert options == {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": 10_000}
-    assert words == ({}, context, nodes)
-
-
-def test_a_stage_is_a_task_that_is_tried_again_where_a_rank_dies(
-    context: RunContext, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: list[Any] = []
-
-    class Task:
-        def options(self, **options: Any) -> Task:
-            given.append(options)
-            return self
-
-        async def remote(self, *words: Any) -> None:
-            given.append(words)
-
-    monkeypatch.setattr(module.ray, "remote", lambda function: Task() if function is module.compute else None)
-    broker, spec = Fake(context), TEACHERS[0]
-    asyncio.run(Broker._submit(broker, spec.key, spec, "an expired lease"))
-    options, words = given
-    assert options == {
-        "name": f"teacher-{spec.key[:8]}", "max_retries": 3, "retry_exceptions": [RankDied], "num_cpus": 1,
-        "num_gpus": 0.0, "scheduling_strategy": "DEFAULT",
-    }  # fmt: skip
-    assert words == (spec.model_dump_json(), context, "an expired lease")

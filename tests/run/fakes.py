@@ -1,0 +1,71 @@
+"""Specifications of a few stages, and a broker whose stages are computed by the test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from operators.config import SkipConfig
+from orchestrator.distill.context import RunContext
+from orchestrator.run.broker import Broker
+from orchestrator.run.cluster import Node
+from orchestrator.run.store import Store
+from orchestrator.study.schema import Evaluation, Numerics, Optimizer, Throughput
+from orchestrator.study.spec import (
+    Architecture,
+    EvaluateSpec,
+    SourceIdentity,
+    Spec,
+    TeacherSpec,
+    ThroughputSpec,
+    TokensSpec,
+)
+
+HERE = "1f" * 28  # a node's id as Ray writes it
+SOURCE = SourceIdentity(source="text", fingerprint="f")
+TOKENS = TokensSpec(
+    train=SOURCE, validation=None, validation_share=0.1, sequence_length=8, vocabulary=300, teacher=None
+)
+TEACHERS = [
+    TeacherSpec(
+        tokens=TOKENS.key, architecture=Architecture(layers=1, hidden=8, heads=1, intermediate=8, max_length=8,
+        vocabulary=300), token_budget=8 * 8, batch_size=8, sequence_length=8, optimizer=Optimizer(),
+        numerics=Numerics(world_size=ranks), seed=0,
+    )
+    for ranks in (1, 2)
+]  # fmt: skip
+EVALUATIONS = [
+    EvaluateSpec(
+        tokens=TOKENS.key, teacher=TEACHERS[0].key, subject=TEACHERS[0].key, sequence_length=8,
+        evaluation=Evaluation(tokens=tokens), numerics=Numerics(),
+    )
+    for tokens in (8, 16)
+]  # fmt: skip
+SPEED = ThroughputSpec(
+    teacher=TEACHERS[0].key, operator=SkipConfig(), layers=(0,), throughput=Throughput(), train_batch_size=8,
+    sequence_length=8, numerics=Numerics(), hardware="h",
+)  # fmt: skip
+SPECS: dict[str, Spec] = {spec.key: spec for spec in [TOKENS, *TEACHERS, *EVALUATIONS]}
+
+
+class Fake(Broker):
+    """A broker whose stages are computed by the test: `act(key)` may wait, fail, or publish."""
+
+    def __init__(self, context: RunContext, act: Callable[[str], Coroutine[Any, Any, None]] | None = None) -> None:
+        texts = {key: spec.model_dump_json() for key, spec in SPECS.items()}
+        super().__init__(texts, context, (Node(HERE, 2, 0, ""), Node("there", 4, 1, "")))
+        self.act = act
+        self.computed: list[str] = []
+
+    async def _submit(self, key: str, spec: Any, expired: str | None) -> None:
+        self.computed.append(key)
+        if self.act is not None:
+            await self.act(key)
+        publish(self.store, key)
+
+
+def publish(store: Store, key: str) -> None:
+    folder = store.folder(key)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "artefacts").mkdir(exist_ok=True)
+    (folder / "DONE.json").write_text(f'{{"key": "{key}", "result": {{"key": "{key}"}}, "files": {{}}}}')
