@@ -55,7 +55,8 @@ class Runs:
         self.home, self.study, self.live = home, study, live
         if home.tracking is None:
             make_database(home)
-        self.client = MlflowClient(tracking_uri=home.tracking_uri)
+        with _of_this_version(home.tracking_uri):
+            self.client = MlflowClient(tracking_uri=home.tracking_uri)
         self.ids: dict[str, str] = {}  # identity -> run id
         self.tags: dict[str, dict[str, str]] = {}  # run id -> its tags
         self.params: dict[str, set[str]] = {}  # run id -> names of its parameters
@@ -166,8 +167,7 @@ class Runs:
         self.heard = time.monotonic()
 
     def _experiment(self) -> str:
-        with _of_this_version(self.home.tracking_uri):
-            found = self.client.get_experiment_by_name(self.study)
+        found = self.client.get_experiment_by_name(self.study)
         place = None if self.home.artefacts is None else f"{self.home.artefacts}/{self.study}"
         if found is not None:
             if self.home.tracking is None and found.artifact_location != place:  # the home was moved
@@ -249,9 +249,9 @@ def still_running(database: str) -> Iterator[tuple[str, str, Callable[[], None]]
 
     Raises `AnotherVersionError` where another version of MLflow wrote the database.
     """
-    client = MlflowClient(tracking_uri=database)
     with _of_this_version(database):
-        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        client = MlflowClient(tracking_uri=database)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     for run in client.search_runs(experiments, "attributes.status = 'RUNNING'", max_results=1000):
         run_id = run.info.run_id
         yield run.info.run_name, run_id, functools.partial(client.set_terminated, run_id, "KILLED")

@@ -20,6 +20,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from orchestrator.study.explain import NUMBER, Path_, axis_remedy, dotted, explain, steps_of
 from orchestrator.study.schema import Study
 
+TOO_DEEP = "a value refers to itself or is nested too deeply; write it out"
+
 
 class StudyError(ValueError):
     """One or more things wrong with a study; its text is one line an error."""
@@ -47,6 +49,8 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (declared without ClassVar by PyYAML)
 
 
+MOST_VALUES = 100_000  # of a study whose aliases are written out: a few lines can stand for billions
+LONGEST_NUMBER = 30  # digits
 _INTEGER = re.compile(r"^[-+]?[0-9][0-9_]*$")
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
@@ -83,9 +87,11 @@ def read_document(path: Path, overrides: tuple[str, ...] = ()) -> Document:
         values = _construct(node, (), lambda at: _at(path, at), places, errors) if node is not None else {}
     except yaml.YAMLError as error:
         where = _at(path, getattr(error, "problem_mark", None))
+        if isinstance(error, yaml.reader.ReaderError):
+            where = f"{path}:{text.count(chr(10), 0, error.position) + 1}:1"
         raise StudyError(f"{where}: not valid YAML: {_said(error)}") from error
     except RecursionError as error:
-        raise StudyError(f"{path}:1:1: a value refers to itself or is nested too deeply; write it out") from error
+        raise StudyError(f"{path}:1:1: {TOO_DEEP}") from error
     if not isinstance(values, dict):
         told = "a list" if isinstance(values, list) else "a plain value"
         raise StudyError(f"{path}:1:1: a study is a mapping of keys (study: ..., recipe: ...), got {told}")
@@ -157,6 +163,8 @@ def _at(file: Path, mark: Any) -> str:
 
 
 def _said(error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"a character of code {error.character:#x} is not allowed; take it out"
     said = [part for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part]
     return (", ".join(said) or str(error)) + (": indent with spaces" if "'\\t'" in "".join(said) else "")
 
@@ -166,11 +174,16 @@ def _construct(
 ) -> Any:
     where = at(node.start_mark)
     places.setdefault(path, where)
+    if len(places) > MOST_VALUES:
+        raise StudyError(f"{where}: more than {MOST_VALUES:,} values, its aliases written out; use fewer of them")
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = str(key_node.value)
             here = at(key_node.start_mark)
+            if (said := _no_key(key_node)) is not None:
+                errors.append(f"{here}: {dotted(path) or 'study'}: {said}")
+                continue
+            key = str(key_node.value)
             if key in result:
                 errors.append(f"{here}: {dotted((*path, key))}: this key stands twice; keep one of them")
             places[(*path, key)] = here
@@ -181,6 +194,23 @@ def _construct(
     return _scalar(node, path, where, errors)
 
 
+def _no_key(node: yaml.Node) -> str | None:
+    """What is wrong with the key of a mapping, if anything is."""
+    if not isinstance(node, yaml.ScalarNode):
+        return (
+            "a key must be a plain word, and this one is a mapping or a list: fill in a template such as {{ name }} "
+            "before, or put it in quotes"
+        )
+    if node.value == "<<" and node.style is None:
+        return (
+            "<< is a key like any other in YAML 1.2, which merges nothing: write the values out, or repeat a whole "
+            "value by its alias (key: *name)"
+        )
+    if node.tag != "tag:yaml.org,2002:str":
+        return f"a key must be a plain word, got {node.value or 'nothing'}"
+    return None
+
+
 def _scalar(node: yaml.Node, path: Path_, where: str, errors: list[str]) -> Any:
     text = str(node.value)
     match node.tag.rsplit(":", 1)[-1]:
@@ -189,6 +219,9 @@ def _scalar(node: yaml.Node, path: Path_, where: str, errors: list[str]) -> Any:
         case "bool":
             return text.lower() == "true"
         case "int":
+            if len(text) > LONGEST_NUMBER:
+                errors.append(f"{where}: {dotted(path)}: a number of {len(text)} digits is no integer to work with")
+                return 0
             return int(text.replace("_", ""))
         case "float":
             number = float(text.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan"))
@@ -211,11 +244,14 @@ def _override(values: dict[str, Any], places: dict[Path_, str], override: str, e
     path = tuple(steps_of(key))
     try:
         node = yaml.compose(text, Loader=_Loader)
+        _move(places, path, where)
+        value = _construct(node, path, lambda _: where, places, errors) if node is not None else None
+    except RecursionError:
+        errors.append(f"{where}: {TOO_DEEP}")
+        return
     except yaml.YAMLError as error:
         errors.append(f"{where}: the value is not valid YAML: {_said(error)}")
         return
-    _move(places, path, where)
-    value = _construct(node, path, lambda _: where, places, errors) if node is not None else None
     try:
         _assign(values, path, value)
     except StudyError as error:

@@ -331,7 +331,7 @@ class Search(Model):
 class Study(Model):
     """One study file."""
 
-    study: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+    study: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=128)]  # the name of a folder as well
     question: str = ""
     seed: Seed = 0
     teacher: Teacher = Pretrain()

@@ -352,6 +352,21 @@ def test_a_study_has_one_recorder_at_a_time(scene: Scene, monkeypatch: pytest.Mo
     assert set(scene.statuses().values()) == {"FINISHED"}
 
 
+def test_a_database_of_another_version_is_told_once_and_nothing_is_promised(
+    scene: Scene, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with sqlite3.connect(scene.database) as database:
+        database.execute("UPDATE alembic_version SET version_num = 'bd07f7e963c5'")
+    scene.all_done()
+    recorder = scene.recorder()
+    recorder.start()
+    told = finish(recorder)
+    command = f"mlflow db upgrade {scene.home.database}"
+    assert len(told) == 1 and f"{command}; nothing is lost: after that, {AGAIN} sends them" in told[0]
+    assert "the next run sends" not in told[0]
+    assert capsys.readouterr().err.rstrip().endswith(command)
+
+
 def test_status_is_what_happened(scene: Scene) -> None:
     first, second, _ = scene.students
     for step in (scene.plan.teacher, first):
