@@ -150,3 +150,18 @@ def test_a_swapped_layer_calls_for_the_next_layers_keys_in_a_cache_that_is_offlo
     filled(student, ids, cache)
     filled(student, ids[:, :1], cache)
     assert asked == [1, 2, 0] * 2
+
+
+def test_what_was_padded_goes_along_when_sequences_are_chosen(tiny_teacher: Path) -> None:
+    """Of three rows the first two begin with padding only: what they may go on with stays theirs."""
+    student = student_of(tiny_teacher, {0: HyenaConfig(heads=4)})
+    mask = torch.tensor([[0, 0], [0, 0], [0, 1]])
+    with torch.no_grad():
+        cache = student(torch.ones(3, 2, dtype=torch.long), attention_mask=mask, use_cache=True).past_key_values
+    held = cache.layers[0]
+    assert held.padded_B.tolist() == [True, True, False]
+    cache.reorder_cache(torch.tensor([2, 0, 1]))
+    assert held.padded_B.tolist() == [False, True, True]
+    cache.batch_select_indices(torch.tensor([0, 2]))
+    cache.batch_repeat_interleave(2)
+    assert held.padded_B.tolist() == [False, False, True, True]

@@ -244,3 +244,7 @@ def test_a_teacher_that_diverged_is_not_blamed_on_the_student(
     teacher.save_pretrained(tmp_path / "teacher")
     with pytest.raises(ArithmeticError, match=r"no finite .*: the teacher has diverged; lower teacher\.optimizer\.lr"):
         evaluated(place, tmp_path / "teacher", tmp_path / "teacher", tokens)
+
+
+def test_no_new_tokens_are_none(teacher: Any) -> None:
+    assert greedy(teacher, torch.tensor([[5, 6, 7], [1, 2, 3]]), 0).shape == (2, 0)

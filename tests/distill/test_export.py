@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from operators.config import FirFilterConfig, HyenaConfig, ImplicitFilterConfig, ModalFilterConfig, SkipConfig
 from orchestrator.distill.models.export import export_student
-from orchestrator.distill.models.exported_model import LayerswapForCausalLM
+from orchestrator.distill.models.exported_model import LayerswapForCausalLM, operator_config
 from orchestrator.distill.models.student import load_teacher, new_teacher, save_student
 from orchestrator.distill.models.swap import attention_of, swap
 from orchestrator.study.spec import Architecture
@@ -154,3 +154,24 @@ def test_only_a_student_is_exported(tmp_path: Path, student: Any) -> None:
     with pytest.raises(ValueError, match=r"teacher holds no student: name a stage that swaps layers$"):
         export_student(tmp_path / "teacher", tmp_path / "teacher", tmp_path / "tokenizer", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_filters_of_an_exported_student_are_computed_once_where_it_says_so(tmp_path: Path, student: Any) -> None:
+    loaded = LayerswapForCausalLM.from_pretrained(export(tmp_path)).eval()
+    ids, computed = torch.arange(40)[None], []
+    attention_of(loaded, 2).operator.filter.register_forward_hook(lambda *_: computed.append(1))
+    with torch.no_grad(), loaded.frozen_filters():
+        first = loaded(ids, use_cache=True).logits
+        once = len(computed)
+        assert torch.equal(loaded(ids, use_cache=True).logits, first)
+    assert len(computed) == once
+    torch.testing.assert_close(first, student(ids).logits, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        loaded(ids, use_cache=True)
+    assert len(computed) > once > 0
+
+
+def test_a_filter_without_a_kind_is_an_implicit_one() -> None:
+    assert operator_config({"kind": "hyena", "filter": {"width": 8}}) == HyenaConfig(
+        filter=ImplicitFilterConfig(width=8)
+    )

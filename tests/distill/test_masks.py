@@ -288,3 +288,14 @@ def test_a_cache_of_attention_is_refused(teacher: Any, tiny_teacher: Path, ids: 
         student(ids, past_key_values=teacher(ids, use_cache=True).past_key_values)
     with pytest.raises(ValueError, match=r"^this cache was filled by a model whose layer is swapped: start a new one"):
         teacher(ids, past_key_values=student(ids, use_cache=True).past_key_values)
+
+
+@pytest.mark.parametrize("sizes", [(1, 7), (1, 1, 6), (7, 1), (2, 6)])
+def test_documents_of_one_token_are_documents(sizes: tuple[int, ...]) -> None:
+    wanted = torch.cat([torch.full((size,), number) for number, size in enumerate(sizes)])
+    for mask in (documents(*sizes), added(documents(*sizes))):
+        found = pattern_of(mask, 1, 0, 8)
+        assert found.real_BL is None and found.document_BL is not None
+        starts = [int(document_B.nonzero()[0]) for document_B in wanted[None] == wanted.unique()[:, None]]
+        changes = (found.document_BL[0].diff() != 0).nonzero().flatten() + 1
+        assert [0, *changes.tolist()] == starts

@@ -89,3 +89,66 @@ def test_a_skipped_layer_with_the_rest_frozen_has_the_gradient_that_any_operator
 ) -> None:
     seen = measured(place, tiny_teacher, spec_of(SkipConfig(), False), monkeypatch)
     assert seen["student"] == (set(), {"1", "2"})
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_prefill_and_decode_run_through_the_core_where_there_is_one_and_training_as_the_study_says(
+    place: Any, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch, built: bool
+) -> None:
+    used, seen = [False], {}
+
+    def use(on: bool) -> bool:
+        used[0] = on and built
+        return used[0]
+
+    def noted(name: str) -> Any:
+        real = getattr(module, name)
+
+        def call(*words: Any) -> Any:
+            seen.setdefault(name, set()).add((used[0], torch.get_num_threads()))
+            return real(*words)
+
+        return call
+
+    monkeypatch.setattr(module.native, "use", use)
+    for name in ("_prefill", "_decode", "_train"):
+        monkeypatch.setattr(module, name, noted(name))
+    spec = spec_of(HyenaConfig(), True).model_copy(update={"numerics": Numerics(threads=2)})
+    result = measure_throughput(spec, place(inputs={"teacher": tiny_teacher}))
+    assert result["core"] == ("native" if built else "torch")
+    assert seen == {"_prefill": {(built, 2)}, "_decode": {(built, 2)}, "_train": {(False, 2)}}
+
+
+def test_a_clock_waits_for_the_device_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[int] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(1))
+    with module._clock("cuda:0"):
+        assert len(waited) == 1
+    assert len(waited) == 2
+    with module._clock("cpu"):
+        pass
+    assert len(waited) == 2
+
+
+def test_the_peak_of_a_gpu_is_what_its_allocator_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    peak = [5 * 2**20]
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 2**20))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
+    assert module._peak_mb("cuda") == 5.0
+    module._reset_peak("cuda")
+    assert module._peak_mb("cuda") == 1.0
+
+
+def test_the_peak_of_a_process_is_told_in_megabytes_since_it_was_forgotten() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pytest.skip("the system does not let a process forget its peak")
+    torch.ones(100 * 2**18)
+    module._reset_peak("cpu")
+    before = module._peak_mb("cpu")
+    held = torch.ones(50 * 2**18)  # of 4 bytes
+    after = module._peak_mb("cpu")
+    assert 45 <= after - before <= 60 and len(held)
+    del held
+    assert module._peak_mb("cpu") == after
