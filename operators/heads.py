@@ -18,25 +18,22 @@ import torch
 from torch import Tensor, nn
 
 from operators.config import HyenaConfig
-from operators.convolution.causal import compute_dtype, short_conv
-from operators.convolution.recompute import recomputed
-from operators.decoding.extend import outside_autocast
+from operators.convolution.causal import short_conv
+from operators.decoding.extend import masked, outside_autocast
 from operators.decoding.frozen import Filters
 from operators.decoding.multihead import HEAD_STATES, HeadMemory, KeysAndValues
 from operators.decoding.state import HyenaState
 from operators.filters.modes import Modes
 from operators.hyena import Hyena
 from operators.mixing.chunked import Bases
+from operators.mixing.features import LARGEST_GATE, SMALLEST_SUM, Layout, divided, features
 from operators.mixing.forms import mix_fastest, weights_for
-from operators.mixing.fused import mix_fused
+from operators.mixing.fused import Inputs, mix_fused
 from operators.mixing.head_states import Recurrence, extend, first_state, freeze, step
 from operators.mixing.masked import mix, mix_reference, mix_step
 from operators.native.decode import step_heads, step_modal_heads, takes
 from operators.transfer.attention import AttentionWeights
 from operators.transfer.low_rank import centred_products
-
-LARGEST_GATE = 10.0  # of the exponent
-SMALLEST_SUM = 1e-6
 
 
 class HeadHyena(Hyena):
@@ -56,10 +53,10 @@ class HeadHyena(Hyena):
             )
         self.heads = config.heads
         self.key_dim = config.key_dim or d_model // config.heads
-        keys = self.heads * self.key_dim
-        self.widths = [keys, keys, d_model, self.heads if config.key_gate else 0]
-        self.build(sum(self.widths), self.heads, 1, d_model)
         self.degree = config.degree if config.feature_map == "power" else None
+        how = (config.key_gate, config.normalise, config.feature_map == "hedgehog", self.degree)
+        self.layout = Layout(self.heads, self.key_dim, d_model // self.heads, *how)
+        self.build(sum(self.heads * rows for rows in self.layout.rows), self.heads, 1, d_model)
         self.scale = 1 / math.sqrt(self.key_dim) if config.feature_map == "identity" else 1.0
         self.hedgehog: nn.Parameter | None = None
         if config.feature_map == "hedgehog":
@@ -68,58 +65,46 @@ class HeadHyena(Hyena):
     def whole(
         self, p_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None
     ) -> Tensor:
-        """See `Hyena.whole`; under autocast to bfloat16 what is mixed is so too, and computed again for backward."""
-        if p_BEL.dtype != torch.bfloat16 or not torch.is_autocast_enabled(p_BEL.device.type):
-            return super().whole(p_BEL, mask_BL, filters, state)
-        if self._plain and mask_BL is None and state is None:
-            h_HL = _first(filters, p_BEL.shape[-1])
+        """See `Hyena.whole`; under autocast to bfloat16 what is mixed is so too, without a state in one pass."""
+        narrow = p_BEL.dtype == torch.bfloat16 and torch.is_autocast_enabled(p_BEL.device.type)
+        if narrow and state is None:
+            inputs = Inputs(p_BEL, mask_BL, self.short_weight, self.short_bias, self.direct, self.hedgehog)
             with outside_autocast(p_BEL.device.type):
-                weights = self._weights(self.key_dim, torch.bfloat16, h_HL)
-                return mix_fused(p_BEL, self.short_weight, self.short_bias, self.direct, weights, self.degree)
-
-        def convolved() -> Tensor:
-            u_BEL = short_conv(p_BEL, self.short_weight, self.short_bias, narrow=True)
-            return u_BEL if mask_BL is None else u_BEL * mask_BL[:, None].to(u_BEL.dtype)
-
-        u_BEL = convolved()
-        with recomputed(u_BEL, convolved), outside_autocast(u_BEL.device.type):
+                return mix_fused(inputs, self._weights(p_BEL.dtype, _first(filters, p_BEL.shape[-1])), self.layout)
+        u_BEL = masked(short_conv(p_BEL, self.short_weight, self.short_bias, narrow=narrow), mask_BL)
+        with outside_autocast(p_BEL.device.type):
             return self.combine(u_BEL, mask_BL, filters, state)
 
     def combine(
         self, u_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None
     ) -> Tensor:
         """See `Hyena.combine`."""
-        q_BHKL, k_BHKL, v_BHVL = self._parts(u_BEL, mask_BL)
+        parts = self.layout.parts(u_BEL)
+        q_BHKL, k_BHKL, v_BHVL = features(parts, self.hedgehog, mask_BL, self.config.normalise)
         if isinstance(state, HeadMemory):
-            return self._finish(self._from_memory(q_BHKL, k_BHKL, v_BHVL, filters, state), u_BEL)
+            return self._finish(self._from_memory(q_BHKL, k_BHKL, v_BHVL, filters, state), parts[2])
         if isinstance(state, KeysAndValues):
             k_BHKL = state.keys.append(state.length, k_BHKL)
             v_BHVL = state.values.append(state.length, v_BHVL)
-        return self._finish(self._gathered(q_BHKL.to(k_BHKL.dtype), k_BHKL, v_BHVL, filters, state), u_BEL)
+        return self._finish(self._gathered(q_BHKL.to(k_BHKL.dtype), k_BHKL, v_BHVL, filters, state), parts[2])
 
     def step_modes(self) -> tuple[str, ...]:
         """See `Hyena.step_modes`: of modal filters "modal", where the features of queries and keys are at hand."""
         return ("modal", "direct") if self.config.filter.kind == "modal" and self.degree is None else ("direct",)
 
-    @property
-    def _plain(self) -> bool:
-        """Whether queries, keys and values are rows of the short convolution as they are."""
-        return self.hedgehog is None and not self.config.normalise and not self.config.key_gate
-
-    def _weights(self, key_width: int, dtype: torch.dtype, h_HL: Tensor) -> tuple[Tensor] | Bases:
+    def _weights(self, dtype: torch.dtype, h_HL: Tensor) -> tuple[Tensor] | Bases:
         """Of whole sequences; in bfloat16 scaled, which spares a copy of the queries."""
         modes = self.filter.modes()
         if dtype == torch.bfloat16:
             h_HL = self._scaled(h_HL)
             modes = None if modes is None else Modes(modes.log_poles_CS, self._scaled(modes.residues_CS))
-        widths = (key_width, self.d_model // self.heads + self.config.normalise)
-        weights = weights_for(h_HL.shape[1], widths, dtype, h_HL, modes, self.degree)
+        weights = weights_for(h_HL.shape[1], self.layout.mixed, dtype, h_HL, modes, self.degree)
         return weights if isinstance(weights, Bases) else (h_HL[:, : self.filter.lags],)
 
     def _mix(self, q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor) -> Tensor:
         scaled_BHKQ = q_BHKQ if q_BHKQ.dtype == torch.bfloat16 else self._scaled(q_BHKQ)
         if q_BHKQ.shape[-1] == k_BHKT.shape[-1]:
-            weights = self._weights(q_BHKQ.shape[2], q_BHKQ.dtype, h_HT)
+            weights = self._weights(q_BHKQ.dtype, h_HT)
             return mix_fastest(scaled_BHKQ, k_BHKT, v_BHVT, weights, self.degree)
         return mix(self._scaled(q_BHKQ), k_BHKT, v_BHVT, h_HT[:, : self.filter.lags], self.degree)
 
@@ -170,8 +155,9 @@ class HeadHyena(Hyena):
 
     def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
         """See `Hyena.combine_reference`."""
-        q_BHKL, k_BHKL, v_BHVL = self._parts(u_BEL, None)
-        return self._finish(mix_reference(self._scaled(q_BHKL), k_BHKL, v_BHVL, h_CL, self.degree), u_BEL)
+        parts = self.layout.parts(u_BEL)
+        q_BHKL, k_BHKL, v_BHVL = features(parts, self.hedgehog, None, self.config.normalise)
+        return self._finish(mix_reference(self._scaled(q_BHKL), k_BHKL, v_BHVL, h_CL, self.degree), parts[2])
 
     @torch.no_grad()
     def initialise(self, attention: AttentionWeights | None, generator: torch.Generator) -> None:
@@ -203,46 +189,17 @@ class HeadHyena(Hyena):
             torch.cat(rows) for rows in zip(*biases, strict=True)
         ]
 
-    def _parts(self, u_BEL: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys after the feature map, and values weighed by the gate, with a row that counts them where
-        weights are normalised; what a padded position has counts nothing."""
-        q, k, v, gate_BHL = u_BEL.split_with_sizes(self.widths, dim=1)
-        (batch, _, length), heads = u_BEL.shape, self.heads
-        q_BHKL, k_BHKL, v_BHVL = (part.view(batch, heads, -1, length) for part in (q, k, v))
-        if self.hedgehog is not None:
-            q_BHKL, k_BHKL = (_hedgehog(part, self.hedgehog) for part in (q_BHKL, k_BHKL))
-        if not (self.config.normalise or self.config.key_gate):
-            return q_BHKL, k_BHKL, v_BHVL
-        if self.config.key_gate:
-            counted = gate_BHL.to(compute_dtype(gate_BHL.dtype)).clamp(max=LARGEST_GATE).exp()
-        else:
-            counted = gate_BHL.new_ones((batch, heads, length), dtype=compute_dtype(gate_BHL.dtype))
-        if mask_BL is not None:
-            counted = counted * mask_BL[:, None].to(counted.dtype)
-        counted_BH1L = counted.unsqueeze(2)
-        if self.config.key_gate:
-            v_BHVL = v_BHVL * counted_BH1L
-        if self.config.normalise:
-            v_BHVL = torch.cat([v_BHVL, counted_BH1L], dim=2)
-        return q_BHKL, k_BHKL, v_BHVL.to(u_BEL.dtype)
-
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.scale == 1.0 else x * self.scale
 
-    def _finish(self, y_BHVL: Tensor, u_BEL: Tensor) -> Tensor:
+    def _finish(self, y_BHVL: Tensor, v_BHVL: Tensor) -> Tensor:
+        """(B, D, L): divided where that is asked for, and the direct term of the values themselves."""
         if self.config.normalise:
-            values = y_BHVL.shape[2] - 1
-            y_BHVL = y_BHVL.narrow(2, 0, values) / (y_BHVL.narrow(2, values, 1) + SMALLEST_SUM)
-        v_BDL = u_BEL.narrow(1, 2 * self.widths[0], self.d_model)
-        direct_D1 = self.direct.unsqueeze(1).to(v_BDL.dtype)
-        return torch.addcmul(y_BHVL.flatten(1, 2).to(v_BDL.dtype), v_BDL, direct_D1)
+            y_BHVL = divided(y_BHVL)
+        direct_D1 = self.direct.unsqueeze(1).to(v_BHVL.dtype)
+        return torch.addcmul(y_BHVL.flatten(1, 2).to(v_BHVL.dtype), v_BHVL.flatten(1, 2), direct_D1)
 
 
 def _first(filters: Tensor | Filters, length: int) -> Tensor:
     """Filters of whole sequences, (H, length)."""
     return filters if isinstance(filters, Tensor) else filters.first(length)
-
-
-def _hedgehog(x_BHKL: Tensor, map_HKK: Tensor) -> Tensor:
-    mapped = map_HKK.to(x_BHKL.dtype) @ x_BHKL
-    return torch.cat([mapped, -mapped], dim=2).softmax(2)

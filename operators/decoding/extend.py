@@ -59,13 +59,11 @@ class Extending(KeptFilters, ABC):
         """`combine` of one position that is not padded, (B, 1, D)."""
         return self.combine(u_B1E.transpose(1, 2), None, filters, state).transpose(1, 2)
 
+    @abstractmethod
     def whole(
         self, p_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None
     ) -> Tensor:
         """Whole sequences from their projections on: short convolution and `combine`, (B, D, L)."""
-        u_BEL = masked(short_conv(p_BEL, self.short_weight, self.short_bias), mask_BL)
-        with outside_autocast(p_BEL.device.type):
-            return self.combine(u_BEL, mask_BL, filters, state)
 
     def step_modes(self) -> tuple[str, ...]:
         """Ways of decoding, keys of `STATES`, the usual one first."""

@@ -1,14 +1,16 @@
-"""Short convolution, mixing and direct term of heads in one pass, a few heads at a time.
+"""All that heads do between their projections in one pass, a few heads at a time, in half precision.
 
-    u = short convolution of p,   y_t = sum_s h_{t-s} f(q_t, k_s) v_s + direct v_t   with q, k, v the rows of u
+    u = short convolution of p,   y_t = sum_s h_{t-s} f(q_t, k_s) v_s / n_t + direct v_t   with q, k, v features of u
 
-What happens to some heads happens while they are in the cache; nothing but the projections is kept, and no queries,
-keys or values of all heads ever exist. For half precision, and heads without gates, maps or sums of weights.
+What happens to some heads happens while they are in the cache. Kept are the projections, and mixed values where they
+are divided by the sum of their weights; queries, keys and values are computed again for backward, and those of all
+heads never exist together.
 
-Shapes: as in `hyena`, and G heads at a time, K here the width of a head's query and key, V of its value, T taps.
+Shapes: as in `features`, E rows of the projections p, D width of the model, T taps.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,92 +20,159 @@ from torch.autograd.function import once_differentiable
 from operators.convolution.causal import convolve_taps, convolve_taps_backward
 from operators.gpu import accelerated
 from operators.gpu.heads import takes
-from operators.mixing.chunked import Bases, chunked_backward, chunked_forward
-from operators.mixing.chunked import heads_at_a_time as chunked_heads
-from operators.mixing.masked import heads_at_a_time as masked_heads
-from operators.mixing.masked import masked_backward, masked_forward
+from operators.mixing.chunked import Bases, chunked_backward, chunked_forward, heads_at_a_time
+from operators.mixing.features import Layout, divided, features
+from operators.mixing.masked import groups, masked_backward, masked_forward
+
+
+class Inputs(NamedTuple):
+    """What is computed from: projections, mask of real positions, short convolution, direct term, the features' map."""
+
+    p_BEL: Tensor
+    mask_BL: Tensor | None
+    taps_ET: Tensor
+    bias_E: Tensor
+    direct_D: Tensor
+    map_HKK: Tensor | None
 
 
 class _Group(NamedTuple):
-    """Some heads of a sequence: where their queries, keys and values are among the rows, and their weights."""
+    """Some heads of some sequences: where their parts and their values are among the rows, and what is theirs alone."""
 
-    sequence: slice
+    sequences: slice
     heads: slice
     rows: list[slice]
     values: slice
+    mask_b1L: Tensor | None
+    map_GKK: Tensor | None
     weights: tuple[Tensor, ...]
 
-    def convolved(self, p_BEL: Tensor, taps_ET: Tensor, bias_E: Tensor) -> list[Tensor]:
-        """Queries, keys and values, (B or 1, G, width, L)."""
-        count = self.heads.stop - self.heads.start
-        parts = [convolve_taps(p_BEL[self.sequence, rows], taps_ET[rows], bias_E[rows]) for rows in self.rows]
-        return [part.unflatten(1, (count, -1)) for part in parts]
+    def parts(self, inputs: Inputs) -> list[Tensor]:
+        """Their rows after the short convolution, zero at padding, (b, G, rows of a head, L) each."""
+        found = []
+        for rows in self.runs():
+            u_bRL = convolve_taps(inputs.p_BEL[self.sequences, rows], inputs.taps_ET[rows], inputs.bias_E[rows])
+            found.append(u_bRL if self.mask_b1L is None else u_bRL.mul_(self.mask_b1L))
+        parts = found if len(found) > 1 else found[0].split([rows.stop - rows.start for rows in self.rows], 1)
+        return [part.unflatten(1, (self.heads.stop - self.heads.start, -1)) for part in parts]
+
+    def runs(self) -> list[slice]:
+        """The rows of all parts: one run where these are all heads."""
+        touching = all(a.stop == b.start for a, b in pairwise(self.rows))
+        return [slice(self.rows[0].start, self.rows[-1].stop)] if touching else self.rows
+
+    def features(self, parts: list[Tensor], map_GKK: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        mask_bL = None if self.mask_b1L is None else self.mask_b1L[:, 0]
+        return features(parts, map_GKK, mask_bL, layout.normalised)
 
 
-def _groups(p_BEL: Tensor, d_model: int, weights: tuple[Tensor, ...], degree: int | None) -> Iterator[_Group]:
-    heads, (batch, inner, length) = weights[0].shape[0], p_BEL.shape
-    key, value = (inner - d_model) // 2 // heads, d_model // heads
-    masked = len(weights) == 1
-    by_kernels = masked and accelerated(p_BEL) and takes(p_BEL.dtype, batch * heads, key, value, degree)
-    for sequence in [slice(0, batch)] if by_kernels else [slice(i, i + 1) for i in range(batch)]:
-        if p_BEL.device.type != "cpu" or by_kernels:
-            some = iter([slice(0, heads)])
-        else:
-            some = masked_heads(heads, length, length) if masked else chunked_heads(key, length, Bases(*weights))
-        for part in some:
-            keys = slice(part.start * key, part.stop * key)
-            values = slice(part.start * value, part.stop * value)
-            rows = [slice(keys.start + first, keys.stop + first) for first in (0, heads * key)]
-            rows.append(slice(values.start + inner - d_model, values.stop + inner - d_model))
-            yield _Group(sequence, part, rows, values, tuple(weight[part] for weight in weights))
+def _groups(inputs: Inputs, weights: tuple[Tensor, ...], layout: Layout) -> Iterator[_Group]:
+    p_BEL, mask_BL, *_, map_HKK = inputs
+    for sequences, heads in _chosen(p_BEL, weights, layout):
+        values = slice(heads.start * layout.value_width, heads.stop * layout.value_width)
+        theirs = (
+            None if mask_BL is None else mask_BL[sequences, None].to(p_BEL.dtype),
+            None if map_HKK is None else map_HKK[heads],
+            tuple(weight[heads] for weight in weights),
+        )
+        yield _Group(sequences, heads, layout.rows_of(heads), values, *theirs)
+
+
+def _chosen(p_BEL: Tensor, weights: tuple[Tensor, ...], layout: Layout) -> Iterator[tuple[slice, slice]]:
+    """Sequences and heads at a time."""
+    (batch, _, length), (key, value) = p_BEL.shape, layout.mixed
+    if len(weights) == 1:
+        by_kernels = accelerated(p_BEL) and takes(p_BEL.dtype, batch * layout.heads, key, value, layout.degree)
+        yield from groups(p_BEL[:, :1, None].expand(-1, layout.heads, -1, -1), length, by_kernels)
+        return
+    for sequence in range(batch):
+        every = [slice(0, layout.heads)]
+        for heads in heads_at_a_time(key, length, Bases(*weights)) if p_BEL.device.type == "cpu" else every:
+            yield slice(sequence, sequence + 1), heads
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        p_BEL: Tensor,
-        taps_ET: Tensor,
-        bias_E: Tensor,
-        direct_D: Tensor,
-        degree: int | None,
-        *weights: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(p_BEL, taps_ET, bias_E, direct_D, *weights)
-        ctx.degree = degree
-        y_BDL = p_BEL.new_empty(p_BEL.shape[0], len(direct_D), p_BEL.shape[2])
-        for group in _groups(p_BEL, len(direct_D), weights, degree):
-            q, k, v = group.convolved(p_BEL, taps_ET, bias_E)
-            if len(weights) == 1:
-                y = masked_forward(q, k, v, group.weights[0], degree)
-            else:
-                y = chunked_forward(q[0], k[0], v[0], Bases(*group.weights))[None]
-            direct = direct_D[group.values, None].to(y.dtype)
-            torch.addcmul(y.flatten(1, 2), v.flatten(1, 2), direct, out=y_BDL[group.sequence, group.values])
+    def forward(ctx: Any, layout: Layout, *given: Any) -> Tensor:
+        inputs, weights = Inputs(*given[:6]), given[6:]
+        batch, _, length = inputs.p_BEL.shape
+        y_BDL = inputs.p_BEL.new_empty(batch, len(inputs.direct_D), length)
+        mixed_BHVL = y_BDL.new_empty(batch, layout.heads, layout.mixed[1], length) if layout.normalised else None
+        for group in _groups(inputs, weights, layout):
+            parts = group.parts(inputs)
+            y = _mix(group.features(parts, group.map_GKK, layout), group.weights, layout.degree)
+            if mixed_BHVL is not None:
+                mixed_BHVL[group.sequences, group.heads] = y
+                y = divided(y)
+            direct = inputs.direct_D[group.values, None].to(y.dtype)
+            out = y_BDL[group.sequences, group.values]
+            torch.addcmul(y.flatten(1, 2), parts[2].flatten(1, 2), direct, out=out)
+        ctx.save_for_backward(mixed_BHVL, *given)
+        ctx.layout = layout
         return y_BDL
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BDL: Tensor) -> tuple[Tensor | None, ...]:
-        p_BEL, taps_ET, bias_E, direct_D, *weights = ctx.saved_tensors
-        dp = torch.empty_like(p_BEL, memory_format=torch.contiguous_format)
-        dtaps, dbias, ddirect, *dweights = (torch.zeros_like(x) for x in (taps_ET, bias_E, direct_D, *weights))
+        mixed_BHVL, *given = ctx.saved_tensors
+        inputs, weights = Inputs(*given[:6]), tuple(given[6:])
+        dp_BEL = torch.empty_like(inputs.p_BEL, memory_format=torch.contiguous_format)
+        dtaps, dbias, ddirect, *dweights = (torch.zeros_like(x) for x in (*inputs[2:5], *weights))
+        dmap: Any = None if inputs.map_HKK is None else torch.zeros_like(inputs.map_HKK)
         with torch.autocast(grad_BDL.device.type, enabled=False):
-            for group in _groups(p_BEL, len(direct_D), tuple(weights), ctx.degree):
-                parts = group.convolved(p_BEL, taps_ET, bias_E)
-                grad_1DL = grad_BDL[group.sequence, group.values].contiguous()
-                ddirect[group.values] += (grad_1DL * parts[2].flatten(1, 2)).sum((0, 2))
-                grads, dtheirs = _mix_backward([*parts, grad_1DL.view_as(parts[2])], group.weights, ctx.degree)
-                du = [part.flatten(1, 2) for part in grads]
-                du[2] = torch.addcmul(du[2], grad_1DL, direct_D[group.values, None].to(du[2].dtype))
-                for rows, du_1RL in zip(group.rows, du, strict=True):
-                    p_1RL, dp_1RL = (x[group.sequence, rows] for x in (p_BEL, dp))
-                    dtaps_RT, dbias_R = convolve_taps_backward(du_1RL, p_1RL, taps_ET[rows], dp_1RL)
-                    dtaps[rows] += dtaps_RT
-                    dbias[rows] += dbias_R
+            for group in _groups(inputs, weights, ctx.layout):
+                parts, grad_bDL = group.parts(inputs), grad_BDL[group.sequences, group.values].contiguous()
+                ddirect[group.values] += (grad_bDL * parts[2].flatten(1, 2)).sum((0, 2))
+                dmixed = grad_bDL.view_as(parts[2])
+                if mixed_BHVL is not None:
+                    dmixed = _divided_backward(dmixed, mixed_BHVL[group.sequences, group.heads])
+                dparts, dmaps, dtheirs = _backward(group, parts, dmixed, ctx.layout)
+                du = [part.flatten(1, 2) for part in dparts]
+                du[2] = torch.addcmul(du[2], grad_bDL, inputs.direct_D[group.values, None].to(du[2].dtype))
+                runs = group.runs()
+                for rows, du_bRL in zip(runs, du if len(runs) > 1 else [torch.cat(du, dim=1)], strict=True):
+                    if group.mask_b1L is not None:
+                        du_bRL *= group.mask_b1L
+                    p_bRL, dp_bRL = (x[group.sequences, rows] for x in (inputs.p_BEL, dp_BEL))
+                    found = convolve_taps_backward(du_bRL, p_bRL, inputs.taps_ET[rows], dp_bRL)
+                    dtaps[rows] += found[0]
+                    dbias[rows] += found[1]
+                for dmap_GKK in dmaps:
+                    dmap[group.heads] += dmap_GKK
                 for dweight, dtheir in zip(dweights, dtheirs, strict=True):
                     dweight[group.heads] += dtheir
-        return dp, dtaps, dbias, ddirect, None, *dweights
+        return None, dp_BEL, None, dtaps, dbias, ddirect, dmap, *dweights
+
+
+def _backward(
+    group: _Group, parts: list[Tensor], dmixed: Tensor, layout: Layout
+) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, ...]]:
+    """Gradients of the parts, of the map if there is one, and of the weights, from that of the mixed values."""
+    if layout.plain:
+        dparts, dweights = _mix_backward([*parts, dmixed], group.weights, layout.degree)
+        return dparts, [], dweights
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (*parts, *([] if group.map_GKK is None else [group.map_GKK]))]
+        count = len(parts)
+        mixed = group.features(leaves[:count], None if group.map_GKK is None else leaves[-1], layout)
+    found, dweights = _mix_backward([*(x.detach() for x in mixed), dmixed], group.weights, layout.degree)
+    grads = torch.autograd.grad(mixed, leaves, [dx.to(x.dtype) for dx, x in zip(found, mixed, strict=True)])
+    return list(grads[:count]), list(grads[count:]), dweights
+
+
+def _divided_backward(grad: Tensor, y: Tensor) -> Tensor:
+    """Gradient of mixed values from that of the divided ones."""
+    with torch.enable_grad():
+        y = y.detach().requires_grad_()
+        (found,) = torch.autograd.grad(divided(y), y, grad)
+    return found
+
+
+def _mix(parts: tuple[Tensor, Tensor, Tensor], weights: tuple[Tensor, ...], degree: int | None) -> Tensor:
+    if len(weights) == 1:
+        return masked_forward(*parts, weights[0], degree)
+    q, k, v = (part[0] for part in parts)
+    return chunked_forward(q, k, v, Bases(*weights))[None]
 
 
 def _mix_backward(
@@ -117,24 +186,17 @@ def _mix_backward(
     return [grad[None] for grad in grads], dbases
 
 
-def mix_fused(
-    p_BEL: Tensor,
-    taps_ET: Tensor,
-    bias_E: Tensor,
-    direct_D: Tensor,
-    weights: tuple[Tensor] | Bases,
-    degree: int | None = None,
-) -> Tensor:
-    """From projections to mixed values.
+def mix_fused(inputs: Inputs, weights: tuple[Tensor] | Bases, layout: Layout) -> Tensor:
+    """From projections to what the last projection reads, differentiable by all but the mask.
 
     Args:
-        p_BEL: rows of all queries, of all keys and of all values, bfloat16.
-        taps_ET, bias_E, direct_D: of the short convolution, and the direct term, float32.
+        inputs: projections in bfloat16, already masked, and what else is read.
         weights: of the mixing, see `forms.weights_for`, float32.
-        degree: of powers, None for the product of queries and keys.
+        layout: of the rows.
 
     Returns:
         (B, D, L) in bfloat16; run it outside autocast.
     """
-    inputs = (taps_ET.float(), bias_E.float(), direct_D.float(), degree, *weights)
-    return cast(Tensor, _Fused.apply(p_BEL, *inputs))  # type: ignore[no-untyped-call]
+    p_BEL, mask_BL, *others = inputs
+    floats = (None if x is None else x.float() for x in others)
+    return cast(Tensor, _Fused.apply(layout, p_BEL, mask_BL, *floats, *weights))  # type: ignore[no-untyped-call]

@@ -59,26 +59,19 @@ def _by_kernels(q_BHKQ: Tensor, v_BHVT: Tensor, degree: int | None) -> bool:
     return accelerated(q_BHKQ) and takes(q_BHKQ.dtype, batch * heads, key_width, v_BHVT.shape[2], degree)
 
 
-def _groups(q_BHKQ: Tensor, v_BHVT: Tensor, degree: int | None) -> Iterator[tuple[slice, slice]]:
-    """Sequences and heads at a time: all, as many sequences as fill the scratch, or in bfloat16 some heads of one."""
-    (batch, heads, _, queries), keys = q_BHKQ.shape, v_BHVT.shape[-1]
+def groups(q_BHKQ: Tensor, keys: int, by_kernels: bool) -> Iterator[tuple[slice, slice]]:
+    """Sequences and heads at a time: all, as many sequences as fill the scratch, or in bfloat16 on CPUs whatever does:
+    sequences with all heads, or some heads of one."""
+    batch, heads, _, queries = q_BHKQ.shape
+    width, every = batch, heads
     if q_BHKQ.device.type != "cpu":
-        few = batch if _by_kernels(q_BHKQ, v_BHVT, degree) else max(1, SCRATCH_ELSEWHERE // (heads * keys * ROWS))
-        yield from ((slice(i, min(i + few, batch)), slice(0, heads)) for i in range(0, batch, few))
-        return
-    if q_BHKQ.dtype != torch.bfloat16:
-        yield slice(0, batch), slice(0, heads)
-        return
-    for sequence in range(batch):
-        for some in heads_at_a_time(heads, queries, keys):
-            yield slice(sequence, sequence + 1), some
-
-
-def heads_at_a_time(heads: int, queries: int, keys: int) -> Iterator[slice]:
-    """As many as fill the scratch, in bfloat16."""
-    width = max(1, SCRATCH // (min(queries, ROWS_BFLOAT16) * keys))
-    for start in range(0, heads, width):
-        yield slice(start, min(start + width, heads))
+        width = batch if by_kernels else max(1, SCRATCH_ELSEWHERE // (heads * keys * ROWS))
+    elif q_BHKQ.dtype == torch.bfloat16 and not by_kernels:
+        fitting = max(1, SCRATCH // (min(queries, ROWS_BFLOAT16) * keys))
+        width, every = max(1, fitting // heads), min(fitting, heads)
+    for first in range(0, batch, width):
+        for head in range(0, heads, every):
+            yield slice(first, min(first + width, batch)), slice(head, min(head + every, heads))
 
 
 def masked_forward(q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor, degree: int | None) -> Tensor:
@@ -120,7 +113,7 @@ class _Mix(torch.autograd.Function):
         ctx.save_for_backward(q_BHKQ, k_BHKT, v_BHVT, h_HT)
         ctx.degree = degree
         y_BHVQ = q_BHKQ.new_empty(*v_BHVT.shape[:3], q_BHKQ.shape[-1])
-        for some in _groups(q_BHKQ, v_BHVT, degree):
+        for some in groups(q_BHKQ, v_BHVT.shape[-1], _by_kernels(q_BHKQ, v_BHVT, degree)):
             y_BHVQ[some] = masked_forward(q_BHKQ[some], k_BHKT[some], v_BHVT[some], h_HT[some[1]], degree)
         return y_BHVQ
 
@@ -131,7 +124,7 @@ class _Mix(torch.autograd.Function):
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BHKQ, k_BHKT, v_BHVT))
         dh = torch.zeros_like(h_HT)
         with torch.autocast(grad_BHVQ.device.type, enabled=False):
-            for some in _groups(q_BHKQ, v_BHVT, ctx.degree):
+            for some in groups(q_BHKQ, v_BHVT.shape[-1], _by_kernels(q_BHKQ, v_BHVT, ctx.degree)):
                 parts = [x[some] for x in (q_BHKQ, k_BHKT, v_BHVT, grad_BHVQ)]
                 dq[some], dk[some], dv[some], dtheirs = masked_backward(parts, h_HT[some[1]], ctx.degree)
                 dh[some[1]] += dtheirs

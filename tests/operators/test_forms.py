@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from operators.config import HyenaConfig, ModalFilterConfig
-from operators.convolution.causal import short_conv
+from operators.convolution.causal import short_conv, short_conv_reference
 from operators.filters.modes import Modes
 from operators.mixing import forms
 from operators.mixing import masked as mixing
 from operators.mixing.chunked import Bases, mix_chunked
+from operators.mixing.features import Layout, divided, features
 from operators.mixing.forms import form_of
-from operators.mixing.fused import mix_fused
+from operators.mixing.fused import Inputs, mix_fused
 from operators.mixing.head_states import chunk_of, extend, first_state, freeze, modal_bases, step
 from operators.mixing.masked import mix, mix_reference
 from operators.mixing.smooth import residual, smooth_bases
@@ -238,7 +239,9 @@ def test_the_fused_pass_equals_its_parts(form: str, monkeypatch: pytest.MonkeyPa
         inputs = [x.clone().requires_grad_() for x in [*leaves, *weights]]
         p_BEL, taps_ET, bias_E, direct_D, *rest = inputs
         if fused:
-            y_BDL = mix_fused(*inputs[:4], Bases(*rest) if form == "recurrence" else (rest[0],), degree)
+            given = Inputs(p_BEL, None, taps_ET, bias_E, direct_D, None)
+            bases: Any = Bases(*rest) if form == "recurrence" else (rest[0],)
+            y_BDL = mix_fused(given, bases, Layout(3, 4, 4, degree=degree))
         else:
             u_BEL = short_conv(p_BEL, taps_ET, bias_E, narrow=True)
             q, k, v = (x.unflatten(1, (3, -1)) for x in u_BEL.chunk(3, 1))
@@ -247,3 +250,49 @@ def test_the_fused_pass_equals_its_parts(form: str, monkeypatch: pytest.MonkeyPa
         found.append([y_BDL, *gradients(y_BDL, inputs)])
     for ours, theirs in zip(*found, strict=True):
         close(ours.float(), theirs.float(), 0.02)
+
+
+FEATURES = {
+    "gated": Layout(2, 4, 6, gated=True),
+    "normalised power": Layout(2, 4, 6, normalised=True, degree=4),
+    "mapped": Layout(2, 4, 6, mapped=True),
+    "all": Layout(2, 4, 6, gated=True, normalised=True, mapped=True),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "recurrent"), [*((name, False) for name in FEATURES), ("gated", True), ("mapped", True), ("all", True)]
+)
+def test_the_fused_pass_has_the_gradients_of_the_definition(
+    name: str, recurrent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gates, maps and sums of weights, one head at a time, with padding."""
+    layout, length = FEATURES[name], 300
+    rows = 2 * sum(layout.rows)
+    monkeypatch.setattr(mixing, "SCRATCH", 128 * length)
+    mask_BL = torch.ones(2, length, dtype=torch.bool)
+    mask_BL[1, :90] = False
+    short = [draw(rows, 3, seed=2) / 2, draw(rows, seed=3) / 4, draw(12, seed=4)]
+    leaves = [draw(2, rows, length).bfloat16().float(), *short, draw(2, 4, 4, seed=5)]
+    decays = Modes(-torch.tensor([[0.02], [0.1]]), torch.ones(2, 1))
+    found = []
+    for fused in (True, False):
+        leaf = [x.clone().requires_grad_() for x in (leaves if fused else [x.double() for x in leaves])]
+        p_BEL, taps_ET, bias_E, direct_D, map_HKK = leaf
+        h_HT = decays.at(torch.arange(length)).to(p_BEL.dtype).requires_grad_()
+        chosen = map_HKK if layout.mapped else None
+        if fused:
+            weights: Any = modal_bases(decays, 128) if recurrent else (h_HT,)
+            y_BDL = mix_fused(Inputs(p_BEL.bfloat16(), mask_BL, taps_ET, bias_E, direct_D, chosen), weights, layout)
+        else:
+            u_BEL = short_conv_reference(p_BEL, taps_ET, bias_E) * mask_BL[:, None]
+            parts_of_u = layout.parts(u_BEL)
+            q, k, v = features(parts_of_u, chosen, mask_BL, layout.normalised)
+            y_BHVL = mix_reference(q, k, v, h_HT, layout.degree)
+            y_BHVL = divided(y_BHVL) if layout.normalised else y_BHVL
+            y_BDL = y_BHVL.flatten(1, 2) + parts_of_u[2].flatten(1, 2) * direct_D[:, None]
+        wanted = [*leaf[:4], *([map_HKK] if layout.mapped else []), *([] if recurrent else [h_HT])]
+        y_BDL = y_BDL * mask_BL[:, None]
+        found.append([y_BDL, *gradients(y_BDL, wanted)])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).norm() <= 0.02 * theirs.norm()

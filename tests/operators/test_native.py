@@ -123,17 +123,26 @@ def test_outputs_and_gradients_agree_with_torch(
 @pytest.mark.parametrize("case", ["heads", "power", "power, full", "gated", "hedgehog", "modal, heads", "fir, heads"])
 @pytest.mark.parametrize("length", [1, 15, 130, 300])
 def test_heads_agree_with_torch(case: str, length: int, core: None) -> None:
-    """In bfloat16, where both round, the core is as near to float32 as torch is."""
-    operator, x_BLD, mask_BL = make(case, 300), draw(B, length, D), torch.ones(B, length, dtype=torch.bool)
+    """In bfloat16, where both round, the core is as near to float32 as torch is, over a few inputs: single gradients of
+    decay times are mostly rounding."""
+    operator, mask_BL = make(case, 300), torch.ones(B, length, dtype=torch.bool)
     mask_BL[1, : length // 3] = False
-    ours, ours_rounded = (passed(operator, x_BLD, mask_BL, dtype) for dtype in (torch.float32, torch.bfloat16))
-    native.use(False)
-    theirs, theirs_rounded = (passed(operator, x_BLD, mask_BL, dtype) for dtype in (torch.float32, torch.bfloat16))
-    for name, expected in theirs.items():
-        assert expected is not None
-        close(ours[name], expected)  # type: ignore[arg-type]
-        errors = [(found[name].float() - expected).abs().max() for found in (ours_rounded, theirs_rounded)]  # type: ignore[union-attr]
-        assert errors[0] <= 1.2 * errors[1] + 0.01 * max(1.0, expected.abs().max().item()), name
+    errors: dict[str, list[list[float]]] = {}
+    for seed in (1, 2, 3):
+        x_BLD = draw(B, length, D, seed=seed)
+        native.use(True)
+        ours, ours_rounded = (passed(operator, x_BLD, mask_BL, dtype) for dtype in (torch.float32, torch.bfloat16))
+        native.use(False)
+        theirs, theirs_rounded = (passed(operator, x_BLD, mask_BL, dtype) for dtype in (torch.float32, torch.bfloat16))
+        for name, expected in theirs.items():
+            assert expected is not None
+            close(ours[name], expected)  # type: ignore[arg-type]
+            size, row = max(1.0, expected.abs().max().item()), errors.setdefault(name, [])
+            found = [each[name] for each in (ours_rounded, theirs_rounded)]
+            row.append([(each.float() - expected).abs().max().item() / size for each in found])  # type: ignore[union-attr]
+    for name, row in errors.items():
+        ours_error, theirs_error = torch.tensor(row).square().mean(0).sqrt().tolist()
+        assert ours_error <= 1.2 * theirs_error + 0.01, name
 
 
 def test_results_do_not_depend_on_the_number_of_threads(core: None) -> None:

@@ -51,7 +51,7 @@ def test_multihead_transfer_copies_query_and_key_too() -> None:
     assert torch.equal(operator.in_proj.bias, biases)
     assert torch.equal(operator.out_proj.weight, weights.output)
     x_BLD = draw(B, 9, D)
-    q, k, _ = operator._parts(operator.in_proj(x_BLD).transpose(1, 2), None)
+    q, k, _ = operator.layout.parts(operator.in_proj(x_BLD).transpose(1, 2))
     close(q.flatten(1, 2), operator.in_proj(x_BLD)[..., :D].transpose(1, 2))
     close(k.flatten(1, 2), operator.in_proj(x_BLD)[..., D : 2 * D].transpose(1, 2))
 
