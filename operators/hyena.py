@@ -78,20 +78,27 @@ class Hyena(Extending):
     def transfer(self, attention: AttentionWeights, generator: torch.Generator) -> None:
         """Set `in_proj` and, where it follows the attention, the filter."""
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None) -> Tensor:
         """Whole sequences at once.
 
+        `torch.compile` leaves it, and `extend`, as they are: one break in a layer's graph instead of loops unrolled.
+
         Args:
-            x_BLD: inputs, 1 <= L <= max_length.
+            x_BLD: inputs, 1 <= L <= max_length; of no sequences comes an empty output.
             mask_BL: 1 at real tokens, 0 at left padding, which leaves the outputs of real tokens unchanged.
 
         Returns:
             (B, L, D) in the dtype of the projections.
 
         Raises:
-            ValueError: the sequence is longer than `max_length`.
+            ValueError: no position, or more than `max_length`.
         """
+        if x_BLD.shape[1] < 1:
+            raise ValueError("forward needs at least one position but got none.")
         self.filter.check(x_BLD.shape[1])
+        if x_BLD.shape[0] == 0:
+            return self.of_no_sequences(x_BLD)
         filters = self.filters_for(x_BLD.shape[1])
         p_BEL = masked(self.project(self.in_proj, x_BLD.transpose(1, 2)), mask_BL)
         return self.project_out(self.whole(p_BEL, mask_BL, filters, None))

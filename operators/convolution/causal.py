@@ -33,7 +33,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def blocks_of(rows: int, row_size: int, device: torch.device) -> Iterator[slice]:
     """Slices of rows, each of as many numbers as a core's cache keeps at hand while they are worked on."""
-    width = max(1, (BLOCK if device.type == "cpu" else BLOCK_ELSEWHERE) // row_size)
+    width = max(1, (BLOCK if device.type == "cpu" else BLOCK_ELSEWHERE) // max(1, row_size))
     for start in range(0, rows, width):
         yield slice(start, min(start + width, rows))
 

@@ -10,7 +10,7 @@ filters.
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,7 @@ class Extending(KeptFilters, ABC):
             )
         return self.STATES[mode or modes[0]](batch, self.max_length, croppable)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def extend(self, x_BLD: Tensor, state: HyenaState, mask_BL: Tensor | None = None) -> tuple[Tensor, HyenaState]:
         """Process n >= 1 new positions after those the state has seen: prefill, chunked prefill and steps.
 
@@ -118,6 +119,9 @@ class Extending(KeptFilters, ABC):
         batch, new, _ = x_BLD.shape
         state.check(batch, new)
         start, stop = state.length, state.length + new
+        if batch == 0:
+            state.length = stop
+            return self.of_no_sequences(x_BLD), state
         if start > 0 and torch.is_grad_enabled() and self._differentiated(x_BLD):
             return self._extend_with_gradients(x_BLD, state, mask_BL), state
         if state.behind:
@@ -141,6 +145,11 @@ class Extending(KeptFilters, ABC):
         if new > 1:
             state.mark()
         return self.project_out(y_BDn), state
+
+    def of_no_sequences(self, x_0LD: Tensor) -> Tensor:
+        """(0, L, D), with gradients of zero for every parameter as torch's own layers give them."""
+        nothing = torch.stack([parameter.float().sum() for parameter in self.parameters()]).sum()
+        return cast(Tensor, self.out_proj(x_0LD)) + 0 * nothing
 
     def filters_for(self, length: int) -> Tensor | Filters:
         """Filters (C, length) to differentiate, frozen ones where gradients are off."""

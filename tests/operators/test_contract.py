@@ -67,6 +67,26 @@ def test_longer_than_built_for_is_an_error(case: str) -> None:
 
 
 @every_case
+def test_no_position_is_an_error_and_no_sequence_an_empty_output(case: str) -> None:
+    operator = make(case)
+    with pytest.raises(ValueError, match="at least one"):
+        operator(draw(B, 0, D))
+    nothing = torch.zeros(0, 5, D, requires_grad=True)
+    y_0LD = operator(nothing)
+    assert y_0LD.shape == (0, 5, D)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert operator(nothing).dtype == operator(draw(1, 5, D)).dtype
+    state = operator.init_state(0)
+    for steps in (5, 1, 1):
+        assert operator.extend(torch.zeros(0, steps, D), state)[0].shape == (0, steps, D)
+    assert state.length == 7
+    if y_0LD.requires_grad and case != "skip":
+        y_0LD.sum().backward()
+        assert nothing.grad is not None and nothing.grad.shape == nothing.shape
+        assert all(p.grad is not None and not p.grad.any() for p in operator.parameters() if p.requires_grad)
+
+
+@every_case
 def test_no_output_depends_on_later_inputs(case: str) -> None:
     operator, x_BLD = make(case), draw(B, 50, D)
     changed = x_BLD.clone()
