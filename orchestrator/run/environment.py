@@ -7,6 +7,7 @@ started.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import sysconfig
@@ -26,6 +27,9 @@ OF_ANOTHER_RUN = (
 def own_process() -> None:
     """From now on be led by the words of the command alone, here and in processes that are started from here."""
     _own_modules()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a sign that the terminal does not know is no reason to stop
+            stream.reconfigure(errors="replace")
     if os.environ.pop("PYTHONWARNINGS", None) is not None:  # an error there would be one of the libraries below us
         warnings.resetwarnings()
         for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):

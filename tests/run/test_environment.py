@@ -137,6 +137,17 @@ def test_an_instance_of_our_own_knows_no_other(monkeypatch: pytest.MonkeyPatch) 
     assert os.environ["RAY_memory_monitor_refresh_ms"] == "0"  # noqa: SIM112
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_need_not_know_every_sign(tmp_path: Path, encoding: str) -> None:
+    words = ["plan", str(ROOT / "studies" / "smoke.yaml"), "--home", str(tmp_path / "é→home")]
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator.cli", *words], cwd=ROOT, capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"?? hyena" in done.stdout  # two signs of the tree
+
+
 def test_the_guard_imports_nothing_of_the_working_directory(tmp_path: Path) -> None:
     for name in ("psutil.py", "guard.py", "signal.py"):
         (tmp_path / name).write_text(TRAP)
