@@ -74,7 +74,7 @@ class Recorder:
         """Lines that say what MLflow lacks and that `command` sends it; none where it lacks nothing."""
         if self.trouble is None and not self.hopeless:
             return []
-        begun = {step.train.key for step in self.plan.steps if self.store.attempt(step.train.key) is not None}
+        begun = {step.train.key for step in self.plan.steps if self.store.begun(step.train.key)}
         lacking = sum(f"stage:{key}" not in self.complete for key in begun)
         what = f"{lacking} of {len(begun)} stages" if lacking else "the study's files"
         if self.remedy:

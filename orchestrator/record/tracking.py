@@ -116,7 +116,7 @@ class Tracker:
 
     def _trial(self, trial: Trial, study: str) -> None:
         identity = self._trial_identity(trial)
-        started = [step for step in trial.steps if self.store.attempt(step.train.key) is not None]
+        started = [step for step in trial.steps if self.store.begun(step.train.key)]
         if not started or identity in self.closed:
             return
         operator = operator_name(trial.study.operator)
@@ -164,7 +164,7 @@ class Tracker:
 
     def _stage(self, identity: str, name: str, step: Step, parent: str, tags: dict[str, str]) -> None:
         key = step.train.key
-        if identity in self.closed or self.store.attempt(key) is None:
+        if identity in self.closed or not self.store.begun(key):
             return
         tags = {**tags, "layerswap.stage": key, "layerswap.layers": ",".join(map(str, step.swapped))}
         params = {**step.train.model_dump(mode="json"), "stage_key": key}
@@ -191,7 +191,12 @@ class Tracker:
         """When a stage began, in milliseconds since 1970: its last attempt, or the first line of an earlier one."""
         times = [line["time"] for line in read_journal(self.store.folder(key))[:1]]
         attempt = self.store.attempt(key)
-        return int(1000 * min([*times, *([] if attempt is None else [attempt["started"]])]))
+        if attempt is not None:
+            times.append(attempt["started"])
+        if not times:  # a mirror has no attempts
+            done = self.store.done(key)
+            times.append(done["finished"] - done["seconds"])
+        return int(1000 * min(times))
 
     def _ended(self, trial: Trial) -> int | None:
         """When the last evaluation of a trial ended, in milliseconds since 1970; None before the first one."""

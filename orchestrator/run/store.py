@@ -95,6 +95,10 @@ class Store:
         """Who computes an unfinished stage since when, or did so last."""
         return _maybe(self.folder(key) / ATTEMPT)
 
+    def begun(self, key: str) -> bool:
+        """Whether an attempt at the stage was made here, or what a mirror had of it was brought here."""
+        return self.finished(key) or self.attempt(key) is not None
+
     def failure(self, key: str) -> dict[str, Any] | None:
         """Why the last attempt failed, if it ended by an error."""
         return _maybe(self.folder(key) / FAILURE)

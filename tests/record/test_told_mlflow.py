@@ -235,6 +235,20 @@ def test_a_resumed_stage_began_when_its_first_attempt_did(tracked: Hand) -> None
     assert told.all.keys() == {"study", "trial-02", "heads 0"}
 
 
+def test_what_a_mirror_brought_has_runs_too(tracked: Hand) -> None:
+    """It brings the journal and no attempt; a stage that trains nothing has no journal either."""
+    for name in ("heads 0", "skip 0"):
+        tracked.finish(name)
+        (tracked.store.folder(tracked.key(name)) / "attempt.json").unlink()
+    tracker = Tracker(tracked.home, tracked.plan, tracked.speeds)
+    tracker.sync()
+    told = Told(tracked)
+    assert told.all.keys() == {"study", "trial-02", "heads 0", "skip 0"}
+    assert (told["heads 0"].info.start_time, told["heads 0"].info.end_time) == (FIRST + 1_500, FIRST + 12_000)
+    assert (told["skip 0"].info.start_time, told["skip 0"].info.end_time) == (FIRST, FIRST + 12_000)
+    assert told.history("heads 0", "perplexity_ratio") == [(1.2, 10, 12_000)]
+
+
 def test_status_of_trials_that_were_stopped_failed_or_are_not_over(tracked: Hand) -> None:
     tracked.finish("teacher", "scratch", "skip 0", "skip 1", "skip all", "two 0", "heads 0")
     tracked.attempt(tracked.key("two 1"))

@@ -45,6 +45,18 @@ def test_a_finished_stage_is_fetched_as_it_is(shared: Shared) -> None:
     assert [path.name for path in there.folder(spec.key).glob("out-*")] == []
 
 
+def test_the_specification_and_the_journal_are_brought_too_and_no_attempt(shared: Shared) -> None:
+    spec, _, here, there, mirror = shared
+    (here.folder(spec.key) / "journal.jsonl").write_text('{"step": 1}\n')
+    other = Mirror(f"{mirror.url}-other")
+    other.upload(here, spec.key)
+    assert other.fetch(there, spec.key)
+    for name in ("spec.json", "journal.jsonl", "DONE.json"):
+        assert (there.folder(spec.key) / name).read_bytes() == (here.folder(spec.key) / name).read_bytes()
+    assert there.attempt(spec.key) is None and here.attempt(spec.key) is not None
+    assert there.begun(spec.key) and not there.begun("0" * 64)
+
+
 def test_what_is_not_there_is_not_fetched(shared: Shared) -> None:
     *_, there, mirror = shared
     assert not mirror.fetch(there, "0" * 64)
