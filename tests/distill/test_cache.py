@@ -15,7 +15,9 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from operators.config import HyenaConfig, ModalFilterConfig, SkipConfig
+from operators.decoding.state import State
 from orchestrator.distill.models.cache import OperatorCacheLayer
+from orchestrator.distill.models.masks import Pattern
 from orchestrator.distill.models.student import load_teacher
 from orchestrator.distill.models.swap import decode_by, swap
 
@@ -93,6 +95,23 @@ def test_a_copied_cache_and_its_original_go_on_by_themselves(
     filled(student, ids[:, 6:9], other)
     other.crop(-3)
     torch.testing.assert_close(filled(student, ids[:, :6], other).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_knows_of_which_sequences_it_has_seen_padding_only() -> None:
+    held = OperatorCacheLayer(State(2, 96), DynamicLayer())
+    held.check(Pattern(torch.tensor([[False], [True]])))
+    held.state.length = 1
+    held.check(Pattern(torch.tensor([[False], [False]])))  # the second one was begun, and stays so
+    held.check(Pattern(alone_B=torch.tensor([False, False]), real_BL=torch.tensor([[False], [False]])))
+    with pytest.raises(ValueError, match=r"^a cache cannot go on from packed documents"):
+        held.check(Pattern(alone_B=torch.tensor([False, True])))
+    held.reorder_cache(SEQUENCES)
+    with pytest.raises(ValueError, match=r"^a cache cannot go on from packed documents"):
+        held.check(Pattern(alone_B=torch.tensor([True, False])))
+    held.batch_repeat_interleave(2)
+    held.check(Pattern(alone_B=torch.tensor([False, False, True, True])))
+    with pytest.raises(ValueError, match=r"^a cache cannot go on from packed documents"):  # all have begun now
+        held.check(Pattern(alone_B=torch.tensor([False, False, True, False])))
 
 
 @pytest.mark.parametrize("kind", [DynamicLayer, StaticLayer])

@@ -94,8 +94,8 @@ def test_packed_documents_have_each_its_own_logits_and_gradients(
 
 
 def test_documents_go_through_an_operator_as_batches_and_come_back_in_their_order() -> None:
-    document_BL = torch.tensor([[4, 4, 4, 9, 9, 0], [1, 1, 2, 2, 2, 2]])
-    x_BL1 = torch.arange(1.0, 13.0).view(2, 6, 1)
+    document_BL = torch.tensor([[4, 4, 4, 9, 9, 0], [1, 1, 2, 2, 2, 2], [0] * 6])
+    x_BL1 = torch.arange(1.0, 19.0).view(3, 6, 1)
     shapes = []
 
     def sums(x_BLD: Tensor) -> Tensor:
@@ -103,8 +103,8 @@ def test_documents_go_through_an_operator_as_batches_and_come_back_in_their_orde
         return x_BLD.cumsum(1)
 
     found = by_document(sums, x_BL1, document_BL)[..., 0]
-    assert found.tolist() == [[1, 3, 6, 4, 9, 6], [7, 15, 9, 19, 30, 42]]
-    assert sorted(shapes) == [(1, 1, 1), (2, 2, 1), (2, 4, 1)]
+    assert found.tolist() == [[1, 3, 6, 4, 9, 6], [7, 15, 9, 19, 30, 42], [13, 27, 42, 58, 75, 93]]
+    assert sorted(shapes) == [(1, 1, 1), (1, 6, 1), (2, 2, 1), (2, 4, 1)]
 
 
 @every_student
@@ -239,6 +239,7 @@ UNKNOWN: dict[str, tuple[Any, str]] = {
     "everything": (torch.ones(1, 1, 6, 6, dtype=torch.bool), "is not causal, or has holes"),
     "prefix": (PREFIX[None, None], "is not causal, or has holes"),
     "keys only": (padded(6, slice(2, 6))[:, :, -1:], r"shape \(1, 1, 1, 6\) does not fit 1 sequences of 6 new positio"),
+    "room that is seen": (torch.cat([causal(6), torch.ones(6, 2) == 1], 1)[None, None], "is not causal, or has holes"),
     "hole": (HOLE[None, None], "is not causal, or has holes"),
     "padding inside": (padded(6, slice(0, 6)) & (TORN[:, None, None] == 1), "is not causal, or has holes"),
     "padding inside, flash": (TORN, "^the mask has padding between real tokens, .*: pad on the left"),

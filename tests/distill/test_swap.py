@@ -132,6 +132,36 @@ def test_transfer_puts_the_attentions_projections_into_the_operator(teacher: Any
     assert torch.equal(made.out_proj.bias, weights.output_bias)
 
 
+class Adapted(torch.nn.Module):
+    """A linear layer with an adapter of rank 2 around it, as PEFT puts it there."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.down = torch.nn.Linear(base.in_features, 2)
+        self.up = torch.nn.Linear(2, base.out_features)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.base_layer(x) + self.up(self.down(x))
+
+
+@every_operator
+def test_adapters_around_all_linear_layers_take_part(
+    tiny_teacher: Path, ids: torch.Tensor, operator: HyenaConfig
+) -> None:
+    student = student_of(tiny_teacher, (0, 2), operator)
+    before = logits(student, ids)
+    linear = [name for name, module in student.named_modules() if isinstance(module, torch.nn.Linear)]
+    for name in linear:
+        student.set_submodule(name, Adapted(student.get_submodule(name)))
+    student(ids, use_cache=False).logits.square().sum().backward()
+    adapters = {name: parameter for name, parameter in student.named_parameters() if ".up." in name}
+    assert len(adapters) == 2 * len(linear)
+    assert [name for name, parameter in adapters.items() if parameter.grad is None] == []
+    assert (logits(student, ids) - before).abs().max() > 0.1
+    assert torch.equal(continued(student, ids, use_cache=True), continued(student, ids, use_cache=False))
+
+
 @every_operator
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_an_operator_has_the_precision_of_the_attention_it_replaces(
