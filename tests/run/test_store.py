@@ -89,6 +89,9 @@ def test_a_store_of_another_layout_is_refused(tmp_path: Path) -> None:
     (tmp_path / "VERSION").write_text("99")
     with pytest.raises(ValueError, match="layout '99', this program writes '1'"):
         Store(tmp_path)
+    (tmp_path / "VERSION").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="layout '\ufffd', this program writes '1'"):
+        Store(tmp_path)
 
 
 def test_a_store_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
