@@ -67,6 +67,8 @@ class HeadHyena(Hyena):
     ) -> Tensor:
         """See `Hyena.whole`; under autocast to bfloat16 what is mixed is so too, without a state in one pass."""
         narrow = p_BEL.dtype == torch.bfloat16 and torch.is_autocast_enabled(p_BEL.device.type)
+        if narrow and self.config.normalise and isinstance(filters, Tensor):
+            filters = _of_any_scale(filters)
         if narrow and state is None:
             inputs = Inputs(p_BEL, mask_BL, self.short_weight, self.short_bias, self.direct, self.hedgehog)
             with outside_autocast(p_BEL.device.type):
@@ -203,3 +205,10 @@ class HeadHyena(Hyena):
 def _first(filters: Tensor | Filters, length: int) -> Tensor:
     """Filters of whole sequences, (H, length)."""
     return filters if isinstance(filters, Tensor) else filters.first(length)
+
+
+def _of_any_scale(h_HL: Tensor) -> Tensor:
+    """h itself, but with no gradient by its scale, which the normaliser takes out: in half precision that would be
+    rounding, and most of what a timescale is told."""
+    sum_H1 = h_HL.sum(1, keepdim=True)
+    return h_HL * (sum_H1.detach() / sum_H1)

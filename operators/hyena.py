@@ -23,7 +23,7 @@ from operators.config import HyenaConfig
 from operators.convolution.causal import compute_dtype, short_conv_reference
 from operators.decoding.extend import Extending, masked
 from operators.decoding.frozen import Filters
-from operators.filters.base import LongFilter, draw_linear, draw_uniform
+from operators.filters.base import HALF, LongFilter, draw_linear, draw_uniform
 from operators.filters.fir import FirFilter
 from operators.filters.implicit import ImplicitFilter
 from operators.filters.modal import ModalFilter
@@ -63,6 +63,8 @@ class Hyena(Extending):
         self.short_bias = nn.Parameter(torch.zeros(inner))
         config = self.config.filter
         self.filter = FILTERS[config.kind](config, filters, self.max_length, steps)
+        if torch.get_default_dtype() in HALF:
+            self.filter.float()
         self.direct = nn.Parameter(torch.zeros(direct))
         self.out_proj = nn.Linear(self.d_model, self.d_model)
 

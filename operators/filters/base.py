@@ -4,17 +4,24 @@ The grid of time is fixed by `max_length`, never by the sequence at hand: positi
 in a short sequence as in a long one. Filters are float32, float64 where the parameters are; nothing but
 parameters is saved, so the modules survive meta devices and casts.
 
+Parameters of filters stay in float32 where a model is cast to half precision: 8 bits do not tell the 300th position
+from the 301st, and what a sine network makes of that is another filter. They are few.
+
 Shapes: C filters, L positions, T lags of a profile.
 """
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from operators.decoding.frozen import Filters
 from operators.filters.modes import Modes
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 def log_spaced_timescales(count: int, longest: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -82,6 +89,16 @@ class LongFilter(nn.Module, ABC):
         """The filters as they are now, for whoever asks to keep; `direct_C` is added at lag 0. Lags are computed when
         they are needed first, so the parameters must not change before that."""
         return Filters(self, self.max_length, self.modes, direct_C, self.lags)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Casts and moves of `nn.Module`, which ask for half precision in vain, see the module's head."""
+
+        def wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            half = moved.dtype in HALF and tensor.dtype not in HALF
+            return tensor.to(moved.device) if half else moved
+
+        return cast(Self, super()._apply(wide, recurse))  # type: ignore[no-untyped-call]
 
     def check(self, length: int) -> None:
         """Raise ValueError if `length` exceeds `max_length`."""

@@ -40,8 +40,8 @@ inline int64_t transform_size(int64_t positions) {
 // The root that splits node n; the children of n are 2 n (+s) and 2 n + 1 (-s), the first node is 1, of x^n - i.
 inline const Root* roots() {
   static const std::vector<Root> table = [] {
-    std::vector<double> angle(kLargest / 2);  // that of the node's own constant
-    std::vector<Root> roots(kLargest / 2);
+    std::vector<double> angle(kLargest);  // that of the node's own constant
+    std::vector<Root> roots(kLargest);
     angle[1] = M_PI / 2;
     for (size_t node = 1; node < roots.size(); ++node) {
       if (node > 1) angle[node] = angle[node / 2] / 2 + (node % 2) * M_PI;

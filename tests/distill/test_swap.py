@@ -172,11 +172,14 @@ def test_an_operator_has_the_precision_of_the_attention_it_replaces(
         single.to(kind).float()
     output = family_of(model).read(attention_of(model, 1)).output
     made: Any = swap(model, [1], operator, generator())[0].operator
-    assert {parameter.dtype for parameter in made.parameters()} == {kind}
+    wide = torch.float64 if kind == torch.float64 else torch.float32  # of filters, which half precision would change
+    for name, parameter in made.named_parameters():
+        assert parameter.dtype == (wide if name.startswith("filter.") else kind), name
     assert torch.equal(made.out_proj.weight, output)
     swap(single, [1], operator, generator())
     for name, parameter in single.named_parameters():  # set from the same weights, and rounded at the end
-        torch.testing.assert_close(model.get_parameter(name), parameter.to(kind), msg=name, rtol=1e-6, atol=1e-6)
+        given = model.get_parameter(name)
+        torch.testing.assert_close(given, parameter.to(given.dtype), msg=name, rtol=1e-6, atol=1e-6)
     found = continued(model, ids[:1]), continued(model, ids[:1], use_cache=False)
     assert logits(model, ids).dtype == kind and found[0].shape == found[1].shape == (1, 12)
 

@@ -125,3 +125,47 @@ def test_more_taps_than_positions_are_an_error() -> None:
 def test_only_positive_filters_ask_for_the_attentions_profile() -> None:
     kinds: list[FilterConfig] = [ImplicitFilterConfig(), MODAL, FIR]
     assert not any(HyenaConfig(heads=2, filter=config).needs_statistics for config in kinds)
+
+
+ROUGH = ImplicitFilterConfig(offset=0.0, sine_frequency=14.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("config", [ROUGH, ImplicitFilterConfig(positive=True), MODAL, FIR])
+def test_a_model_in_half_precision_keeps_its_filters(config: FilterConfig, dtype: torch.dtype) -> None:
+    operator = started(config, heads=2, init="random")
+    wanted = operator.filter(MAX).detach()
+    assert operator.to(dtype).in_proj.weight.dtype == dtype
+    assert torch.equal(operator.filter(MAX), wanted)
+    assert operator.double().filter(MAX).dtype == torch.float64
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # as transformers does where it loads a model in half precision
+    try:
+        other = hyena(HyenaConfig(filter=config, heads=2, init="random"), D, MAX)
+    finally:
+        torch.set_default_dtype(before)
+    halves = {name: value.to(dtype) for name, value in operator.state_dict().items()}  # an export in half precision
+    other.load_state_dict(halves)
+    assert other.out_proj.weight.dtype == dtype
+    assert {parameter.dtype for parameter in other.filter.parameters()} == {torch.float32}
+    assert other(draw(B, MAX, D).to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "options", [{"feature_map": "power", "key_dim": 8, "key_gate": True}, {"feature_map": "hedgehog"}]
+)
+@pytest.mark.parametrize("length", [256, 512])
+def test_timescales_of_normalised_heads_learn_under_bfloat16(options: dict[str, Any], length: int) -> None:
+    """The scale of a filter is of no effect there; its gradient, were it computed, would be all rounding."""
+    width, found = 64, []
+    config = HyenaConfig(
+        heads=2, normalise=True, filter=ImplicitFilterConfig(positive=True, width=64, features=9), **options
+    )
+    for narrow in (False, True):
+        operator = hyena(config, width, length)
+        operator.initialise(attention(width), generator())
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
+            y_BLD = operator(draw(4, length, width))
+        y_BLD.backward(draw(*y_BLD.shape, seed=3).to(y_BLD.dtype))
+        found.append(operator.filter.log_timescale.grad)
+    assert (found[1] - found[0]).norm() < 0.05 * found[0].norm()

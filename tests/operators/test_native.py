@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from operators import native
-from operators.config import HyenaConfig
+from operators.config import FirFilterConfig, HyenaConfig
 from operators.native import build
 from operators.native.projection import MOST_ROWS, project_step
 from tests.operators import test_contract, test_decode
@@ -217,6 +217,18 @@ def test_decoding_goes_on_when_the_core_is_switched(core: None) -> None:
         native.use(t // 7 % 2 == 0)
         steps.append(operator.extend(x_BLD[:, t : t + 1], state)[0])
     close(torch.cat(steps, dim=1), operator(x_BLD)[:, 50:])
+
+
+@torch.no_grad()
+def test_what_is_too_long_for_the_core_decodes_in_torch(core: None) -> None:
+    length = native.LONGEST - 3
+    operator = hyena(HyenaConfig(init="random", filter=FirFilterConfig(taps=100)), 2, native.LONGEST + 100)
+    operator.initialise(attention(2), generator())
+    x_BLD, state = draw(1, length + 7, 2), operator.init_state(1, "tiled")
+    found = [operator.extend(part, state)[0] for part in x_BLD.split([length, *[1] * 7], dim=1)]
+    assert state.core is None
+    native.use(False)
+    close(torch.cat(found, dim=1)[:, -20:], operator(x_BLD[:, -500:])[:, -20:])
 
 
 @torch.no_grad()
