@@ -27,7 +27,7 @@ from operators.filters.modes import Modes
 from operators.hyena import Hyena
 from operators.mixing.chunked import Bases
 from operators.mixing.features import LARGEST_GATE, SMALLEST_SUM, Layout, divided, features
-from operators.mixing.forms import mix_fastest, weights_for
+from operators.mixing.forms import Path, mix_fastest, path_of, weights_for
 from operators.mixing.fused import Inputs, mix_fused
 from operators.mixing.head_states import Recurrence, extend, first_state, freeze, step
 from operators.mixing.masked import mix, mix_reference, mix_step
@@ -72,7 +72,8 @@ class HeadHyena(Hyena):
         if narrow and state is None:
             inputs = Inputs(p_BEL, mask_BL, self.short_weight, self.short_bias, self.direct, self.hedgehog)
             with outside_autocast(p_BEL.device.type):
-                return mix_fused(inputs, self._weights(p_BEL.dtype, _first(filters, p_BEL.shape[-1])), self.layout)
+                weights = self._weights(len(p_BEL), p_BEL.dtype, _first(filters, p_BEL.shape[-1]))
+                return mix_fused(inputs, weights, self.layout)
         u_BEL = masked(short_conv(p_BEL, self.short_weight, self.short_bias, narrow=narrow), mask_BL)
         with outside_autocast(p_BEL.device.type):
             return self.combine(u_BEL, mask_BL, filters, state)
@@ -94,19 +95,35 @@ class HeadHyena(Hyena):
         """See `Hyena.step_modes`: of modal filters "modal", where the features of queries and keys are at hand."""
         return ("modal", "direct") if self.config.filter.kind == "modal" and self.degree is None else ("direct",)
 
-    def _weights(self, dtype: torch.dtype, h_HL: Tensor) -> tuple[Tensor] | Bases:
-        """Of whole sequences; in bfloat16 scaled, which spares a copy of the queries."""
+    def path(self, batch: int, length: int, dtype: torch.dtype = torch.float32) -> Path:
+        """How whole sequences are computed at the moment; `dtype` is bfloat16 under autocast to that, else the model's.
+
+        The filters are computed to answer, for some forms want smooth ones.
+        """
+        with torch.no_grad():
+            return self._path((batch, length), dtype, *self._scaled_filters(dtype, self.filter(length)))
+
+    def _path(self, shape: tuple[int, int], dtype: torch.dtype, h_HL: Tensor, modes: Modes | None) -> Path:
+        return path_of(shape, self.layout, dtype, h_HL, modes, fused=dtype == torch.bfloat16)
+
+    def _scaled_filters(self, dtype: torch.dtype, h_HL: Tensor) -> tuple[Tensor, Modes | None]:
+        """Filters and their modes; in bfloat16 scaled, which spares a copy of the queries."""
         modes = self.filter.modes()
-        if dtype == torch.bfloat16:
-            h_HL = self._scaled(h_HL)
-            modes = None if modes is None else Modes(modes.log_poles_CS, self._scaled(modes.residues_CS))
-        weights = weights_for(h_HL.shape[1], self.layout.mixed, dtype, h_HL, modes, self.degree)
+        if dtype != torch.bfloat16:
+            return h_HL, modes
+        return self._scaled(h_HL), None if modes is None else Modes(modes[0], self._scaled(modes.residues_CS))
+
+    def _weights(self, batch: int, dtype: torch.dtype, h_HL: Tensor) -> tuple[Tensor] | Bases:
+        """What whole sequences are mixed with."""
+        h_HL, modes = self._scaled_filters(dtype, h_HL)
+        path = self._path((batch, h_HL.shape[1]), dtype, h_HL, modes)
+        weights = weights_for(path, dtype, h_HL, modes)
         return weights if isinstance(weights, Bases) else (h_HL[:, : self.filter.lags],)
 
     def _mix(self, q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor) -> Tensor:
         scaled_BHKQ = q_BHKQ if q_BHKQ.dtype == torch.bfloat16 else self._scaled(q_BHKQ)
         if q_BHKQ.shape[-1] == k_BHKT.shape[-1]:
-            weights = self._weights(q_BHKQ.dtype, h_HT)
+            weights = self._weights(len(q_BHKQ), q_BHKQ.dtype, h_HT)
             return mix_fastest(scaled_BHKQ, k_BHKT, v_BHVT, weights, self.degree)
         return mix(self._scaled(q_BHKQ), k_BHKT, v_BHVT, h_HT[:, : self.filter.lags], self.degree)
 

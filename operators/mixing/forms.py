@@ -1,9 +1,10 @@
-"""Which way of mixing is the fastest for given lengths, filters and feature maps, and mixing that way.
+"""Which path heads take: the fastest form for given lengths, filters and feature maps, and who computes it.
 
 Shapes: as in `mixing`, L positions, S modes.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,14 +14,34 @@ from operators.filters.modes import Modes
 from operators.gpu import accelerated
 from operators.gpu.heads import takes
 from operators.mixing.chunked import Bases, mix_chunked
+from operators.mixing.features import Layout
 from operators.mixing.head_states import chunk_of, modal_bases, real_states
 from operators.mixing.masked import mix
 from operators.mixing.smooth import CHUNK, functions_for, smooth_bases
+from operators.native import serves
 
 Form = Literal["masked", "recurrence", "smooth"]
+Backend = Literal["torch", "core", "triton"]
 SMOOTH_FROM = 1200  # positions, measured
 RECURRENCE_FROM = 512  # at least
 KERNELS_UP_TO = 8192  # positions, on accelerators
+
+
+@dataclass(frozen=True)
+class Path:
+    """How heads compute whole sequences.
+
+    Attributes:
+        form: see `form_of`.
+        backend: what weighs the products: torch, the compiled core, or the kernels for accelerators.
+        fused: whether short convolution, features and direct term are in the same pass.
+        functions: polynomials of the form "smooth".
+    """
+
+    form: Form
+    backend: Backend
+    fused: bool
+    functions: int | None = None
 
 
 def form_of(
@@ -52,31 +73,39 @@ def form_of(
     return "smooth" if dtype == torch.bfloat16 and length > SMOOTH_FROM and fits() else "masked"
 
 
-def weights_for(
-    length: int, widths: tuple[int, int], dtype: torch.dtype, h_HL: Tensor, modes: Modes | None, degree: int | None
-) -> tuple[Tensor] | Bases:
-    """What the form that `form_of` names mixes with: bases, or h alone; `modes` are those of h, where it has any.
+def path_of(
+    shape: tuple[int, int], layout: Layout, dtype: torch.dtype, h_HL: Tensor, modes: Modes | None, *, fused: bool
+) -> Path:
+    """The path of whole sequences (B, L); `modes` are those of h, where it has any.
 
-    On accelerators filters that are no sums of modes are never fitted, and up to `KERNELS_UP_TO` positions the kernels
-    mix in the masked form whatever the filter. `widths` are those of keys, after the feature map, and of values.
+    On accelerators filters that are no sums of modes are never fitted, for the question whether polynomials fit would
+    wait for the device, and up to `KERNELS_UP_TO` positions the kernels mix in the masked form whatever the filter.
     """
+    (batch, length), states = shape, None if modes is None else real_states(modes)
+    like = h_HL.new_empty((0, length), dtype=dtype)
+    by_kernels = accelerated(like) and takes(dtype, batch * layout.heads, *layout.mixed, layout.degree)
+    form: Form = "masked"
     functions: list[int | None] = []
 
     def fits() -> bool:
         functions.append(functions_for(h_HL))
         return functions[0] is not None
 
-    states = None if modes is None else real_states(modes)
-    by_kernels = length <= KERNELS_UP_TO and accelerated(h_HL) and takes(dtype, len(h_HL), *widths, degree)
-    if by_kernels or (h_HL.device.type != "cpu" and states is None):
-        return (h_HL,)  # the question whether polynomials fit would wait for the device
-    form = form_of(length, widths[0], dtype, degree, states, fits)
-    if form == "recurrence":
+    if not (by_kernels and length <= KERNELS_UP_TO) and (like.device.type == "cpu" or states is not None):
+        form = form_of(length, layout.mixed[0], dtype, layout.degree, states, fits)
+    if form != "masked":
+        return Path(form, "torch", fused, functions[0] if form == "smooth" else None)
+    return Path(form, "triton" if by_kernels else "core" if serves(like) else "torch", fused)
+
+
+def weights_for(path: Path, dtype: torch.dtype, h_HL: Tensor, modes: Modes | None) -> tuple[Tensor] | Bases:
+    """What a path mixes with: bases, or h alone."""
+    if path.form == "recurrence":
         assert modes is not None
         return modal_bases(modes, chunk_of(dtype))
-    if form == "smooth":
-        assert functions[0] is not None
-        return smooth_bases(h_HL, CHUNK, functions[0])
+    if path.form == "smooth":
+        assert path.functions is not None
+        return smooth_bases(h_HL, CHUNK, path.functions)
     return (h_HL,)
 
 

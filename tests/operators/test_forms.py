@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from operators.config import HyenaConfig, ModalFilterConfig
+from operators import heads, native
+from operators.config import HyenaConfig, ImplicitFilterConfig, ModalFilterConfig
 from operators.convolution.causal import short_conv, short_conv_reference
 from operators.filters.modes import Modes
 from operators.mixing import forms
 from operators.mixing import masked as mixing
 from operators.mixing.chunked import Bases, mix_chunked
 from operators.mixing.features import Layout, divided, features
-from operators.mixing.forms import form_of
+from operators.mixing.forms import Path, form_of
 from operators.mixing.fused import Inputs, mix_fused
 from operators.mixing.head_states import chunk_of, extend, first_state, freeze, modal_bases, step
 from operators.mixing.masked import mix, mix_reference
@@ -187,17 +188,57 @@ def test_the_rule(form: str, length: int, dtype: torch.dtype, degree: Any, state
 
 
 @pytest.mark.parametrize("form", ["recurrence", "smooth", "masked"])
-def test_all_forms_mix_alike(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forms, "form_of", lambda *_: form)
-    monkeypatch.setattr(forms, "functions_for", lambda _: 8)
+def test_all_forms_mix_alike(form: Any) -> None:
     q, k, v = (x.to(torch.bfloat16) for x in parts(700))
     decays = Modes(-torch.tensor([[0.002], [0.004], [0.008]]), torch.ones(3, 1))
     h_HT = decays.at(torch.arange(700))
-    if form == "smooth":
-        monkeypatch.setattr(forms, "form_of", lambda *task: form if task[-1]() else "masked")
-    weights = forms.weights_for(700, (5, 7), q.dtype, h_HT, decays if form == "recurrence" else None, None)
+    weights = forms.weights_for(Path(form, "torch", False, 8), q.dtype, h_HT, decays)
+    assert isinstance(weights, Bases) == (form != "masked")
     outputs = forms.mix_fastest(q, k, v, weights, None)
     close(outputs.float(), mix(q.float(), k.float(), v.float(), h_HT), 0.02)
+
+
+IMPLICIT = HyenaConfig(heads=2, init="random", filter=ImplicitFilterConfig(sine_frequency=1.0))
+PATHS: list[tuple[HyenaConfig, int, torch.dtype, Path]] = [
+    (IMPLICIT, 256, torch.float32, Path("masked", "torch", False)),
+    (IMPLICIT, 2048, torch.float32, Path("masked", "torch", False)),
+    (IMPLICIT, 256, torch.bfloat16, Path("masked", "torch", True)),
+    (IMPLICIT, 2048, torch.bfloat16, Path("smooth", "torch", True, 4)),
+    (replace(IMPLICIT, feature_map="power"), 2048, torch.bfloat16, Path("masked", "torch", True)),
+    (replace(IMPLICIT, filter=ModalFilterConfig()), 256, torch.float32, Path("masked", "torch", False)),
+    (replace(IMPLICIT, filter=ModalFilterConfig()), 2048, torch.float32, Path("recurrence", "torch", False)),
+    (replace(IMPLICIT, filter=ModalFilterConfig()), 2048, torch.bfloat16, Path("recurrence", "torch", True)),
+]
+
+
+@pytest.mark.parametrize(("config", "length", "dtype", "path"), PATHS)
+def test_an_operator_says_which_path_it_takes_and_takes_it(
+    config: HyenaConfig, length: int, dtype: torch.dtype, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operator, taken = hyena(config, 8, 2048), []
+    operator.initialise(None, generator())
+    assert operator.path(1, length, dtype) == path
+    for name in ("mix_chunked", "mix"):
+        real = getattr(forms, name)
+        monkeypatch.setattr(forms, name, lambda *given, name=name, real=real: (taken.append(name), real(*given))[1])
+
+    def fused(inputs: Inputs, weights: Any, layout: Layout) -> Tensor:
+        taken.append("fused chunks" if isinstance(weights, Bases) else "fused")
+        return mix_fused(inputs, weights, layout)
+
+    monkeypatch.setattr(heads, "mix_fused", fused)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        operator(draw(1, length, 8))
+    chunked = path.form != "masked"
+    assert taken == [("fused chunks" if chunked else "fused") if path.fused else "mix_chunked" if chunked else "mix"]
+
+
+def test_the_core_is_a_path_where_it_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = hyena(IMPLICIT, 8, 300)
+    operator.initialise(None, generator())
+    monkeypatch.setattr(native, "_used", True)
+    assert operator.path(2, 256) == Path("masked", "core", False)
+    assert operator.double().path(2, 256, torch.float64) == Path("masked", "torch", False)
 
 
 HEDGEHOG = ModalFilterConfig(positive=True)
