@@ -6,7 +6,9 @@ PORT ?= 5000
 SEEDS ?= 0-49
 SCALE ?= 0.1
 LATE_SCALE ?= $(SCALE)
+PROCESSES ?= 2
 BIN := .venv/bin
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 INSTALLED := .venv/.installed
 
 .PHONY: setup study plan status report ui test test-all check format chaos mutants bench bench-tree build-ext clean
@@ -21,10 +23,10 @@ ui: $(INSTALLED)
 	@$(BIN)/layerswap ui $(STUDY) --port $(PORT)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What several rooms need: a tiny teacher, made once a session, and signals as a terminal's programs have them."""
+"""What several rooms need: a tiny teacher, made once a session, signals as a terminal's programs have them, and an order."""
 
 from __future__ import annotations
 
@@ -26,6 +26,12 @@ def own_signals() -> Iterator[None]:
     signal.pthread_sigmask(signal.SIG_SETMASK, held)
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start a cluster come first: they take longest, and tests run in two processes, file by file."""
+    clustered = {item.path for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: item.path not in clustered)
 
 
 @pytest.fixture(scope="session")

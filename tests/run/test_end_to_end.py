@@ -1,4 +1,4 @@
-"""The smoke study through the command line, as a user runs it: once, again, edited, killed and resumed."""
+"""A small study through the command line, as a user runs it: once, again, edited, killed and resumed."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SMOKE = ROOT / "studies" / "smoke.yaml"
+SMALL = ROOT / "tests" / "run" / "small.yaml"
 pytestmark = pytest.mark.ray
 
 
-def layerswap(home: Path, *words: str, study: Path = SMOKE, check: int | None = 0) -> subprocess.CompletedProcess[str]:
+def layerswap(home: Path, *words: str, study: Path = SMALL, check: int | None = 0) -> subprocess.CompletedProcess[str]:
     """Run the command and return it with its output; `check` is the exit code it must have."""
     done = subprocess.run(command(home, *words, study=study), capture_output=True, text=True, timeout=280, cwd=ROOT)
     if check is not None:
@@ -30,7 +30,7 @@ def layerswap(home: Path, *words: str, study: Path = SMOKE, check: int | None = 
     return done
 
 
-def command(home: Path, *words: str, study: Path = SMOKE) -> list[str]:
+def command(home: Path, *words: str, study: Path = SMALL) -> list[str]:
     return [sys.executable, "-m", "orchestrator.cli", words[0], str(study), "--home", str(home), *words[1:]]
 
 
@@ -55,7 +55,7 @@ def quality(home: Path) -> dict[str, dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home in which the smoke study ran to its end."""
+    """A home in which the study ran to its end."""
     home = tmp_path_factory.mktemp("home")
     done = layerswap(home, "run")
     assert "Traceback" not in done.stdout + done.stderr
@@ -66,7 +66,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_report_has_every_row_and_number(finished: Path) -> None:
     told = records(finished)
     rows = told["records"]
-    assert told["study"] == "smoke"
+    assert told["study"] == "small"
     assert [row["kind"] for row in rows].count("teacher") == 1
     assert {row["name"] for row in rows if row["kind"] == "control"} == {
         "scratch hyena-2", "scratch hyena-4h", "skip 0", "skip 1", "skip 2", "skip all",
@@ -114,7 +114,7 @@ def test_mlflow_nests_study_trial_and_stage_without_doubled_points(finished: Pat
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{finished / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("smoke")
+    experiment = client.get_experiment_by_name("small")
     assert experiment is not None
     runs = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id], max_results=500)}
     role = {run_id: run.data.tags["layerswap.role"] for run_id, run in runs.items()}
@@ -169,11 +169,11 @@ def _no_point_is_lost_or_doubled(home: Path, stage: Path) -> None:
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{home / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("smoke")
+    experiment = client.get_experiment_by_name("small")
     assert experiment is not None
     [run] = client.search_runs([experiment.experiment_id], f"tags.`layerswap.stage` = '{stage.name}'")
     points = [point.step for point in client.get_metric_history(run.info.run_id, "loss/total")]
-    assert points == [*range(10, 60, 10), 60]
+    assert points == [*range(10, 130, 10)]
     assert run.info.status == "FINISHED"
 
 
@@ -189,7 +189,7 @@ def test_a_failed_trial_does_not_stop_the_others_and_the_exit_code_says_so(finis
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{finished / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("smoke")
+    experiment = client.get_experiment_by_name("small")
     assert experiment is not None
     failed = client.search_runs([experiment.experiment_id], "attributes.status = 'FAILED'")
     assert {run.data.tags["layerswap.role"] for run in failed} == {"study", "trial", "stage"}
@@ -273,3 +273,12 @@ def test_early_stopping_ends_a_trial_at_a_stage_boundary_and_stays_decided(finis
     again = layerswap(finished, "run", *change)
     assert len(weights(finished)) == trained
     assert [line for line in again.stdout.splitlines() if "was stopped early after" in line] == stopped
+
+
+@pytest.mark.slow
+def test_the_smoke_study_runs_to_its_end(tmp_path: Path) -> None:
+    smoke = ROOT / "studies" / "smoke.yaml"
+    layerswap(tmp_path, "run", study=smoke)
+    layerswap(tmp_path, "report", "--json", str(tmp_path / "out.json"), study=smoke)
+    rows = json.loads((tmp_path / "out.json").read_text())["records"]
+    assert [row["kind"] for row in rows].count("stage") == 9
