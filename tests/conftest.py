@@ -1,4 +1,4 @@
-"""What several rooms need: a tiny teacher, made once a session, signals as a terminal's programs have them, and an order."""
+"""What several rooms need: a tiny teacher, made once a session, the signals of a program in a terminal, an order."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def project(linear: nn.Module, x_BIL: Tensor) -> Tensor:
     if x_BIL.shape[-1] <= FEW_POSITIONS or not plain(linear) or linear.bias is None:
         return cast(Tensor, linear(x_BIL.transpose(1, 2))).transpose(1, 2)
     device = x_BIL.device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.is_autocast_enabled(device) or x_BIL.dtype == torch.float64:  # which autocast leaves alone
         return torch.baddbmm(linear.bias[:, None], linear.weight.expand(x_BIL.shape[0], -1, -1), x_BIL)
     narrow_BIL = x_BIL.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):

@@ -145,6 +145,15 @@ def test_autocast_changes_the_dtype_of_projections_only(case: str) -> None:
 
 
 @every_case
+def test_autocast_leaves_a_float64_model_alone(case: str) -> None:
+    operator, x_BLD = make(case).double(), draw(B, 40, D).double()
+    plain = [operator(x_BLD), extended(operator, x_BLD, [20, 1, 19])]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = [operator(x_BLD), extended(operator, x_BLD, [20, 1, 19])]
+    assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
+
+
+@every_case
 def test_a_bfloat16_model_computes_its_middle_in_float32(case: str) -> None:
     operator, x_BLD = make(case), draw(B, 40, D)
     expected = operator(x_BLD)
