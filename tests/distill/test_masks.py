@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor
 from transformers import MistralConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -91,6 +93,35 @@ def test_packed_documents_have_each_its_own_logits_and_gradients(
     )
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    placed=st.sampled_from(list(PLACED)),
+    rows=st.lists(st.lists(st.integers(1, 12), min_size=1), min_size=1, max_size=3),
+)
+def test_packed_documents_do_not_see_each_other(tiny_teacher: Path, placed: str, rows: list[list[int]]) -> None:
+    """Rows of any documents, each row's last one as long as fills the longest row."""
+    longest = min(48, max(map(sum, rows)))
+    student = student_of(tiny_teacher, PLACED[placed])
+    ids_BL = torch.randint(300, (len(rows), longest), generator=torch.Generator().manual_seed(0))
+    sizes = [_filled(row, longest) for row in rows]
+    mask_B1LL = torch.cat([documents(*row) for row in sizes])
+    position_BL = torch.stack([torch.cat([torch.arange(size) for size in row]) for row in sizes])
+    with torch.no_grad():
+        packed_BLV = student(ids_BL, attention_mask=mask_B1LL, position_ids=position_BL, use_cache=False).logits
+        for ids_L, packed_LV, row in zip(ids_BL, packed_BLV, sizes, strict=True):
+            alone = [student(part[None], use_cache=False).logits[0] for part in ids_L.split(row)]
+            torch.testing.assert_close(packed_LV, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+def _filled(sizes: list[int], length: int) -> list[int]:
+    """The sizes as far as they fit, and one more that fills the rest."""
+    kept: list[int] = []
+    for size in sizes:
+        if sum(kept) + size <= length:
+            kept.append(size)
+    return [*kept, length - sum(kept)] if sum(kept) < length else kept
 
 
 def test_documents_go_through_an_operator_as_batches_and_come_back_in_their_order() -> None:
