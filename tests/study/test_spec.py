@@ -61,13 +61,13 @@ SPECS: dict[str, Any] = {
 # A change of these is a new identity of every stage computed so far: say so in the CHANGELOG, and raise STAGE_VERSION
 # where the same specification would give another result.
 KEYS = {
-    "tokens": "a438b21de0f4c8fc3de2c274b98d1d13cc1add2708807beb5b9d7f2ce421257f",
-    "import": "253735f99ebd5815835ee7322ec5ad691c0f9dd844dfb9be4cc0835ff1292778",
-    "teacher": "1142cb9e82061c4d552cb30622982b53fee40330000577cd16a65e71b9a477c3",
-    "distil": "dbba79d542b74491c796290639df9db75595836677385223f978eec2870cfb49",
-    "scratch": "e88e6e45054f3976c113af385288aff0853e4835c54836d723766f5e032cf57c",
-    "evaluate": "55dd1a82ad7b0b5374793f78dcb9c65bacaebc947338218546a0bfe04f375f0b",
-    "throughput": "985e89a9de0777c638fad44d79b7d893f19afcc34ab450640f022fb69a8a4baf",
+    "tokens": "0d6c7a6cc5a1f735b5a9b369403c4b25fb12ed4d677a982ba2d07ac3ccd8bb82",
+    "import": "9d47527e0def3bb48fec2305ae950c0be933bd01952ce8e1257ea12657790932",
+    "teacher": "ba4cf70157ba1f66315ba63b81c8d3d692fe8a099a33b59969971c146d83bd3e",
+    "distil": "cd8177f8b1103abd8a6b41521a7093caa45225e7290465998ca86d9477701e08",
+    "scratch": "150da7f456ea675a7abd9898d5ee02727dd02e9a3eab50b52a2a38ad7d98a125",
+    "evaluate": "9c2544d21e6054faa5b1cb423dc8c4a2a84d65e91461451fd2b4cae0c72304ca",
+    "throughput": "bfdf6ab06525f5819057184a3f34fe9e1421488593fafc33807c653bc099bd8e",
 }
 WORDS = {  # another value for a field whose words are given
     "source": "jsonl", "method": "adamw", "dtype": "bfloat16", "window": "linear", "init": "random",
