@@ -56,7 +56,8 @@ def main(words: Sequence[str] | None = None) -> int:
             print("\n".join(f"{m.id}  {m.path}:{m.line}  {m.kind}\n    - {m.before}\n    + {m.after}" for m in chosen))
             continue
         began = time.monotonic()
-        verdicts = decide(ROOT, chosen, ROOMS[room].test_files(), options)
+        test_files = options.tests.split(",") if options.tests else ROOMS[room].test_files()
+        verdicts = decide(ROOT, chosen, test_files, options)
         text = summary(room, options, verdicts, time.monotonic() - began)
         print(f"\n{text}", flush=True)
         if options.json:
@@ -160,6 +161,7 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
     parser.add_argument("--file", help="only mutants of these files, with commas")
     parser.add_argument("--only", help="only mutants with these ids, with commas; prints what their tests print")
+    parser.add_argument("--tests", help="only these files of tests, with commas")
     parser.add_argument("--list", action="store_true", help="print the mutants and run none")
     parser.add_argument("--most", type=float, default=60.0, help="CPU seconds of tests for a mutant")
     parser.add_argument("--ray", action="store_true", help="with the tests marked ray or slow")
