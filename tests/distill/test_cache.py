@@ -184,3 +184,10 @@ def test_what_was_padded_goes_along_when_sequences_are_chosen(tiny_teacher: Path
     cache.batch_select_indices(torch.tensor([0, 2]))
     cache.batch_repeat_interleave(2)
     assert held.padded_B.tolist() == [False, False, True, True]
+
+
+def test_keys_of_a_single_position_are_refused_too(tiny_teacher: Path, ids: Tensor) -> None:
+    cache = filled(load_teacher(tiny_teacher), ids[:, :1]).past_key_values
+    student = student_of(tiny_teacher, {1: HyenaConfig(heads=4)})
+    with pytest.raises(ValueError, match=r"has keys and values of layer 1, which is swapped: start a new cache$"):
+        filled(student, ids[:, 1:2], cache)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from orchestrator.distill.context import newest_step
+from orchestrator.distill.models.student import load_teacher
+from orchestrator.distill.stage import run_stage
 from orchestrator.distill.training import journal as journal_module
 from orchestrator.distill.training import loop
 from orchestrator.distill.training.journal import NAME, Journal, read_journal
 from orchestrator.distill.training.loop import Stopped, Training, prepare, train
 from orchestrator.study.schema import Numerics, Optimizer
+from orchestrator.study.spec import Architecture, TeacherSpec
 
 STEADY = Optimizer(method="adamw", warmup=0.0, decay=0.0)
 
@@ -122,3 +127,18 @@ def test_a_line_has_the_time_to_the_millisecond(tmp_path: Any, monkeypatch: pyte
     journal.write(2, 20, {"loss": 1.0})
     journal.close()
     assert read_journal(tmp_path) == [{"step": 2, "tokens": 20, "time": 1234.568, "metrics": {"loss": 1.0}}]
+
+
+def test_a_budget_of_tokens_is_whole_batches(place: Any, tmp_path: Any) -> None:
+    np.arange(60, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    (tmp_path / "tokens.json").write_text(json.dumps({"dtype": "uint16"}))
+    shape = Architecture(layers=1, hidden=8, heads=1, intermediate=8, max_length=6, vocabulary=60)
+    spec = TeacherSpec(
+        tokens="t", architecture=shape, token_budget=40, batch_size=2, sequence_length=6, optimizer=STEADY,
+        numerics=Numerics(), seed=0,
+    )  # fmt: skip
+    made = place(inputs={"tokens": tmp_path})
+    result = run_stage(spec, made)
+    assert (result["tokens"], result["resumed_at"]) == (36, 0)
+    assert result["parameters"] == sum(p.numel() for p in load_teacher(made.out).parameters())
+    assert [(line["step"], line["tokens"]) for line in read_journal(made.journal)] == [(2, 24), (3, 36)]

@@ -22,6 +22,7 @@ from operators.config import (
     SkipConfig,
 )
 from orchestrator.distill.context import Workplace
+from orchestrator.distill.models import student as student_module
 from orchestrator.distill.models.student import (
     STUDENT,
     WEIGHTS,
@@ -279,7 +280,49 @@ def test_what_lies_in_a_students_folder(teacher: Any, tiny_teacher: Path, tmp_pa
     }
 
 
-def test_loading_a_model_draws_no_progress_bars() -> None:
+def test_loading_a_model_draws_no_progress_bars(tiny_teacher: Path) -> None:
     from transformers.utils import logging
 
+    load_teacher(tiny_teacher)
     assert not logging.is_progress_bar_enabled()
+
+
+def test_what_a_folder_says_of_outputs_does_not_count(
+    place: Any, tiny_teacher: Path, tmp_path: Path, teacher: Any
+) -> None:
+    folder = tmp_path / "said"
+    shutil.copytree(tiny_teacher, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"output_hidden_states": True, "output_attentions": True, "return_dict": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    made: Workplace = place(locations={"f": Location(files=(str(folder),))})
+    import_teacher(ImportSpec(fingerprint="f"), made)
+    ids = torch.arange(12)[None]
+    for model in (load_teacher(folder), random_like(folder, seed=1).eval(), load_teacher(made.out)):
+        output = model(ids)
+        assert output.hidden_states is None and output.attentions is None
+        assert output.logits.shape == teacher(ids).logits.shape
+    left = json.loads((made.out / "config.json").read_text())
+    assert not left.get("output_hidden_states") and not left.get("output_attentions")
+
+
+def test_a_teacher_of_the_hub_is_that_of_its_revision(
+    place: Any, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def at_home(kind: Any) -> Any:
+        real = kind.from_pretrained
+
+        def load(name: str, *, revision: str, **more: Any) -> Any:
+            asked.append((kind.__name__, name, revision))
+            return real(tiny_teacher, **more)
+
+        return load
+
+    for kind in (student_module.AutoModelForCausalLM, student_module.AutoTokenizer):
+        monkeypatch.setattr(kind, "from_pretrained", at_home(kind))
+    made: Workplace = place(locations={"f": Location(hub="a/b", revision="0123abcd")})
+    import_teacher(ImportSpec(fingerprint="f"), made)
+    wanted = [(name, "a/b", "0123abcd") for name in ("AutoModelForCausalLM", "AutoTokenizer")]
+    assert asked == wanted and (made.out / "model.safetensors").exists()

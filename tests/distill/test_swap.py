@@ -196,6 +196,12 @@ def test_weights_that_are_no_usual_numbers_are_refused(teacher: Any) -> None:
         swap(teacher, [1], HyenaConfig(), generator())
 
 
+def test_attention_without_weights_is_refused(teacher: Any) -> None:
+    family_of(teacher).layers(teacher)[1].attention = torch.nn.Identity()
+    with pytest.raises(ValueError, match=r"^the attention of layer 1 has no weights: load the model"):
+        swap(teacher, [1], HyenaConfig(), generator())
+
+
 @every_hybrid
 def test_attention_weights_stand_at_their_layers_place(
     tiny_teacher: Path, ids: torch.Tensor, layers: tuple[int, ...]

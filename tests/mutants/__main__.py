@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import queue
+import signal
 import sys
 import time
 from collections import Counter
@@ -174,4 +175,5 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no copy stays behind
     sys.exit(main())
