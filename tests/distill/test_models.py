@@ -34,11 +34,12 @@ from orchestrator.distill.models.student import (
     random_like,
     save_student,
 )
-from orchestrator.distill.models.swap import SwappedAttention, attention_of, swap
+from orchestrator.distill.models.swap import SwappedAttention, attention_of, swap, swapped
 from orchestrator.study.pretrained import SHAPES
 from orchestrator.study.sources import Location
 from orchestrator.study.spec import Architecture, ImportSpec
 
+EARLIER = Path(__file__).parents[1] / "data" / "earlier"
 SHAPE = Architecture(layers=2, hidden=32, heads=4, intermediate=64, max_length=64, vocabulary=300)
 MIXED: dict[int, OperatorConfig] = {
     0: HyenaConfig(heads=4, filter=ImplicitFilterConfig(width=8, window="linear")),
@@ -326,3 +327,13 @@ def test_a_teacher_of_the_hub_is_that_of_its_revision(
     import_teacher(ImportSpec(fingerprint="f"), made)
     wanted = [(name, "a/b", "0123abcd") for name in ("AutoModelForCausalLM", "AutoTokenizer")]
     assert asked == wanted and (made.out / "model.safetensors").exists()
+
+
+def test_a_student_that_an_earlier_version_saved_is_still_itself() -> None:
+    """Files of `tests/data/earlier`: names, shapes and meaning of what is stored have not changed since."""
+    student = load_student(EARLIER / "student", load_teacher(EARLIER / "teacher")).eval()
+    kinds = [type(placed.operator).__name__ for placed in swapped(student)]
+    assert kinds == ["ChannelHyena", "HeadHyena", "HeadHyena"]
+    with torch.no_grad():
+        logits = student(torch.arange(40)[None] % 64).logits
+    torch.testing.assert_close(logits, load_file(EARLIER / "logits.safetensors")["logits"], rtol=1e-5, atol=1e-5)
