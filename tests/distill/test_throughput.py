@@ -151,4 +151,4 @@ def test_the_peak_of_a_process_is_told_in_megabytes_since_it_was_forgotten() -> 
     after = module._peak_mb("cpu")
     assert 45 <= after - before <= 60 and len(held)
     del held
-    assert module._peak_mb("cpu") == after
+    assert module._peak_mb("cpu") == pytest.approx(after, abs=5)  # a peak, not what is held now; Linux counts roughly

@@ -112,7 +112,31 @@ def decide(root: Path, chosen: list[Mutant], test_files: list[str], options: arg
 
         with concurrent.futures.ThreadPoolExecutor(len(copies)) as pool:
             list(pool.map(work, copies))
+        _take_back(copies, verdicts, covering)
     return sorted(verdicts, key=lambda v: (v.mutant.path, v.mutant.line))
+
+
+def _take_back(copies: list[Copy], verdicts: list[Verdict], covering: Covering) -> None:
+    """Run every test that has killed alone and without a mutation: what it killed survived where it fails then too."""
+    waiting: queue.Queue[str] = queue.Queue()
+    for test in sorted(
+        {verdict.by for verdict in verdicts if verdict.state == "killed" and verdict.by in covering.cpu}
+    ):
+        waiting.put(test)
+
+    def work(copy: Copy) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                test = waiting.get_nowait()
+                reply = copy.ask("run", LONGEST, tests={test: LONGEST})
+                if reply["code"] != 0:
+                    print(f"fails now and then without any mutation: {test}\n{reply['output']}", flush=True)
+                    for verdict in verdicts:
+                        if verdict.by == test:
+                            verdict.state, verdict.by = "survived", ""
+
+    with concurrent.futures.ThreadPoolExecutor(len(copies)) as pool:
+        list(pool.map(work, copies))
 
 
 def _decided(copy: Copy, root: Path, mutant: Mutant, covering: Covering, most: float) -> Verdict:
