@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import socket
+import sqlite3
 import sys
 import uuid
 from enum import StrEnum
@@ -250,11 +251,14 @@ def ui(
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from orchestrator.record.database import renew_places
 
-    renew_places(place)
-    os.chdir(place.root)  # the server imports what lies in its working directory
-    print(f"MLflow UI on http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
+    try:
+        renew_places(place)
+    except sqlite3.Error as error:
+        _bad_input(f"{place.root / 'mlflow.db'} cannot be read ({error}): `layerswap doctor` says what to do about it")
     where = ["--backend-store-uri", place.database, "--default-artifact-root", place.artefacts]
     command = [sys.executable, "-m", "mlflow", "server", *where, "--host", "127.0.0.1", "--port", str(port)]
+    print(f"MLflow UI on http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
+    os.chdir(place.root)  # the server imports what lies in its working directory
     os.execv(sys.executable, command)
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from orchestrator.cli import app
 from orchestrator.record.commands import commands_of
@@ -43,3 +48,33 @@ def test_where_only_the_study_was_given_they_are_the_plain_ones(monkeypatch: pyt
 def test_numbers_are_written_as_people_write_them() -> None:
     told = commands("run", "--checkpoint-seconds", "15.0", "--gpus-per-stage", "1e-1")["run"]
     assert told == "layerswap run s.yaml --gpus-per-stage 0.1 --checkpoint-seconds 15"
+
+
+@pytest.fixture
+def ui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
+    """A working directory with a home of that name; gets the commands that take the place of this process."""
+    (tmp_path / "home").mkdir()
+    with sqlite3.connect(tmp_path / "home" / "mlflow.db") as database:
+        database.execute("CREATE TABLE experiments (name, artifact_location)")
+    monkeypatch.chdir(tmp_path)
+    commands: list[Sequence[str]] = []
+    monkeypatch.setattr("os.execv", lambda _, command: commands.append(command))
+    return commands
+
+
+def test_the_ui_serves_the_database_of_a_home_that_is_named_from_here(ui: list[Sequence[str]], tmp_path: Path) -> None:
+    assert CliRunner().invoke(app, ["ui", "s.yaml", "--home", "home"]).exit_code == 0
+    (command,) = ui
+    assert command[command.index("--backend-store-uri") + 1] == f"sqlite:///{tmp_path}/home/mlflow.db"
+    assert command[command.index("--default-artifact-root") + 1] == f"file://{tmp_path}/home/mlartifacts"
+    assert Path.cwd() == tmp_path / "home"
+
+
+def test_the_ui_of_what_is_no_database_says_so_in_a_line(ui: list[Sequence[str]], tmp_path: Path) -> None:
+    (tmp_path / "home" / "mlflow.db").write_bytes(b"no database at all, but as long as one" * 100)
+    result = CliRunner().invoke(app, ["ui", "s.yaml", "--home", "home"])
+    assert (result.exit_code, ui) == (2, [])
+    assert (
+        result.stderr
+        == "home/mlflow.db cannot be read (file is not a database): `layerswap doctor` says what to do about it\n"
+    )
