@@ -126,7 +126,7 @@ STUDIES: list[Row] = [
     ("number as a key", study(("  keep: []", "  1: []")), at % "18:3" + "schedule: a key must be a plain word, got 1"),
     ("null as a key", study(("  keep: []", "  ~: []")), at % "18:3" + "schedule: a key must be a plain word, got ~"),
     ("true as a key", study(("  keep: []", "  true: []")), at % "18:3" + "schedule: a key must be a plain word, got true"),
-    ("name of 300 characters", study(("study: tiny", f"study: {'a' * 300}")), at % "1:1" + 'study: must have at most 128 characters, got "aaa'),
+    ("name of 300 characters", study(("study: tiny", f"study: {'a' * 300}")), at % "1:1" + r'study: must have at most 128 characters, got "a{79} \.\.\.$'),
     ("set a name of 129 characters", words("--set", f"study={'a' * 129}"), "^--set .*: study: must have at most 128 characters"),
     ("name that is a path", study(("study: tiny", "study: ../tiny")), at % "1:1" + 'study: must match .*, got "../tiny"'),
     ("name that is null", study(("study: tiny", "study: null")), at % "1:1" + "study: must be a text, got null"),

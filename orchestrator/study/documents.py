@@ -147,7 +147,7 @@ def _told(path: Path, text: str, line: int, cut: bool = False) -> Iterator[tuple
         if str(error).startswith("Expecting ','"):  # it is missing where the value before it ends
             where = len(text[:where].rstrip())
         line += text.count("\n", at, where)
-        said = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        said = re.sub("( starting)? at$", "", error.msg) if isinstance(error, json.JSONDecodeError) else str(error)
         raise DataError(
             f"{path}, line {line}, is no JSON record ({said}): write one object a line, or a list of objects"
         ) from error

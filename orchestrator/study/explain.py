@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from orchestrator.study.schema import Study
 
 Path_ = tuple[str | int, ...]
+MOST_SHOWN = 80  # characters of a value
 SWEPT = ("operator", "schedule", "recipe", "numerics", "seed")
 NUMBER = re.compile(
     r"^[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
@@ -48,7 +49,7 @@ def explain(values: Any, places: Collection[Path_], problems: Sequence[Any]) -> 
         if not told:
             given = shapes[0][0]["input"]
             wanted = ", or ".join(dict.fromkeys(_wanted(problem["msg"]) for problem, _ in shapes))
-            told = [f"must be {wanted}, got {json.dumps(given)}{_spelling(wanted, given)}"]
+            told = [f"must be {wanted}, got {_shown(given)}{_spelling(wanted, given)}"]
         lines += [(path, said) for said in dict.fromkeys(told)]
     return lines
 
@@ -96,10 +97,16 @@ def _message(path: Path_, problem: Any, model: Any) -> str:
         case "value_error":
             return str(problem["ctx"]["error"])
         case "string_pattern_mismatch":
-            return f"must match {problem['ctx']['pattern']}, got {json.dumps(problem['input'])}"
+            return f"must match {problem['ctx']['pattern']}, got {_shown(problem['input'])}"
         case _:
             rule = problem["msg"].split(" should ", 1)[-1].removesuffix(" after validation")
-            return f"must {rule}, got {json.dumps(problem['input'], default=str)}"
+            return f"must {rule}, got {_shown(problem['input'])}"
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON, of a long one its beginning."""
+    told = json.dumps(value, default=str)
+    return told if len(told) <= MOST_SHOWN else f"{told[:MOST_SHOWN]} ..."
 
 
 def _wanted(message: str) -> str:

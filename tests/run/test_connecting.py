@@ -297,7 +297,8 @@ def test_ray_is_known_by_the_frame_that_it_answers(
     monkeypatch: pytest.MonkeyPatch, answer: bytes | OSError, is_ray: bool
 ) -> None:
     wire, asked = Wire(answer), list[Any]()
-    monkeypatch.delenv("RAY_USE_TLS", raising=False)
+    for name in ("RAY_USE_TLS", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(preflight.socket, "create_connection", lambda at, timeout: asked.append((at, timeout)) or wire)
     if is_ray:
         preflight._knock("[::1]:6379")

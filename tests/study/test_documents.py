@@ -66,7 +66,7 @@ def test_the_beginning_of_a_file_gives_the_first_texts_wherever_it_ends(layout: 
     ("raw", "line", "said"),
     [
         (b'{"text": "x"}\n{"text": "x"\n{"text": "x"}\n', 2, "Expecting ',' delimiter"),
-        (b'{"text": "x"}\n{"text": "x\n{"text": "x"}\n', 2, "Invalid control character at"),
+        (b'{"text": "x"}\n{"text": "x\n{"text": "x"}\n', 2, "Invalid control character)"),
         (b'{"text": "x"}\n\n\n{"text" "x"}', 4, "Expecting ':' delimiter"),
         (b'{"text": "x"}\nplain words\n', 2, "Expecting value"),
         (b'{"text": "x"} {"text": "x"}, {"text": "x"}\n', 1, "Expecting value"),
