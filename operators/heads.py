@@ -135,7 +135,8 @@ class HeadHyena(Hyena):
         if isinstance(filters, Tensor) or state is None or state.length == 0 or q_BHKn.shape[-1] > 1:
             return self._mix(q_BHKn, k_BHKT, v_BHVT, _first(filters, length))
         seen = min(length, filters.taps)
-        k_BHKT, v_BHVT = (part.narrow(-1, length - seen, seen) for part in (k_BHKT, v_BHVT))
+        if seen < length:
+            k_BHKT, v_BHVT = (part.narrow(-1, length - seen, seen) for part in (k_BHKT, v_BHVT))
         return mix_step(self._scaled(q_BHKn), k_BHKT, v_BHVT, filters.reversed(seen), self.degree)
 
     def _from_memory(

@@ -45,7 +45,7 @@ class History:
     def append(self, start: int, new: Tensor) -> Tensor:
         """`write`, but returns the history (B, ..., start + n): `new` itself where nothing was before it."""
         buffer = self.write(start, new)
-        return new if start == 0 else buffer[..., : start + new.shape[-1]]
+        return new if start == 0 else buffer.narrow(-1, 0, start + new.shape[-1])
 
     def first(self, length: int) -> Tensor:
         """What the first `length` positions have, (B, ..., length)."""

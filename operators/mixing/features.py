@@ -65,7 +65,9 @@ class Layout:
 
     def parts(self, u_BEL: Tensor) -> list[Tensor]:
         """Queries, keys, values and gates, (B, H, rows of a head, L) each."""
-        return [u_BEL[:, rows].unflatten(1, (self.heads, -1)) for rows in self.rows_of(slice(0, self.heads))]
+        batch, _, length = u_BEL.shape
+        parts = u_BEL.split_with_sizes([self.heads * rows for rows in self.rows], 1)
+        return [part.view(batch, self.heads, -1, length) for part in parts]
 
 
 def features(

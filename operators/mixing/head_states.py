@@ -87,16 +87,10 @@ def first_state(batch: int, recurrence: Recurrence, key_width: int, value_width:
 def step(
     q_BHK1: Tensor, k_BHK1: Tensor, v_BHV1: Tensor, state_BHSKV: Tensor, recurrence: Recurrence
 ) -> tuple[Tensor, Tensor]:
-    """One more position, in float32 or float64.
-
-    Returns:
-        Its mixed values (B, H, V, 1) and the state after it: the one that was given, unless gradients are asked for.
-    """
+    """One more position, in float32 or float64: its mixed values (B, H, V, 1), and the state, changed in place."""
     values_BH1V = v_BHV1.transpose(2, 3)
     new_BH1KV = (k_BHK1 * values_BH1V)[:, :, None].to(state_BHSKV.dtype)
-    if new_BH1KV.requires_grad:
-        state_BHSKV = new_BH1KV + state_BHSKV * recurrence.decay_HS11
-    elif state_BHSKV.is_complex():  # which torch is slow at in one operation
+    if state_BHSKV.is_complex():  # which torch is slow at in one operation
         state_BHSKV.mul_(recurrence.decay_HS11).add_(new_BH1KV)
     else:
         torch.addcmul(new_BH1KV, state_BHSKV, recurrence.decay_HS11, out=state_BHSKV)
