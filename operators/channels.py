@@ -96,6 +96,8 @@ class ChannelHyena(Hyena):
         """See `Hyena.whole`: one pass, `gated` or the compiled core's."""
         if state is None and accelerated(p_BEL) and takes_by_kernels(p_BEL, self.short_weight):
             return self._one_pass_gpu(p_BEL, mask_BL, filters)
+        if isinstance(filters, Tensor):
+            return self._one_pass_trained(p_BEL, mask_BL, filters)
         one_pass = self._one_pass_native if serves(p_BEL) else self._one_pass
         if state is None:
             return one_pass(p_BEL, mask_BL, filters, [], None)[0]
@@ -107,27 +109,34 @@ class ChannelHyena(Hyena):
             state.filled(index, self._channels(index), z_BDL, known_BDW)
         return y_BDL
 
+    def _one_pass_trained(self, p_BEL: Tensor, mask_BL: Tensor | None, h_CL: Tensor) -> Tensor:
+        """Outputs (B, D, L) that are differentiable."""
+        if serves(p_BEL):
+            return convolve_trained(p_BEL, mask_BL, self.short_weight, self.short_bias, h_CL, self.direct)
+        each = (self.convolutions, self.d_model)
+        with outside_autocast(p_BEL.device.type):
+            return gated_trained(self._inputs(p_BEL, mask_BL), h_CL.unflatten(0, each), self.direct.unflatten(0, each))
+
+    def _inputs(self, p_BEL: Tensor, mask_BL: Tensor | None) -> Inputs:
+        blocks = (self.config.order + 1, self.d_model)
+        short = (self.short_weight.unflatten(0, blocks), self.short_bias.unflatten(0, blocks))
+        return Inputs(p_BEL.unflatten(1, blocks), mask_BL, *short)
+
     def _one_pass(
         self,
         p_BEL: Tensor,
         mask_BL: Tensor | None,
-        filters: Tensor | Filters,
+        filters: Filters,
         rooms: Sequence[Tensor],
         state: ChannelState | None,
     ) -> tuple[Tensor, *tuple[Tensor | None, ...]]:
         """Outputs (B, D, L) and, for a state, what each convolution adds to those after them as far as that is known;
         what each reads goes to `rooms`."""
-        blocks, each = (self.config.order + 1, self.d_model), (self.convolutions, self.d_model)
-        parts = (p_BEL.unflatten(1, blocks), mask_BL, self.short_weight.unflatten(0, blocks))
-        inputs = Inputs(*parts, self.short_bias.unflatten(0, blocks))
+        length = p_BEL.shape[-1]
+        beyond = 0 if state is None else state.beyond(length)
         with outside_autocast(p_BEL.device.type):
-            if isinstance(filters, Tensor):
-                y_BDL = gated_trained(inputs, filters.unflatten(0, each), self.direct.unflatten(0, each), rooms)
-                return y_BDL, *[None] * len(rooms)
-            length = p_BEL.shape[-1]
-            beyond = 0 if state is None else state.beyond(length)
-            y_BDL, *known = gated(inputs, filters.convolution(length, beyond), rooms, beyond)
-            return y_BDL, *known
+            y_BDL, *known = gated(self._inputs(p_BEL, mask_BL), filters.convolution(length, beyond), rooms, beyond)
+        return y_BDL, *known
 
     def _one_pass_gpu(self, p_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters) -> Tensor:
         """The same without a state by the kernels for accelerators, outputs in the dtype of the projections."""
@@ -135,27 +144,24 @@ class ChannelHyena(Hyena):
             h_CL = filters + torch.nn.functional.pad(self.direct[:, None], (0, filters.shape[1] - 1))
         else:
             h_CL = filters.first(p_BEL.shape[-1])
-        blocks, each = (self.config.order + 1, self.d_model), (self.convolutions, self.d_model)
-        short = (self.short_weight.unflatten(0, blocks), self.short_bias.unflatten(0, blocks))
+        each = (self.convolutions, self.d_model)
         with outside_autocast(p_BEL.device.type):
-            return gated_by_kernels(p_BEL.unflatten(1, blocks), mask_BL, *short, h_CL.float().unflatten(0, each))
+            return gated_by_kernels(*self._inputs(p_BEL, mask_BL), h_CL.float().unflatten(0, each))
 
     def _one_pass_native(
         self,
         p_BEL: Tensor,
         mask_BL: Tensor | None,
-        filters: Tensor | Filters,
+        filters: Filters,
         rooms: Sequence[Tensor],
         state: ChannelState | None,
     ) -> tuple[Tensor, *tuple[Tensor | None, ...]]:
         """The same by the compiled core, outputs in the dtype of the projections."""
-        inputs, unknown = (p_BEL, mask_BL, self.short_weight, self.short_bias), [None] * len(rooms)
-        if isinstance(filters, Tensor):
-            return convolve_trained(*inputs, filters, self.direct, rooms), *unknown
         ahead = None
         if isinstance(state, Tiled):
             ahead = open_window(state, p_BEL.shape[-1], self.d_model, self.convolutions)
-        return convolve(*inputs, filters, rooms, ahead), *unknown
+        y_BDL = convolve(p_BEL, mask_BL, self.short_weight, self.short_bias, filters, rooms, ahead)
+        return y_BDL, *[None] * len(rooms)
 
     def between(self, x_B1D: Tensor, p_B1E: Tensor, filters: Filters, state: HyenaState) -> Tensor | None:
         """See `Hyena.between`."""

@@ -85,7 +85,7 @@ class HeadHyena(Hyena):
         parts = self.layout.parts(u_BEL)
         q_BHKL, k_BHKL, v_BHVL = features(parts, self.hedgehog, mask_BL, self.config.normalise)
         if isinstance(state, HeadMemory):
-            return self._finish(self._from_memory(q_BHKL, k_BHKL, v_BHVL, filters, state), parts[2])
+            return self._finish(self._from_memory(q_BHKL, k_BHKL, v_BHVL, state), parts[2])
         if isinstance(state, KeysAndValues):
             k_BHKL = state.keys.append(state.length, k_BHKL)
             v_BHVL = state.values.append(state.length, v_BHVL)
@@ -139,18 +139,14 @@ class HeadHyena(Hyena):
             k_BHKT, v_BHVT = (part.narrow(-1, length - seen, seen) for part in (k_BHKT, v_BHVT))
         return mix_step(self._scaled(q_BHKn), k_BHKT, v_BHVT, filters.reversed(seen), self.degree)
 
-    def _from_memory(
-        self, q_BHKn: Tensor, k_BHKn: Tensor, v_BHVn: Tensor, filters: Tensor | Filters, state: HeadMemory
-    ) -> Tensor:
-        """New positions after a memory of constant size; with filters to differentiate they are the first."""
+    def _from_memory(self, q_BHKn: Tensor, k_BHKn: Tensor, v_BHVn: Tensor, state: HeadMemory) -> Tensor:
+        """New positions after a memory of constant size."""
         recurrence = self._recurrence(state)
         if not state.memory:
             state.memory = [first_state(state.batch, recurrence, k_BHKn.shape[2], v_BHVn.shape[2])]
         go_on = step if q_BHKn.shape[-1] == 1 else extend
-        with torch.no_grad():
-            y_BHVn, later = go_on(self._scaled(q_BHKn), k_BHKn, v_BHVn, state.memory[0], recurrence)
-        state.memory = [later]
-        return self._mix(q_BHKn, k_BHKn, v_BHVn, filters) if isinstance(filters, Tensor) else y_BHVn
+        y_BHVn, state.memory[0] = go_on(self._scaled(q_BHKn), k_BHKn, v_BHVn, state.memory[0], recurrence)
+        return y_BHVn
 
     def _recurrence(self, state: HeadMemory) -> Recurrence:
         """The modes of the filters that the state goes on with."""

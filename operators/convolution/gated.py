@@ -54,22 +54,20 @@ def gated(inputs: Inputs, convolve: Convolve, histories: Sequence[Tensor], beyon
     return [y_BDL, *later]
 
 
-def gated_trained(inputs: Inputs, h_NDL: Tensor, direct_ND: Tensor, histories: Sequence[Tensor]) -> Tensor:
+def gated_trained(inputs: Inputs, h_NDL: Tensor, direct_ND: Tensor) -> Tensor:
     """The same from filters, differentiable by them and by all inputs but the mask."""
-    return cast(Tensor, _Gated.apply(*inputs, h_NDL, direct_ND, histories))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _Gated.apply(*inputs, h_NDL, direct_ND))  # type: ignore[no-untyped-call]
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *given, h_NDL, direct_ND, histories = arguments
-        ctx.save_for_backward(*given, h_NDL, direct_ND)
+        *given, h_NDL, direct_ND = arguments
+        ctx.save_for_backward(*arguments)
         inputs = Inputs(*given)
         y_BDL = _output(inputs)
         for channels, _, u_BPdL in _blocks(inputs):
-            values_BdL, _, gated_BdL = _forward(u_BPdL, _spectrum(h_NDL[:, channels], direct_ND[:, channels]))
-            for history_BDL, z_BdL in zip(histories, gated_BdL, strict=False):
-                history_BDL[:, channels] = z_BdL
+            values_BdL, _ = _forward(u_BPdL, _spectrum(h_NDL[:, channels], direct_ND[:, channels]))
             torch.mul(u_BPdL[:, 0], values_BdL[-1], out=y_BDL[:, channels])
         return y_BDL
 
@@ -88,7 +86,7 @@ class _Gated(torch.autograd.Function):
                 du_BPdL *= inputs.mask_BL[:, None, None].to(du_BPdL.dtype)
             dp, dtaps, dbias = add_taps_adjoint(du_BPdL, p_BPdL, inputs.taps_PDK[:, channels])
             dp_BPDL[:, :, channels], dtaps_PDK[:, channels], dbias_PD[:, channels] = dp, dtaps, dbias
-        return dp_BPDL, None, dtaps_PDK, dbias_PD, dh_NDL, dh_NDL[..., 0], None
+        return dp_BPDL, None, dtaps_PDK, dbias_PD, dh_NDL, dh_NDL[..., 0]
 
 
 def _output(inputs: Inputs) -> Tensor:
@@ -113,23 +111,22 @@ def _spectrum(h_NdL: Tensor, direct_Nd: Tensor) -> Tensor:
     return spectrum_NdF + direct_Nd[..., None]
 
 
-def _forward(u_BPdL: Tensor, spectrum_NdF: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Values before and after each convolution, the spectra of what each reads, and that itself."""
+def _forward(u_BPdL: Tensor, spectrum_NdF: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Values before and after each convolution, and the spectra of what each reads."""
     length = u_BPdL.shape[-1]
     size = fft_size(2 * length - 1)
-    values_BdL, spectra_BdF, gated_BdL = [u_BPdL[:, -1]], [], []
+    values_BdL, spectra_BdF = [u_BPdL[:, -1]], []
     for n, spectrum_dF in enumerate(spectrum_NdF):
-        gated_BdL.append(u_BPdL[:, -2 - n] * values_BdL[-1])
-        spectra_BdF.append(torch.fft.rfft(gated_BdL[-1], size))
+        spectra_BdF.append(torch.fft.rfft(u_BPdL[:, -2 - n] * values_BdL[-1], size))
         values_BdL.append(torch.fft.irfft(spectra_BdF[-1] * spectrum_dF, size)[..., :length])
-    return values_BdL, spectra_BdF, gated_BdL
+    return values_BdL, spectra_BdF
 
 
 def _backward(u_BPdL: Tensor, spectrum_NdF: Tensor, grad_BdL: Tensor, dh_NdL: Tensor) -> Tensor:
     """Gradients by `u`; those by filters are written to `dh`."""
     length = u_BPdL.shape[-1]
     size = fft_size(2 * length - 1)
-    values_BdL, transformed_BdF, _ = _forward(u_BPdL, spectrum_NdF)
+    values_BdL, transformed_BdF = _forward(u_BPdL, spectrum_NdF)
     du_BPdL = torch.empty_like(u_BPdL)
     torch.mul(grad_BdL, values_BdL.pop(), out=du_BPdL[:, 0])
     dvalue_BdL = grad_BdL * u_BPdL[:, 0]

@@ -1,7 +1,7 @@
 """Going on from a state: prefill, chunks and steps of every Hyena.
 
 Prefill is the pass over whole sequences, which fills the state; a chunk convolves history and chunk; a step is a few
-operations. States hold no gradients: where these are asked for after the first call, all positions are computed again.
+operations. States hold no gradients: where these are asked for, the state remembers the inputs and `forward` computes.
 
 Shapes: B batch, n new positions, L positions, T positions seen, D model width, E rows of the projection, K taps, C
 filters.
@@ -51,8 +51,8 @@ class Extending(KeptFilters, ABC):
     ) -> Tensor:
         """What lies between the projections, (B, D, L), in u's precision and outside autocast.
 
-        Filters are a tensor (C, L) where they are to be differentiated, else frozen ones. With a state the positions
-        follow those it has seen.
+        Filters are a tensor (C, L) where they are to be differentiated, which they are without a state only, else
+        frozen ones. With a state the positions follow those it has seen.
         """
 
     def combine_step(self, u_B1E: Tensor, filters: Filters, state: HyenaState) -> Tensor:
@@ -101,8 +101,9 @@ class Extending(KeptFilters, ABC):
         inputs, which makes it exact. With a history the state is as large as a key-value cache (channel-wise of order
         2; half as large again for heads), without one half as large, or constant if it is not croppable.
 
-        Where gradients are on and a parameter or the input wants them, later positions cost what `forward` of all
-        positions costs, and have its gradients, with earlier inputs as constants: decode under `torch.no_grad()`.
+        Where gradients are on and a parameter or the input wants them, new positions cost what `forward` of all
+        positions costs, and have its gradients, with earlier inputs as constants; of them the state keeps the inputs,
+        from which a later call without gradients computes the rest: decode under `torch.no_grad()`.
 
         Args:
             x_BLD: inputs of the new positions.
@@ -122,7 +123,7 @@ class Extending(KeptFilters, ABC):
         if batch == 0:
             state.length = stop
             return self.of_no_sequences(x_BLD), state
-        if start > 0 and torch.is_grad_enabled() and self._differentiated(x_BLD):
+        if torch.is_grad_enabled() and self._differentiated(x_BLD):
             return self._extend_with_gradients(x_BLD, state, mask_BL), state
         if state.behind:
             self._catch_up(state)
@@ -133,14 +134,13 @@ class Extending(KeptFilters, ABC):
         if start == 0:
             p_BEL = masked(self.project(self.in_proj, state.keep_input(x_BLD.transpose(1, 2))), mask_BL)
             state.keep_mask(mask_BL, x_BLD)
-            filters = self.filter(stop) if torch.is_grad_enabled() else state.filters
-            y_BDn = self.whole(p_BEL, mask_BL, filters, state)
+            y_BDn = self.whole(p_BEL, mask_BL, state.filters, state)
         else:
             u_BEn, mask_Bn, p_BEL = self._project_onwards(x_BLD, state, mask_BL)
             with outside_autocast(x_BLD.device.type):
                 y_BDn = self.combine(u_BEn, mask_Bn, state.filters, state)
         first_kept = max(0, p_BEL.shape[-1] - self.config.short_taps + 1)
-        state.recent = tuple(p_BE[:, None].detach().clone() for p_BE in p_BEL[..., first_kept:].unbind(2))
+        state.recent = tuple(p_BE[:, None].clone() for p_BE in p_BEL[..., first_kept:].unbind(2))
         state.length = stop
         if new > 1:
             state.mark()
@@ -173,18 +173,24 @@ class Extending(KeptFilters, ABC):
         return x_BLD.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
 
     def _extend_with_gradients(self, x_BnD: Tensor, state: HyenaState, mask_Bn: Tensor | None) -> Tensor:
-        """`extend` after positions that the state has seen, as the end of `forward` over all of them."""
-        if not state.croppable:
+        """`extend` as the end of `forward` over all positions; the state falls behind by the new ones."""
+        start, x_BTD = state.length, x_BnD
+        if not state.croppable and start > 0:
             raise ValueError(
                 "gradients after the first call need the inputs of all positions, and this state keeps none: decode "
                 "under torch.no_grad(), or make the state with croppable=True."
             )
-        start = state.length
-        with torch.no_grad():
-            self.extend(x_BnD.detach(), state, mask_Bn)
-        past_BTD = state.inputs.first(start).transpose(1, 2)
-        mask_BT = None if state.mask is None else state.mask.first(state.length).clone()
-        return self(torch.cat([past_BTD, x_BnD], dim=1), mask_BT)[:, start:]  # type: ignore[no-any-return]
+        if not state.croppable:
+            with torch.no_grad():
+                self.extend(x_BnD, state, mask_Bn)
+            return self(x_BnD, mask_Bn)  # type: ignore[no-any-return]
+        if start > 0:
+            x_BTD = torch.cat([state.inputs.first(start).transpose(1, 2), x_BnD], dim=1)
+        state.inputs.write(start, x_BnD.transpose(1, 2))
+        mask_BT = state.keep_mask(mask_Bn, x_BnD)
+        state.length += x_BnD.shape[1]
+        state.behind += x_BnD.shape[1]
+        return self(x_BTD, None if mask_BT is None else mask_BT.clone())[:, start:]  # type: ignore[no-any-return]
 
     def _project_onwards(
         self, x_BLD: Tensor, state: HyenaState, mask_BL: Tensor | None
@@ -207,7 +213,7 @@ class Extending(KeptFilters, ABC):
 
     @torch.no_grad()
     def _catch_up(self, state: HyenaState) -> None:
-        """Compute again what a memory of a constant size has lost by a crop, from the inputs behind the last mark."""
+        """Compute what the state lacks, from its inputs: what a crop or a call with gradients has left it without."""
         first, stop = state.length - state.behind, state.length
         x_BLD = state.inputs.first(stop)[..., first:].transpose(1, 2).clone()
         mask_BT = None if state.mask is None else state.mask.first(stop)[:, first:].clone()

@@ -3,7 +3,7 @@
 `State` counts positions, and has the operations that beam search, contrastive search and speculative decoding ask of a
 cache. `HyenaState` adds what the projections need; the modes are in `channelwise` and `multihead`. Some have a history
 (`history`); others a memory of a constant size (`MemoryState`), which cannot be cropped, but is computed again from the
-inputs behind the last of a few marks, which the next call does.
+inputs behind the last of a few marks. The next call does so, as it does for positions that came with gradients.
 
 A state belongs to the weights it was made with, and owns what it derives from them; after an update of the weights
 start a new one. Copies share what is derived, pickles leave it out. States hold no gradients, and each is one thread's.
@@ -120,10 +120,9 @@ class HyenaState(State):
         mask: of the positions seen, (B, T), where the state is croppable and any was given.
         recent: the projections that the short convolution still sees, (B, 1, E) of each of the last taps - 1 positions,
             the newest last; None after a crop.
-        behind: positions of those seen that a memory of constant size has lost by a crop.
+        behind: the newest positions, of which the state has the inputs alone: those of calls with gradients, and what a
+            memory of constant size has lost by a crop.
     """
-
-    behind = 0
 
     def __init__(self, batch: int, max_length: int, croppable: bool = True) -> None:
         super().__init__(batch, max_length, croppable)
@@ -132,6 +131,7 @@ class HyenaState(State):
         self.inputs = History(max_length, channels_touch=True)
         self.mask: History | None = None
         self.recent: tuple[Tensor, ...] | None = None
+        self.behind = 0
 
     def keep_input(self, new_BDn: Tensor) -> Tensor:
         """The inputs (B, D, T) with the new ones; these alone where the state is not croppable."""
@@ -153,7 +153,7 @@ class HyenaState(State):
         """Remember what a crop cannot restore, for crops to positions behind it."""
 
     def _crop(self, length: int) -> None:
-        self.recent = None
+        self.recent, self.behind = None, max(0, length - (self.length - self.behind))
         if length == 0:
             self.filters = self.short = None  # a new text may come with new weights
 
@@ -184,7 +184,6 @@ class MemoryState(HyenaState):
         super().__init__(batch, max_length, croppable)
         self.memory: list[Tensor] = []
         self.marks: list[Mark] = []
-        self.behind = 0
 
     def mark(self) -> None:
         """Remember the memory as it is now."""

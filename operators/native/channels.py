@@ -68,10 +68,9 @@ def convolve_trained(
     bias_E: Tensor,
     h_CL: Tensor,
     direct_C: Tensor,
-    rooms: Sequence[Tensor],
 ) -> Tensor:
     """`convolve` with gradients of the projections, the short convolution, the filters and the direct term."""
-    inputs = (p_BEL, mask_BL, weight_EK.float(), bias_E.float(), h_CL, direct_C.float(), rooms)
+    inputs = (p_BEL, mask_BL, weight_EK.float(), bias_E.float(), h_CL, direct_C.float())
     return cast(Tensor, _Convolve.apply(*inputs))  # type: ignore[no-untyped-call]
 
 
@@ -85,21 +84,18 @@ class _Convolve(torch.autograd.Function):
         bias_E: Tensor,
         h_CL: Tensor,
         direct_C: Tensor,
-        rooms: Sequence[Tensor],
     ) -> Tensor:
         p_BEL, mask_BL, h_CL = _dense(p_BEL), _floats(mask_BL), h_CL.contiguous()
         ctx.save_for_backward(p_BEL, mask_BL, weight_EK, bias_E, h_CL, direct_C)
         width = _width(p_BEL, h_CL)
         spectra = torch.ops.layerswap.spectrum(h_CL, direct_C, width, p_BEL.shape[-1])
-        return cast(
-            Tensor, torch.ops.layerswap.convolve(p_BEL, mask_BL, weight_EK, bias_E, spectra, width, rooms, None)
-        )
+        return cast(Tensor, torch.ops.layerswap.convolve(p_BEL, mask_BL, weight_EK, bias_E, spectra, width, [], None))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BDL: Tensor) -> tuple[Tensor | None, ...]:
         dp, dweight, dbias, dh, ddirect = torch.ops.layerswap.convolve_backward(_dense(grad_BDL), *ctx.saved_tensors)
-        return dp, None, dweight, dbias, dh, ddirect, None
+        return dp, None, dweight, dbias, dh, ddirect
 
 
 def _width(p_BEL: Tensor, h_CL: Tensor) -> int:

@@ -207,6 +207,31 @@ def test_later_positions_have_gradients_of_all_parameters(case: str, mode: str, 
 
 
 @every_mode
+@pytest.mark.parametrize(("prompt", "kept"), [(0, 24), (0, 20), (12, 24), (12, 18), (12, 10), (12, 0)])
+def test_a_state_goes_on_after_calls_with_gradients(case: str, mode: str, prompt: int, kept: int) -> None:
+    """The state has their inputs alone, which crops and beams change, and computes the rest when it is asked."""
+    operator, x_BLD, mask_BL = make(case).double(), draw(B, 40, D).double(), torch.ones(B, 40, dtype=torch.bool)
+    mask_BL[1, :5] = False
+    state, rows = operator.init_state(B, mode), [2, 0, 1]
+    if prompt:
+        with torch.no_grad():
+            operator.extend(x_BLD[:, :prompt], state, mask_BL[:, :prompt])
+    for part in (slice(prompt, 22), slice(22, 23), slice(23, 24)):
+        y_BnD, _ = operator.extend(x_BLD[:, part], state, mask_BL[:, part])
+        assert y_BnD.requires_grad
+    assert state.behind == 24 - prompt
+    state.crop(kept)
+    state.reorder(torch.tensor(rows))
+    joined = torch.cat([x_BLD[rows, :kept], x_BLD[:, kept:]], dim=1)
+    seen_BL = torch.cat([mask_BL[rows, :kept], torch.ones(B, 40 - kept, dtype=torch.bool)], dim=1)
+    with torch.no_grad():
+        parts = [operator.extend(joined[:, t : t + 1], state, None)[0] for t in range(kept, 40)]
+        assert state.behind == 0
+        near = 1e-2 if mode == "modal" and case == "order 3" else 1e-10  # modes that were fitted
+        close(torch.cat(parts, dim=1), operator(joined, seen_BL)[:, kept:], near)
+
+
+@every_mode
 def test_gradients_that_a_state_cannot_give_are_an_error(case: str, mode: str) -> None:
     operator, x_BLD = make(case), draw(B, 30, D)
     _, state = operator.extend(x_BLD[:, :20], operator.init_state(B, mode, croppable=False))

@@ -157,20 +157,6 @@ def test_batch_operations_carry_what_is_remembered_and_the_marks(name: str, mode
     close(torch.cat(parts, dim=1), operator(joined)[:, 24:])
 
 
-@every_mode
-def test_a_step_and_a_chunk_have_gradients_to_their_own_inputs(name: str, mode: str) -> None:
-    operator, x_BLD = operator_of(name).double(), draw(B, 60, D).double()
-    for new in (1, 9):
-        with torch.no_grad():
-            _, state = operator.extend(x_BLD[:, :30], operator.init_state(B, mode))
-        x_BnD = x_BLD[:, 30 : 30 + new].clone().requires_grad_()
-        operator.extend(x_BnD, state)[0].square().sum().backward()
-        assert x_BnD.grad is not None and x_BnD.grad.any()
-        assert not any(memory.requires_grad for memory in getattr(state, "memory", []))
-        with torch.no_grad():
-            close(operator.extend(x_BLD[:, 30 + new : 31 + new], state)[0], operator(x_BLD)[:, 30 + new : 31 + new])
-
-
 @pytest.mark.parametrize("name", FILTERS)
 def test_a_mode_that_the_filter_does_not_have_is_an_error(name: str) -> None:
     config, modes = FILTERS[name]
