@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from operators.gpu import OPERAND, Kernel, jit, next_power, tl
+from operators.gpu import OPERAND, Kernel, accelerated, jit, next_power, tl
 from operators.gpu.toeplitz import folded, shifted_copies, skewed_sums, toeplitz_tile
 
 SIDE = 64  # M
@@ -202,14 +202,14 @@ def _backward_filter(
     tl.store(to + M + m, far)
 
 
-def takes(dtype: torch.dtype, rows: int, key_width: int, value_width: int, degree: int | None) -> bool:
+def takes(x: Tensor, rows: int, key_width: int, value_width: int, degree: int | None) -> bool:
     """Whether the kernels compute this: bfloat16, heads of at most 128 channels, values a power of two and perhaps one.
 
-    `rows` are heads of all sequences.
+    `x` is anything of the dtype, and where the queries are; `rows` are heads of all sequences.
     """
     main = _main(value_width)
     fitting = key_width <= 128 and 16 <= main <= 128 and value_width - main <= 1
-    return dtype == torch.bfloat16 and fitting and rows < 2**16 and degree != 1
+    return accelerated(x) and x.dtype == torch.bfloat16 and fitting and rows < 2**16 and degree != 1
 
 
 def masked_forward(q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor, degree: int | None) -> Tensor:

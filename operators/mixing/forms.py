@@ -11,17 +11,13 @@ import torch
 from torch import Tensor
 
 from operators.filters.modes import Modes
-from operators.gpu import accelerated
-from operators.gpu.heads import takes
 from operators.mixing.chunked import Bases, mix_chunked
 from operators.mixing.features import Layout
 from operators.mixing.head_states import chunk_of, modal_bases, real_states
-from operators.mixing.masked import mix
+from operators.mixing.masked import Backend, backend_for, mix
 from operators.mixing.smooth import CHUNK, functions_for, smooth_bases
-from operators.native import serves
 
 Form = Literal["masked", "recurrence", "smooth"]
-Backend = Literal["torch", "core", "triton"]
 SMOOTH_FROM = 1200  # positions, measured
 RECURRENCE_FROM = 512  # at least
 KERNELS_UP_TO = 8192  # positions, on accelerators
@@ -33,7 +29,7 @@ class Path:
 
     Attributes:
         form: see `form_of`.
-        backend: what weighs the products: torch, the compiled core, or the kernels for accelerators.
+        backend: see `backend_for`; of the other forms it is torch.
         fused: whether short convolution, features and direct term are in the same pass.
         functions: polynomials of the form "smooth".
     """
@@ -83,7 +79,7 @@ def path_of(
     """
     (batch, length), states = shape, None if modes is None else real_states(modes)
     like = h_HL.new_empty((0, length), dtype=dtype)
-    by_kernels = accelerated(like) and takes(dtype, batch * layout.heads, *layout.mixed, layout.degree)
+    backend = backend_for(like, batch * layout.heads, *layout.mixed, layout.degree)
     form: Form = "masked"
     functions: list[int | None] = []
 
@@ -91,11 +87,11 @@ def path_of(
         functions.append(functions_for(h_HL))
         return functions[0] is not None
 
-    if not (by_kernels and length <= KERNELS_UP_TO) and (like.device.type == "cpu" or states is not None):
+    if not (backend == "triton" and length <= KERNELS_UP_TO) and (like.device.type == "cpu" or states is not None):
         form = form_of(length, layout.mixed[0], dtype, layout.degree, states, fits)
     if form != "masked":
         return Path(form, "torch", fused, functions[0] if form == "smooth" else None)
-    return Path(form, "triton" if by_kernels else "core" if serves(like) else "torch", fused)
+    return Path(form, backend, fused)
 
 
 def weights_for(path: Path, dtype: torch.dtype, h_HL: Tensor, modes: Modes | None) -> tuple[Tensor] | Bases:

@@ -18,11 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from operators.convolution.causal import convolve_taps, convolve_taps_backward
-from operators.gpu import accelerated
-from operators.gpu.heads import takes
 from operators.mixing.chunked import Bases, chunked_backward, chunked_forward, heads_at_a_time
 from operators.mixing.features import Layout, divided, features
-from operators.mixing.masked import groups, masked_backward, masked_forward
+from operators.mixing.masked import Backend, backend_for, groups, masked_backward, masked_forward
 
 
 class Inputs(NamedTuple):
@@ -46,6 +44,7 @@ class _Group(NamedTuple):
     mask_b1L: Tensor | None
     map_GKK: Tensor | None
     weights: tuple[Tensor, ...]
+    how: tuple[int | None, Backend]  # the power's degree, and what weighs the products
 
     def parts(self, inputs: Inputs) -> list[Tensor]:
         """Their rows after the short convolution, zero at padding, (b, G, rows of a head, L) each."""
@@ -68,26 +67,29 @@ class _Group(NamedTuple):
 
 def _groups(inputs: Inputs, weights: tuple[Tensor, ...], layout: Layout) -> Iterator[_Group]:
     p_BEL, mask_BL, *_, map_HKK = inputs
-    for sequences, heads in _chosen(p_BEL, weights, layout):
+    backend = backend_for(p_BEL, len(p_BEL) * layout.heads, *layout.mixed, layout.degree)
+    for sequences, heads in _chosen(p_BEL, weights, layout, backend):
         values = slice(heads.start * layout.value_width, heads.stop * layout.value_width)
         theirs = (
             None if mask_BL is None else mask_BL[sequences, None].to(p_BEL.dtype),
             None if map_HKK is None else map_HKK[heads],
             tuple(weight[heads] for weight in weights),
+            (layout.degree, backend),
         )
         yield _Group(sequences, heads, layout.rows_of(heads), values, *theirs)
 
 
-def _chosen(p_BEL: Tensor, weights: tuple[Tensor, ...], layout: Layout) -> Iterator[tuple[slice, slice]]:
+def _chosen(
+    p_BEL: Tensor, weights: tuple[Tensor, ...], layout: Layout, backend: Backend
+) -> Iterator[tuple[slice, slice]]:
     """Sequences and heads at a time."""
-    (batch, _, length), (key, value) = p_BEL.shape, layout.mixed
+    batch, _, length = p_BEL.shape
     if len(weights) == 1:
-        by_kernels = accelerated(p_BEL) and takes(p_BEL.dtype, batch * layout.heads, key, value, layout.degree)
-        yield from groups(p_BEL[:, :1, None].expand(-1, layout.heads, -1, -1), length, by_kernels)
+        yield from groups(p_BEL[:, :1, None].expand(-1, layout.heads, -1, -1), length, backend)
         return
     for sequence in range(batch):
         every = [slice(0, layout.heads)]
-        for heads in heads_at_a_time(key, length, Bases(*weights)) if p_BEL.device.type == "cpu" else every:
+        for heads in heads_at_a_time(layout.mixed[0], length, Bases(*weights)) if p_BEL.device.type == "cpu" else every:
             yield slice(sequence, sequence + 1), heads
 
 
@@ -100,7 +102,7 @@ class _Fused(torch.autograd.Function):
         mixed_BHVL = y_BDL.new_empty(batch, layout.heads, layout.mixed[1], length) if layout.normalised else None
         for group in _groups(inputs, weights, layout):
             parts = group.parts(inputs)
-            y = _mix(group.features(parts, group.map_GKK, layout), group.weights, layout.degree)
+            y = _mix(group.features(parts, group.map_GKK, layout), group)
             if mixed_BHVL is not None:
                 mixed_BHVL[group.sequences, group.heads] = y
                 y = divided(y)
@@ -149,13 +151,13 @@ def _backward(
 ) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, ...]]:
     """Gradients of the parts, of the map if there is one, and of the weights, from that of the mixed values."""
     if layout.plain:
-        dparts, dweights = _mix_backward([*parts, dmixed], group.weights, layout.degree)
+        dparts, dweights = _mix_backward([*parts, dmixed], group)
         return dparts, [], dweights
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (*parts, *([] if group.map_GKK is None else [group.map_GKK]))]
         count = len(parts)
         mixed = group.features(leaves[:count], None if group.map_GKK is None else leaves[-1], layout)
-    found, dweights = _mix_backward([*(x.detach() for x in mixed), dmixed], group.weights, layout.degree)
+    found, dweights = _mix_backward([*(x.detach() for x in mixed), dmixed], group)
     grads = torch.autograd.grad(mixed, leaves, [dx.to(x.dtype) for dx, x in zip(found, mixed, strict=True)])
     return list(grads[:count]), list(grads[count:]), dweights
 
@@ -168,21 +170,19 @@ def _divided_backward(grad: Tensor, y: Tensor) -> Tensor:
     return found
 
 
-def _mix(parts: tuple[Tensor, Tensor, Tensor], weights: tuple[Tensor, ...], degree: int | None) -> Tensor:
-    if len(weights) == 1:
-        return masked_forward(*parts, weights[0], degree)
+def _mix(parts: tuple[Tensor, Tensor, Tensor], group: _Group) -> Tensor:
+    if len(group.weights) == 1:
+        return masked_forward(*parts, group.weights[0], *group.how)
     q, k, v = (part[0] for part in parts)
-    return chunked_forward(q, k, v, Bases(*weights))[None]
+    return chunked_forward(q, k, v, Bases(*group.weights))[None]
 
 
-def _mix_backward(
-    parts: list[Tensor], weights: tuple[Tensor, ...], degree: int | None
-) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+def _mix_backward(parts: list[Tensor], group: _Group) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """Gradients of queries, keys and values, and of the weights."""
-    if len(weights) == 1:
-        *grads, dh = masked_backward(parts, weights[0], degree)
+    if len(group.weights) == 1:
+        *grads, dh = masked_backward(parts, group.weights[0], *group.how)
         return grads, (dh,)
-    grads, dbases = chunked_backward([part[0] for part in parts], Bases(*weights))
+    grads, dbases = chunked_backward([part[0] for part in parts], Bases(*group.weights))
     return [grad[None] for grad in grads], dbases
 
 

@@ -11,17 +11,16 @@ import torch
 from torch import Tensor
 
 from operators.convolution.causal import compute_dtype
-from operators.native import serves
 
 
-def block_order(q_BHKR: Tensor) -> Callable[[Tensor], Tensor]:
+def block_order(core: bool) -> Callable[[Tensor], Tensor]:
     """What puts positions, the last axis, into the order of a block's rows, and back."""
-    return torch.Tensor.contiguous if serves(q_BHKR) else _flip
+    return torch.Tensor.contiguous if core else _flip
 
 
-def weigh(products_BHRS: Tensor, h_HS: Tensor, degree: int | None) -> Tensor:
+def weigh(products_BHRS: Tensor, h_HS: Tensor, degree: int | None, core: bool) -> Tensor:
     """f of the products of the last R of S positions times h by lag, 0 for keys behind their query; overwrites."""
-    if serves(products_BHRS):
+    if core:
         torch.ops.layerswap.weigh(products_BHRS, h_HS.float().flip(-1), degree or 0)
         return products_BHRS
     h_HS = h_HS.to(products_BHRS.dtype) if degree is None else h_HS
@@ -31,11 +30,11 @@ def weigh(products_BHRS: Tensor, h_HS: Tensor, degree: int | None) -> Tensor:
 
 
 def weigh_backward(
-    products_BHRS: Tensor, grad_BHRS: Tensor, h_HS: Tensor, degree: int | None
+    products_BHRS: Tensor, grad_BHRS: Tensor, h_HS: Tensor, degree: int | None, core: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `weigh` gives, and from the gradient of that the gradients of the products and of h; overwrites both."""
     dtype, rows = products_BHRS.dtype, products_BHRS.shape[-2]
-    if serves(products_BHRS):
+    if core:
         reversed_HS = h_HS.float().flip(-1)
         dreversed_HS = torch.zeros_like(reversed_HS)
         torch.ops.layerswap.weigh_backward(products_BHRS, grad_BHRS, reversed_HS, dreversed_HS, degree or 0)

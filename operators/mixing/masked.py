@@ -18,18 +18,20 @@ S keys that a block sees. Positions are last throughout.
 """
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from operators.convolution.causal import compute_dtype
-from operators.gpu import accelerated
 from operators.gpu.heads import masked_backward as backward_by_kernels
 from operators.gpu.heads import masked_forward as forward_by_kernels
 from operators.gpu.heads import takes
 from operators.mixing.lags import block_order, power, weigh, weigh_backward
+from operators.native import serves
+
+Backend = Literal["torch", "core", "triton"]
 
 ROWS, ROWS_BFLOAT16 = 64, 128  # of a block, measured
 SCRATCH = 2**19  # products of a block in bfloat16, so that they stay in the cache
@@ -54,19 +56,24 @@ def _within(h_HT: Tensor, keys: slice) -> Tensor:
     return h_HS if h_HS.shape[1] == seen else torch.nn.functional.pad(h_HS, (0, seen - h_HS.shape[1]))
 
 
-def _by_kernels(q_BHKQ: Tensor, v_BHVT: Tensor, degree: int | None) -> bool:
-    batch, heads, key_width, _ = q_BHKQ.shape
-    return accelerated(q_BHKQ) and takes(q_BHKQ.dtype, batch * heads, key_width, v_BHVT.shape[2], degree)
+def backend_for(like: Tensor, rows: int, key_width: int, value_width: int, degree: int | None) -> Backend:
+    """What weighs the products: torch, the compiled core, or the kernels for accelerators.
+
+    `like` has the dtype, the device and, last, the positions T of the keys; `rows` are heads of all sequences.
+    """
+    if takes(like, rows, key_width, value_width, degree):
+        return "triton"
+    return "core" if serves(like) else "torch"
 
 
-def groups(q_BHKQ: Tensor, keys: int, by_kernels: bool) -> Iterator[tuple[slice, slice]]:
+def groups(q_BHKQ: Tensor, keys: int, backend: Backend) -> Iterator[tuple[slice, slice]]:
     """Sequences and heads at a time: all, as many sequences as fill the scratch, or in bfloat16 on CPUs whatever does:
     sequences with all heads, or some heads of one."""
     batch, heads, _, queries = q_BHKQ.shape
     width, every = batch, heads
     if q_BHKQ.device.type != "cpu":
-        width = batch if by_kernels else max(1, SCRATCH_ELSEWHERE // (heads * keys * ROWS))
-    elif q_BHKQ.dtype == torch.bfloat16 and not by_kernels:
+        width = batch if backend == "triton" else max(1, SCRATCH_ELSEWHERE // (heads * keys * ROWS))
+    elif q_BHKQ.dtype == torch.bfloat16 and backend != "triton":
         fitting = max(1, SCRATCH // (min(queries, ROWS_BFLOAT16) * keys))
         width, every = max(1, fitting // heads), min(fitting, heads)
     for first in range(0, batch, width):
@@ -74,31 +81,38 @@ def groups(q_BHKQ: Tensor, keys: int, by_kernels: bool) -> Iterator[tuple[slice,
             yield slice(first, min(first + width, batch)), slice(head, min(head + every, heads))
 
 
-def masked_forward(q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor, degree: int | None) -> Tensor:
+def masked_forward(
+    q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor, degree: int | None, backend: Backend
+) -> Tensor:
     """`mix` without gradients."""
-    if _by_kernels(q_BHKQ, v_BHVT, degree):
+    if backend == "triton":
         return forward_by_kernels(q_BHKQ, k_BHKT, v_BHVT, h_HT, degree)
     y_BHVQ = q_BHKQ.new_empty(*v_BHVT.shape[:3], q_BHKQ.shape[-1])
-    turned = block_order(q_BHKQ)
+    core = backend == "core"
+    turned = block_order(core)
     for rows, keys in _blocks(q_BHKQ, k_BHKT.shape[-1], h_HT.shape[-1]):
         products_BHRS = turned(q_BHKQ[..., rows]).transpose(-1, -2) @ k_BHKT[..., keys]
-        scores_BHRS = weigh(products_BHRS, _within(h_HT, keys), degree)
+        scores_BHRS = weigh(products_BHRS, _within(h_HT, keys), degree, core)
         y_BHVQ[..., rows] = turned(v_BHVT[..., keys] @ scores_BHRS.transpose(-1, -2))
     return y_BHVQ
 
 
-def masked_backward(parts: list[Tensor], h_HT: Tensor, degree: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def masked_backward(
+    parts: list[Tensor], h_HT: Tensor, degree: int | None, backend: Backend
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and h, from q, k, v and the gradient of the outputs."""
     q_BHKQ, k_BHKT, v_BHVT, grad_BHVQ = parts
-    if _by_kernels(q_BHKQ, v_BHVT, degree):
+    if backend == "triton":
         return backward_by_kernels(parts, h_HT, degree)
-    turned, dq = block_order(q_BHKQ), torch.empty_like(q_BHKQ, memory_format=torch.contiguous_format)
+    core = backend == "core"
+    turned, dq = block_order(core), torch.empty_like(q_BHKQ, memory_format=torch.contiguous_format)
     dk, dv, dh = (torch.zeros_like(part, dtype=compute_dtype(part.dtype)) for part in (k_BHKT, v_BHVT, h_HT))
     for rows, keys in _blocks(q_BHKQ, k_BHKT.shape[-1], h_HT.shape[-1]):
         q_BHKR, grad_BHVR = turned(q_BHKQ[..., rows]), turned(grad_BHVQ[..., rows])
         products_BHRS = q_BHKR.transpose(-1, -2) @ k_BHKT[..., keys]
         dscores_BHRS = grad_BHVR.transpose(-1, -2) @ v_BHVT[..., keys]
-        scores_BHRS, dproducts_BHRS, dh_HS = weigh_backward(products_BHRS, dscores_BHRS, _within(h_HT, keys), degree)
+        given = (products_BHRS, dscores_BHRS, _within(h_HT, keys), degree, core)
+        scores_BHRS, dproducts_BHRS, dh_HS = weigh_backward(*given)
         seen = min(dh.shape[-1], dh_HS.shape[-1])
         dh[:, :seen] += dh_HS[:, :seen]
         dv[..., keys] += grad_BHVR @ scores_BHRS
@@ -111,10 +125,12 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor, degree: int | None) -> Tensor:
         ctx.save_for_backward(q_BHKQ, k_BHKT, v_BHVT, h_HT)
-        ctx.degree = degree
+        rows = q_BHKQ.shape[0] * q_BHKQ.shape[1]
+        how = degree, backend_for(k_BHKT, rows, q_BHKQ.shape[2], v_BHVT.shape[2], degree)
+        ctx.how = how
         y_BHVQ = q_BHKQ.new_empty(*v_BHVT.shape[:3], q_BHKQ.shape[-1])
-        for some in groups(q_BHKQ, v_BHVT.shape[-1], _by_kernels(q_BHKQ, v_BHVT, degree)):
-            y_BHVQ[some] = masked_forward(q_BHKQ[some], k_BHKT[some], v_BHVT[some], h_HT[some[1]], degree)
+        for some in groups(q_BHKQ, v_BHVT.shape[-1], how[1]):
+            y_BHVQ[some] = masked_forward(q_BHKQ[some], k_BHKT[some], v_BHVT[some], h_HT[some[1]], *how)
         return y_BHVQ
 
     @staticmethod
@@ -124,9 +140,9 @@ class _Mix(torch.autograd.Function):
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BHKQ, k_BHKT, v_BHVT))
         dh = torch.zeros_like(h_HT)
         with torch.autocast(grad_BHVQ.device.type, enabled=False):
-            for some in groups(q_BHKQ, v_BHVT.shape[-1], _by_kernels(q_BHKQ, v_BHVT, ctx.degree)):
+            for some in groups(q_BHKQ, v_BHVT.shape[-1], ctx.how[1]):
                 parts = [x[some] for x in (q_BHKQ, k_BHKT, v_BHVT, grad_BHVQ)]
-                dq[some], dk[some], dv[some], dtheirs = masked_backward(parts, h_HT[some[1]], ctx.degree)
+                dq[some], dk[some], dv[some], dtheirs = masked_backward(parts, h_HT[some[1]], *ctx.how)
                 dh[some[1]] += dtheirs
         return dq, dk, dv, dh, None
 

@@ -127,7 +127,7 @@ def test_heads_and_their_gradients(
     wide = [x.double().cpu().requires_grad_() for x in (q, k, v, h_HT)]
     y = mix_reference(*wide[:3], torch.nn.functional.pad(wide[3], (0, keys - lags)), degree)
     y.backward(grad.double().cpu())
-    assert takes(q.dtype, 4, key_width, values, degree)
+    assert takes(q, 4, key_width, values, degree)
     near(masked_forward(q, k, v, h_HT, degree), y, ROUNDED)
     for found, wanted in zip(masked_backward([q, k, v, grad], h_HT, degree), wide, strict=True):
         near(found, wanted.grad, ROUNDED)  # type: ignore[arg-type]

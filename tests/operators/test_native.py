@@ -231,6 +231,32 @@ def test_what_is_too_long_for_the_core_decodes_in_torch(core: None) -> None:
     close(torch.cat(found, dim=1)[:, -20:], operator(x_BLD[:, -500:])[:, -20:])
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+def test_heads_too_long_for_the_core_are_mixed_in_torch(
+    narrow: bool, core: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of few keys among them, as short filters have, and chunks of few positions after many."""
+    operator, x_BLD = (
+        hyena(HyenaConfig(heads=2, init="random", filter=FirFilterConfig(taps=9)), 8, 300),
+        draw(2, 300, 8),
+    )
+    operator.initialise(None, generator())
+    monkeypatch.setattr(native, "LONGEST", 200)
+    assert operator.path(2, 200).backend == "core" and operator.path(2, 201).backend == "torch"
+    found = []
+    for _ in range(2):
+        operator.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
+            y_BLD = operator(x_BLD)
+            with torch.no_grad():
+                found.append([test_contract.extended(operator, x_BLD, [250, 20, 30]), y_BLD.detach()])
+        y_BLD.float().square().sum().backward()
+        found[-1] += [parameter.grad for parameter in operator.parameters()]
+        native.use(False)
+    for ours, theirs in zip(*found, strict=True):
+        close(ours.float(), theirs.float(), 0.02 if narrow else 1e-5)
+
+
 @torch.no_grad()
 def test_steps_in_bfloat16_and_of_many_sequences_agree_with_torch(core: None) -> None:
     operator, x_BLD = operator_of(2, 3, 24, 150), draw(20, 150, 24)
