@@ -15,7 +15,17 @@ from typing import Any
 
 from tests.mutants.inside import STARTED
 
-COPIED = ("operators", "orchestrator", "studies", "tests", "README.md", "Makefile", "pyproject.toml", "constraints.txt")
+COPIED = (
+    ".ci",
+    "operators",
+    "orchestrator",
+    "studies",
+    "tests",
+    "README.md",
+    "Makefile",
+    "pyproject.toml",
+    "constraints.txt",
+)
 PRELOADED = (
     "numpy", "torch", "torch.utils.data", "transformers", "transformers.models.gpt_neox.modeling_gpt_neox",
     "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto", "tokenizers",
