@@ -141,6 +141,20 @@ def test_a_pretrained_teacher_brings_its_tokenizer(place: Any, tmp_path: Path, t
     assert sum(ids.count(0) for ids in tokens_of(made).values()) == len(TEXTS)
 
 
+def test_a_tokenizer_that_begins_texts_adds_nothing_to_documents(
+    place: Any, tmp_path: Path, tiny_teacher: Path
+) -> None:
+    """Documents are packed: what some tokenizers put before every text would stand in the middle of windows."""
+    begins = load_tokenizer_of(tiny_teacher)
+    begins.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<eos> $A", pair="<eos> $A $B", special_tokens=[("<eos>", 0)]
+    )
+    begins.save_pretrained(tmp_path / "begins")
+    assert load_tokenizer_of(tmp_path / "begins")("x")["input_ids"][0] == 0
+    made = prepared(place, spec_of(vocabulary=None), write(tmp_path, "text"), inputs={"teacher": tmp_path / "begins"})
+    assert sum(ids.count(0) for ids in tokens_of(made).values()) == len(TEXTS)
+
+
 def load_tokenizer_of(folder: Path) -> Any:
     from transformers import AutoTokenizer
 

@@ -42,8 +42,11 @@ class Clock:
         self.turn = {"teacher": -1, "student": -1}
         self.before = ""
         self.forwards: list[tuple[str, tuple[int, ...]]] = []
+        self.logits: set[int] = set()  # positions of a prompt that logits were made of
 
     def forward(self, model: torch.nn.Module, _: Any, output: Any) -> None:
+        if isinstance(model, torch.nn.Linear) and model.out_features == 300 and not output.requires_grad:
+            self.logits.add(output.shape[1])
         if not isinstance(model, GPTNeoXModel):
             return
         who = "student" if any(isinstance(part, SwappedAttention) for part in model.modules()) else "teacher"
@@ -121,3 +124,22 @@ def test_both_models_see_what_the_study_asks_for_as_often(measured: dict[str, An
             *((BATCH, n) for n in LENGTHS), *((BATCH, n - DECODED) for n in LENGTHS), (BATCH, 1),
             (TRAIN_BATCH, TRAIN_LENGTH),
         }  # fmt: skip
+
+
+def test_logits_of_a_prompt_are_those_of_its_last_position(measured: dict[str, Any], clock: Clock) -> None:
+    assert clock.logits == {1}
+
+
+@pytest.mark.parametrize(("length", "decoded"), [(97, 5), (5, 5)])
+def test_a_length_that_leaves_no_prompt_or_is_too_long_is_refused(
+    tiny_teacher: Path, tmp_path: Path, length: int, decoded: int
+) -> None:
+    settings = Throughput.model_construct(lengths=(length,), batch_size=1, decode_tokens=decoded, repeats=1)
+    spec = ThroughputSpec.model_construct(
+        kind="throughput", teacher="r", operator=HyenaConfig(), layers=(1,), train_batch_size=1, sequence_length=8,
+        throughput=settings, numerics=Numerics(), hardware="h", rest_trains=True, freeze=(),
+    )  # fmt: skip
+    place = Workplace({"teacher": tiny_teacher}, tmp_path, tmp_path, tmp_path, RunContext(store=str(tmp_path)), print)
+    told = f"throughput.lengths: {length} must exceed decode_tokens {decoded} and be at most the teacher's 96 positions"
+    with pytest.raises(ValueError, match=told):
+        run_stage(spec, place)

@@ -206,6 +206,11 @@ def test_flash_attention_is_told_of_documents_without_a_mask(tiny_teacher: Path)
         assert torch.equal(layer(x_1LD, position_ids=torch.arange(5, 25)[None])[0], layer(x_1LD)[0])
 
 
+def test_of_many_borders_the_first_are_told() -> None:
+    with pytest.raises(ValueError, match=r"^cu_seq_lens \[0, 1, 2, 3\] \.\.\. must rise"):
+        packed_documents(None, torch.tensor([0, 1, 2, 3, 4, 9]), 1, 8)
+
+
 @pytest.mark.parametrize("borders", [[0, 4], [1, 8], [0, 5, 3, 8], [0, 0, 8]])
 def test_borders_that_do_not_cover_the_sequence_are_refused(borders: list[int]) -> None:
     with pytest.raises(ValueError, match=r"^cu_seq_lens \[.*\] must rise from 0 to the 8 positions of one sequence"):
@@ -274,6 +279,7 @@ UNKNOWN: dict[str, tuple[Any, str]] = {
     "hole": (HOLE[None, None], "is not causal, or has holes"),
     "padding inside": (padded(6, slice(0, 6)) & (TORN[:, None, None] == 1), "is not causal, or has holes"),
     "padding inside, flash": (TORN, "^the mask has padding between real tokens, .*: pad on the left"),
+    "padding after the first": (torch.tensor([[1, 0, 1, 1, 1, 1]]), "^the mask has padding between real tokens"),
     "not itself": (BLIND[None, None], "is not causal, or has holes"),
     "one narrow query": (NARROW[None, None], "what the mask lets queries see begins at odd places"),
     "bias": (-torch.arange(6.0).expand(1, 1, 6, 6), "adds a bias to scores, .*: swap no layer of a model that needs"),

@@ -171,6 +171,9 @@ def test_a_new_teacher_is_decided_by_its_shape_and_seed() -> None:
     config = first.config
     shape = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.vocab_size)
     assert shape == (2, 32, 4, 300)
+    assert (config.intermediate_size, config.max_position_embeddings, config.tie_word_embeddings) == (64, 64, False)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, 0, 0)
+    assert config.rope_parameters["partial_rotary_factor"] == 0.25
 
 
 def test_random_like_has_the_teachers_shape_and_not_its_weights(teacher: Any, tiny_teacher: Path) -> None:
