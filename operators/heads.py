@@ -29,7 +29,7 @@ from operators.mixing.chunked import Bases
 from operators.mixing.features import LARGEST_GATE, SMALLEST_SUM, Layout, divided, features
 from operators.mixing.forms import Path, mix_fastest, path_of, weights_for
 from operators.mixing.fused import Inputs, mix_fused
-from operators.mixing.head_states import Recurrence, extend, first_state, freeze, step
+from operators.mixing.head_states import extend, first_state, step
 from operators.mixing.masked import mix, mix_reference, mix_step
 from operators.native.decode import step_heads, step_modal_heads, takes
 from operators.transfer.attention import AttentionWeights
@@ -141,19 +141,13 @@ class HeadHyena(Hyena):
 
     def _from_memory(self, q_BHKn: Tensor, k_BHKn: Tensor, v_BHVn: Tensor, state: HeadMemory) -> Tensor:
         """New positions after a memory of constant size."""
-        recurrence = self._recurrence(state)
+        assert state.filters is not None
+        recurrence = state.filters.head_recurrence
         if not state.memory:
             state.memory = [first_state(state.batch, recurrence, k_BHKn.shape[2], v_BHVn.shape[2])]
         go_on = step if q_BHKn.shape[-1] == 1 else extend
         y_BHVn, state.memory[0] = go_on(self._scaled(q_BHKn), k_BHKn, v_BHVn, state.memory[0], recurrence)
         return y_BHVn
-
-    def _recurrence(self, state: HeadMemory) -> Recurrence:
-        """The modes of the filters that the state goes on with."""
-        if state.recurrence is None:
-            assert state.filters is not None and state.filters.modes is not None
-            state.recurrence = freeze(state.filters.modes)
-        return state.recurrence
 
     def between(self, x_B1D: Tensor, p_B1E: Tensor, filters: Filters, state: HyenaState) -> Tensor | None:
         """See `Hyena.between`."""
@@ -165,8 +159,7 @@ class HeadHyena(Hyena):
             how |= {"degree": self.degree or 0, "normalised": self.config.normalise, "smallest_sum": SMALLEST_SUM}
             return step_heads(x_B1D, p_B1E, short, self.direct, state, **how)
         assert isinstance(state, HeadMemory)
-        recurrence = self._recurrence(state)
-        modes = (recurrence.decay_HS11, recurrence.modes.residues_CS)
+        modes = (filters.head_recurrence.decay_HS11, filters.head_recurrence.modes.residues_CS)
         return step_modal_heads(x_B1D, p_B1E, short, modes, self.direct, state, **how)
 
     def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
@@ -195,15 +188,10 @@ class HeadHyena(Hyena):
 
     def _products(self, attention: AttentionWeights) -> tuple[list[Tensor], list[Tensor]]:
         """Weights and biases of query, key and gate for all heads."""
-        weights, biases = [], []
-        for head in range(self.heads):
-            maps = centred_products(attention, head, self.heads, self.key_dim, gated=self.config.key_gate)
-            kept = maps if self.config.key_gate else maps[:2]
-            weights.append([weight for weight, _ in kept])
-            biases.append([bias for _, bias in kept])
-        return [torch.cat(rows) for rows in zip(*weights, strict=True)], [
-            torch.cat(rows) for rows in zip(*biases, strict=True)
-        ]
+        gated, kept = self.config.key_gate, 3 if self.config.key_gate else 2
+        maps = [centred_products(attention, h, self.heads, self.key_dim, gated=gated)[:kept] for h in range(self.heads)]
+        weights, biases = zip(*(zip(*part, strict=True) for part in zip(*maps, strict=True)), strict=True)
+        return [torch.cat(rows) for rows in weights], [torch.cat(rows) for rows in biases]
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.scale == 1.0 else x * self.scale

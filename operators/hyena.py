@@ -84,7 +84,9 @@ class Hyena(Extending):
     def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None) -> Tensor:
         """Whole sequences at once.
 
-        `torch.compile` leaves it, and `extend`, as they are: one break in a layer's graph instead of loops unrolled.
+        The filters are computed at every call, without gradients too: for many calls with the same weights there is
+        `frozen_filters` (`decoding.kept`). `torch.compile` leaves it, and `extend`, as they are: one break in a layer's
+        graph instead of loops unrolled.
 
         Args:
             x_BLD: inputs, 1 <= L <= max_length; of no sequences comes an empty output.

@@ -1,8 +1,8 @@
 """Which operators exist, how each can decode, what all of them offer, and how a configuration becomes one.
 
-A new operator is a configuration in `config.OperatorConfig`, a module, and a line in `OPERATORS`; the
-contract suite then asks for test cases of it. A new way to decode is a state class and a place in the tables that
-`STATES` is made of; which of them a filter allows is said by the operator's `step_modes`.
+A new operator is a configuration in `config.OperatorConfig`, a module, and a line in `OPERATORS`; the contract suite
+then asks for test cases of it. A new way to decode is a state class in the operator's `STATES`; which of them a filter
+allows is said by its `step_modes`.
 
     channel-wise   tiled, direct, modal, window     `decoding.channelwise`
     heads          modal, direct                    `decoding.multihead`
@@ -11,7 +11,7 @@ contract suite then asks for test cases of it. A new way to decode is a state cl
 Shapes: B batch, L positions, D model width.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from operators.channels import ChannelHyena
 from operators.config import HyenaConfig, OperatorConfig
-from operators.decoding.channelwise import CHANNEL_STATES
-from operators.decoding.multihead import HEAD_STATES
 from operators.decoding.state import State
 from operators.heads import HeadHyena
 from operators.skip import Skip
@@ -55,11 +53,6 @@ def _hyena(config: HyenaConfig, d_model: int, max_length: int) -> nn.Module:
 
 
 OPERATORS: dict[str, Callable[..., nn.Module]] = {"hyena": _hyena, "skip": Skip}
-STATES: dict[type[nn.Module], Mapping[str, type[State]]] = {
-    ChannelHyena: CHANNEL_STATES,
-    HeadHyena: HEAD_STATES,
-    Skip: {State.mode: State},
-}
 
 
 def build(config: OperatorConfig, d_model: int, max_length: int) -> nn.Module:

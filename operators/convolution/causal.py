@@ -1,9 +1,9 @@
 """Causal convolutions, long (by FFT) and short (depthwise), each beside its readable reference.
 
-Both fast paths are one autograd node that keeps its inputs and nothing else; spectra are computed again: the backward
-of a real FFT that autograd derives is a complex FFT, at twice the cost. Channels go block by block, so that a block
-stays in the cache. They compute in float32, or in float64 where the inputs are float64. Every reduction has a fixed
-order, so results repeat bit for bit at a fixed number of threads. First derivatives only.
+Long ones with gradients are part of `gated`; the short one is an autograd node that keeps its inputs and nothing else.
+Channels go block by block, so that a block stays in the cache. They compute in float32, or in float64 where the inputs
+are float64. Every reduction has a fixed order, so results repeat bit for bit at a fixed number of threads. First
+derivatives only.
 
 Shapes: B batch, D channels, E channels of all projections, L positions, K taps.
 """
@@ -49,56 +49,23 @@ def fft_size(minimum: int) -> int:
     return min([power, *(odd << max(4, (-(-minimum // odd) - 1).bit_length()) for odd in odd_parts)])
 
 
-class _LongConv(torch.autograd.Function):
-    """y = h * z + direct z. The direct term is part of the spectrum, and its gradient that of h at lag 0."""
+def long_conv(z_BDL: Tensor, h_DL: Tensor) -> Tensor:
+    """Causal convolution of every channel with its own filter, y_t = sum_{s <= t} h_{t-s} z_s; without gradients.
 
-    @staticmethod
-    def forward(ctx: Any, z_BDL: Tensor, h_DL: Tensor, direct_D: Tensor) -> Tensor:
-        ctx.save_for_backward(z_BDL, h_DL, direct_D)
-        length, y_BDL = z_BDL.shape[-1], torch.empty_like(z_BDL, memory_format=torch.contiguous_format)
-        size = fft_size(2 * length - 1)
-        for channels in blocks_of(z_BDL.shape[1], z_BDL.shape[0] * length, z_BDL.device):
-            spectrum = torch.fft.rfft(z_BDL[:, channels], size)
-            spectrum *= torch.fft.rfft(h_DL[channels], size) + direct_D[channels, None]
-            y_BDL[:, channels] = torch.fft.irfft(spectrum, size)[..., :length]
-        return y_BDL
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BDL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        z_BDL, h_DL, direct_D = ctx.saved_tensors
-        length, dz_BDL = z_BDL.shape[-1], torch.empty_like(z_BDL, memory_format=torch.contiguous_format)
-        size, dh_DL = fft_size(2 * length - 1), torch.empty_like(h_DL)
-        for channels in blocks_of(z_BDL.shape[1], z_BDL.shape[0] * length, z_BDL.device):
-            grad_spectrum = torch.fft.rfft(grad_BDL[:, channels], size)
-            h_spectrum = torch.fft.rfft(h_DL[channels], size) + direct_D[channels, None]
-            dz_BDL[:, channels] = torch.fft.irfft(grad_spectrum * h_spectrum.conj(), size)[..., :length]
-            grad_spectrum *= torch.fft.rfft(z_BDL[:, channels], size).conj()
-            dh_DL[channels] = torch.fft.irfft(grad_spectrum.sum(0), size)[..., :length]
-        return dz_BDL, dh_DL, dh_DL[:, 0]
-
-
-def long_conv(z_BDL: Tensor, h_DL: Tensor, direct_D: Tensor) -> Tensor:
-    """Causal convolution of every channel with its own filter: y_t = sum_{s <= t} h_{t-s} z_s + direct z_t.
-
-    O(L log L) by FFT. The error grows with the largest magnitude in a sequence, before or after the position
-    looked at: test causality with a tolerance that scales with it.
-
-    Args:
-        z_BDL: input; L >= 1.
-        h_DL: filters, as long as the input.
-        direct_D: weight of the input itself.
-
-    Returns:
-        (B, D, L) in float32, or float64 for float64 input.
+    O(L log L) by FFT. The error grows with the largest magnitude in a sequence, before or after the position looked at:
+    test causality with a tolerance that scales with it.
     """
-    dtype = compute_dtype(z_BDL.dtype)
-    inputs = (z_BDL.to(dtype), h_DL.to(dtype), direct_D.to(dtype))
-    return cast(Tensor, _LongConv.apply(*inputs))  # type: ignore[no-untyped-call]
+    length, y_BDL = z_BDL.shape[-1], torch.empty_like(z_BDL, memory_format=torch.contiguous_format)
+    size = fft_size(2 * length - 1)
+    for channels in blocks_of(z_BDL.shape[1], z_BDL.shape[0] * length, z_BDL.device):
+        spectrum = torch.fft.rfft(z_BDL[:, channels], size)
+        spectrum *= torch.fft.rfft(h_DL[channels], size)
+        y_BDL[:, channels] = torch.fft.irfft(spectrum, size)[..., :length]
+    return y_BDL
 
 
 def long_conv_reference(z_BDL: Tensor, h_DL: Tensor, direct_D: Tensor) -> Tensor:
-    """`long_conv` from its definition, O(L^2), differentiable by autograd."""
+    """The same from its definition, O(L^2), and direct z_t, the input weighed; differentiable by autograd."""
     length = z_BDL.shape[-1]
     steps = []
     for t in range(length):

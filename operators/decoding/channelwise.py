@@ -56,8 +56,7 @@ class ChannelState(HyenaState, ABC):
         return self.filters
 
     def _convolved(self, channels: slice, z_BDL: Tensor) -> Tensor:
-        h_DL = self._frozen().first(z_BDL.shape[-1])[channels]
-        return long_conv(z_BDL, h_DL, torch.zeros_like(h_DL[:, 0]))
+        return long_conv(z_BDL, self._frozen().first(z_BDL.shape[-1])[channels])
 
 
 class Direct(ChannelState):

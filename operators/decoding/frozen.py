@@ -17,6 +17,8 @@ from operators.convolution.causal import fft_size
 from operators.decoding.recurrence import Recurrence
 from operators.filters.fit import fit_modes
 from operators.filters.modes import Modes
+from operators.mixing.head_states import Recurrence as HeadRecurrence
+from operators.mixing.head_states import freeze
 
 FITTED_MODES = 16  # where filters are no sums of modes
 FEW_TAPS = 64  # without gradients up to so many are faster than FFTs
@@ -112,6 +114,12 @@ class Filters(Derived):
         modes = self.fitted[0] if self.modes is None else self.modes
         direct_C = modes.log_poles_CS.real.new_zeros(len(modes.log_poles_CS))
         return Recurrence(modes, direct_C if self.direct_C is None else self.direct_C.to(direct_C.dtype))
+
+    @cached_property
+    def head_recurrence(self) -> HeadRecurrence:
+        """The modes as heads go on with them."""
+        assert self.modes is not None
+        return freeze(self.modes)
 
     @cached_property
     def fitted(self) -> tuple[Modes, Tensor]:

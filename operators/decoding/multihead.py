@@ -9,7 +9,6 @@ Shapes: B batch, H heads, K key width, V value width, S modes, T positions.
 
 from operators.decoding.history import History
 from operators.decoding.state import HyenaState, Kept, MemoryState
-from operators.mixing.head_states import Recurrence
 
 
 class KeysAndValues(HyenaState):
@@ -28,18 +27,9 @@ class KeysAndValues(HyenaState):
 
 
 class HeadMemory(MemoryState):
-    """One memory, (B, H, S, K, V), and the `recurrence` that it follows, from the first call on."""
+    """One memory, (B, H, S, K, V), which follows `head_recurrence` of the filters."""
 
     mode = "modal"
-
-    def __init__(self, batch: int, max_length: int, croppable: bool = True) -> None:
-        super().__init__(batch, max_length, croppable)
-        self.recurrence: Recurrence | None = None
-
-    def _crop(self, length: int) -> None:
-        super()._crop(length)
-        if length == 0:
-            self.recurrence = None
 
 
 HEAD_STATES: dict[str, type[HyenaState]] = {state.mode: state for state in (HeadMemory, KeysAndValues)}

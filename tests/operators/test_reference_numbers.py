@@ -107,7 +107,7 @@ def test_modal_filters_in_parallel_and_step_by_step() -> None:
         close(h_DL, theirs["h"][0], 1e-5)
     x2_BDL, x1_BDL, v_BDL = theirs["z_x2x1v"].chunk(3, dim=1)
     z_BDL, whole = x1_BDL * v_BDL, slice(0, poles_DS.shape[0])
-    parallel_BDL = x2_BDL * long_conv(z_BDL, first_lags(modes, length), direct_D)
+    parallel_BDL = x2_BDL * (long_conv(z_BDL, first_lags(modes, length)) + direct_D[:, None] * z_BDL)
     close(parallel_BDL.transpose(1, 2).contiguous(), theirs["y"], 1e-5)
     recurrence, state_BSD = Recurrence(modes, direct_D), torch.zeros(2, 4, 6, dtype=torch.complex64)
     steps = [recurrence.step(whole, z_BDL[..., t, None].transpose(1, 2), state_BSD) for t in range(length)]

@@ -42,7 +42,11 @@ class LayerswapConfig(GPTNeoXConfig):
 
 
 class LayerswapForCausalLM(GPTNeoXForCausalLM):
-    """A GPT-NeoX, the attention of some layers swapped."""
+    """A GPT-NeoX, the attention of some layers swapped.
+
+    Every forward pass and every `generate` computes the filters of these layers anew, so that it sees the weights as
+    they are; inside of `frozen_filters` they are computed once.
+    """
 
     config_class = LayerswapConfig
 
