@@ -1,4 +1,4 @@
-"""What several rooms need: a tiny teacher, made once a session, the signals of a program in a terminal, an order."""
+"""What tests of several folders need: a tiny teacher, the signals of a program in a terminal, an order."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.texts import save_tokenizer
 
 TEXT = [f"def f{i}(x):\n    return x + {i}\n\n\nprint(f{i}({i}))\n" for i in range(60)]
 
@@ -38,19 +40,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a random GPT-NeoX of 3 layers, width 32 and 4 heads, with a tokenizer of 300 entries."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     folder = tmp_path_factory.mktemp("teacher")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(TEXT, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>").save_pretrained(folder)
+    save_tokenizer(folder, TEXT, 300)
     torch.manual_seed(0)
     config = GPTNeoXConfig(
         vocab_size=300, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,

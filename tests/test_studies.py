@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from orchestrator.study.loader import read_document, validate
 from orchestrator.study.plan import make_plan
 from orchestrator.study.sources import resolve
+from tests.texts import save_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
@@ -25,15 +25,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the hub would give, on a small scale: a GPT-NeoX folder with its tokenizer, and text files."""
     root = tmp_path_factory.mktemp("hub")
     texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "orchestrator").rglob("*.py"))]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>").save_pretrained(root / "model")
+    save_tokenizer(root / "model", texts, 400)
     torch.manual_seed(0)
     config = GPTNeoXConfig(
         vocab_size=400, hidden_size=32, num_hidden_layers=6, num_attention_heads=4, intermediate_size=64,

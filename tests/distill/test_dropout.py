@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,17 +17,14 @@ from orchestrator.distill.stage import run_stage
 from orchestrator.distill.training.journal import read_journal
 from orchestrator.study.schema import Losses, Numerics, Optimizer
 from orchestrator.study.spec import Architecture, DistilSpec, PhaseSpec, ScratchSpec
+from tests.texts import random_tokens, write_tokens
 
 LENGTH = 16
 
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    folder = tmp_path / "tokens"
-    folder.mkdir()
-    np.random.default_rng(0).integers(1, 300, 40 * LENGTH).astype(np.uint16).tofile(folder / "train.bin")
-    (folder / "tokens.json").write_text(json.dumps({"dtype": "uint16"}))
-    return folder
+    return write_tokens(tmp_path / "tokens", train=random_tokens(40 * LENGTH))
 
 
 @pytest.fixture(params=["attention_dropout", "hidden_dropout"])

@@ -20,6 +20,7 @@ from orchestrator.distill.models.student import load_teacher, parameter_count, s
 from orchestrator.distill.models.swap import swap
 from orchestrator.study.schema import Evaluation, Numerics
 from orchestrator.study.spec import EvaluateSpec
+from tests.texts import random_tokens, write_tokens
 
 LENGTH, WINDOWS = 24, 5
 SPEC = EvaluateSpec(
@@ -31,12 +32,7 @@ SPEC = EvaluateSpec(
 @pytest.fixture
 def tokens(tmp_path: Path) -> Path:
     """A token file of exactly the windows that are evaluated, with repetitions in it."""
-    folder = tmp_path / "tokens"
-    folder.mkdir()
-    values = np.random.default_rng(0).integers(1, 6, LENGTH * WINDOWS).astype(np.uint16)
-    values.tofile(folder / "valid.bin")
-    (folder / "tokens.json").write_text(json.dumps({"dtype": "uint16"}))
-    return folder
+    return write_tokens(tmp_path / "tokens", valid=random_tokens(LENGTH * WINDOWS, above=6))
 
 
 @pytest.fixture
@@ -201,7 +197,7 @@ def test_without_prompts_nothing_is_generated(place: Any, tiny_teacher: Path, to
 
 
 def test_a_class_without_tokens_has_no_number(place: Any, tiny_teacher: Path, tokens: Path) -> None:
-    np.arange(1, LENGTH + 1, dtype=np.uint16).tofile(tokens / "valid.bin")  # no trigram comes twice
+    write_tokens(tokens, valid=np.arange(1, LENGTH + 1))  # no trigram comes twice
     found = evaluated(place, tiny_teacher, tiny_teacher, tokens)
     assert found["hit_share"] == 0.0
     assert "hit_nll" not in found

@@ -24,6 +24,7 @@ from orchestrator.study.schema import Evaluation, LogitKL, Losses, Numerics, Opt
 from orchestrator.study.spec import Architecture, DistilSpec, EvaluateSpec, PhaseSpec, ScratchSpec, TeacherSpec
 from tests.distill import plain
 from tests.distill.plain import Plain, Rates, Taught
+from tests.texts import random_tokens, write_tokens
 
 LENGTH, BATCH, WINDOWS, SEED, HEADS = 16, 3, 17, 5, 4
 CLIP = 0.6
@@ -32,11 +33,8 @@ CLIP = 0.6
 @pytest.fixture
 def text(tmp_path: Path) -> np.ndarray[Any, Any]:
     """Seventeen windows, so that stages read parts of three epochs, and a rest; as stages find it in `tmp_path`."""
-    values = np.random.default_rng(0).integers(1, 300, LENGTH * WINDOWS + 5).astype(np.uint16)
-    folder = tmp_path / "tokens"
-    folder.mkdir()
-    values.tofile(folder / "train.bin")
-    (folder / "tokens.json").write_text(json.dumps({"dtype": "uint16"}))
+    values: np.ndarray[Any, Any] = random_tokens(LENGTH * WINDOWS + 5)
+    write_tokens(tmp_path / "tokens", train=values)
     return values
 
 
@@ -272,7 +270,7 @@ def test_every_forward_pass_has_the_precision_of_the_study(
     place: Any, tiny_teacher: Path, tmp_path: Path, text: Any, kind: str, dtype: Any
 ) -> None:
     """Parameters stay float32: what every map of every layer gives has the precision that was asked for."""
-    text.tofile(tmp_path / "tokens" / "valid.bin")
+    write_tokens(tmp_path / "tokens", valid=text)
     spec, made = spec_of(kind, dtype), place(inputs=inputs_of(tmp_path, tiny_teacher))
     seen: set[torch.dtype] = set()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from statistics import fmean
@@ -20,6 +19,7 @@ from orchestrator.study.schema import Evaluation, Numerics, Optimizer
 from orchestrator.study.spec import DistilSpec, EvaluateSpec
 from tests.distill import plain
 from tests.distill.plain import Plain
+from tests.texts import write_tokens
 
 LENGTH, WINDOWS, EVERY = 20, 4, 3  # every third window of the text is read
 PROMPTS, PROMPT, NEW = 4, 6, 16
@@ -32,11 +32,7 @@ def text(tmp_path: Path) -> Tensor:
     """The windows that are to be read, first and last of the text among them; many of their trigrams come twice."""
     count = EVERY * (WINDOWS - 1) + 1
     values = WORDS[np.random.default_rng(10).integers(0, 4, LENGTH * count + 7)]
-    folder = tmp_path / "tokens"
-    folder.mkdir()
-    for split in ("valid", "train"):
-        (values if split == "valid" else values[::-1]).tofile(folder / f"{split}.bin")
-    (folder / "tokens.json").write_text(json.dumps({"dtype": "uint16"}))
+    write_tokens(tmp_path / "tokens", valid=values, train=values[::-1])
     return torch.from_numpy(values[: LENGTH * count].astype(np.int64)).view(count, LENGTH)[::EVERY]
 
 

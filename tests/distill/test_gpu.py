@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,6 +17,7 @@ from orchestrator.distill.training.loop import train
 from orchestrator.study.schema import Losses, Numerics, Optimizer
 from orchestrator.study.spec import Architecture, DistilSpec, PhaseSpec, TeacherSpec
 from tests.distill.test_train import Killed, bits, die_at_the_sixth, history, training
+from tests.texts import random_tokens, write_tokens
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,11 +40,7 @@ LENGTH = 1024  # so long that attention's gradients are sums over blocks, whose 
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    folder = tmp_path / "tokens"
-    folder.mkdir()
-    np.random.default_rng(0).integers(1, 300, 90_000).astype(np.uint16).tofile(folder / "train.bin")
-    (folder / "tokens.json").write_text(json.dumps({"dtype": "uint16"}))
-    return folder
+    return write_tokens(tmp_path / "tokens", train=random_tokens(90_000))
 
 
 @pytest.fixture(params=["float32", "bfloat16"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from orchestrator.distill.training.head import OutputHead, check_output_head, fi
 from orchestrator.distill.training.losses import batch_losses, next_token_loss
 from orchestrator.study.schema import Evaluation, LogitKL, Losses, Numerics, Optimizer
 from orchestrator.study.spec import DistilSpec, EvaluateSpec, PhaseSpec
+from tests.texts import random_tokens, write_tokens
 
 SIZES = {
     "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -101,9 +101,8 @@ def test_gradients_are_of_the_models_own_logits(pair: tuple[Any, Any], ids: Tens
 def test_evaluation_is_of_the_models_own_logits(
     pair: tuple[Any, Any], place: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    windows = np.random.default_rng(0).integers(1, 50, (4, 16)).astype(np.uint16)
-    windows.tofile(tmp_path / "valid.bin")
-    (tmp_path / "tokens.json").write_text(json.dumps({"dtype": "uint16"}))
+    windows = random_tokens(64, above=50).reshape(4, 16)
+    write_tokens(tmp_path, valid=windows)
     models = dict(zip(("teacher", "subject"), pair, strict=True))
     monkeypatch.setattr(module, "load_teacher", lambda folder: models[folder.name])
     monkeypatch.setattr(module, "load_student", lambda folder, _: models[folder.name])

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,6 +18,7 @@ from orchestrator.distill.training.journal import NAME, Journal, read_journal
 from orchestrator.distill.training.loop import Stopped, Training, prepare, train
 from orchestrator.study.schema import Numerics, Optimizer
 from orchestrator.study.spec import Architecture, TeacherSpec
+from tests.texts import write_tokens
 
 STEADY = Optimizer(method="adamw", warmup=0.0, decay=0.0)
 
@@ -130,8 +129,7 @@ def test_a_line_has_the_time_to_the_millisecond(tmp_path: Any, monkeypatch: pyte
 
 
 def test_a_budget_of_tokens_is_whole_batches(place: Any, tmp_path: Any) -> None:
-    np.arange(60, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    (tmp_path / "tokens.json").write_text(json.dumps({"dtype": "uint16"}))
+    write_tokens(tmp_path, train=range(60))
     shape = Architecture(layers=1, hidden=8, heads=1, intermediate=8, max_length=6, vocabulary=60)
     spec = TeacherSpec(
         tokens="t", architecture=shape, token_budget=40, batch_size=2, sequence_length=6, optimizer=STEADY,

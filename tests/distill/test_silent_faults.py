@@ -6,11 +6,9 @@ batch that know each other. What chunks change is in `test_losses`.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -23,6 +21,7 @@ from orchestrator.distill.stage import run_stage
 from orchestrator.distill.training.losses import batch_losses
 from orchestrator.study.schema import LogitKL, Losses, Numerics, Optimizer
 from orchestrator.study.spec import DistilSpec, PhaseSpec
+from tests.texts import random_tokens, write_tokens
 
 LAYERS = (0, 2)
 LOSSES = {
@@ -93,8 +92,7 @@ def test_every_tensor_that_trains_moves(
     place: Any, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operator: str, dtype: Any
 ) -> None:
     """In two steps: what reads a tensor that starts at zero has no gradient in the first."""
-    np.random.default_rng(0).integers(1, 300, 320).astype(np.uint16).tofile(tmp_path / "train.bin")
-    (tmp_path / "tokens.json").write_text(json.dumps({"dtype": "uint16"}))
+    write_tokens(tmp_path, train=random_tokens(320))
     moved: dict[str, bool] = {}
     real = stage.train
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +17,7 @@ from orchestrator.distill.models.swap import attention_of, swap
 from orchestrator.distill.training.losses import recorded
 from orchestrator.study.schema import Numerics, Optimizer
 from orchestrator.study.spec import DistilSpec
+from tests.texts import write_tokens
 
 
 def test_profiles_are_the_mean_logarithm_by_lag(teacher: Any, ids: Tensor) -> None:
@@ -85,8 +84,7 @@ def test_a_stage_takes_them_on_its_device_and_sets_operators_on_the_processor(
     for name, fake in {"attention_statistics": found, "swap": swapping, "check_output_head": lambda _: None}.items():
         monkeypatch.setattr(stage, name, fake)
     monkeypatch.setattr(torch.nn.Module, "cpu", lambda model: model.to_empty(device="cpu"))
-    np.arange(1, 289, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    (tmp_path / "tokens.json").write_text(json.dumps({"dtype": "uint16"}))
+    write_tokens(tmp_path, train=range(1, 289))
     power = HyenaConfig(
         heads=4, feature_map="power", normalise=True, key_gate=True, filter=ImplicitFilterConfig(positive=True)
     )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -24,6 +22,7 @@ from orchestrator.distill.training.loop import NonFiniteLoss, Stopped, Training,
 from orchestrator.distill.training.optimizers import schedule
 from orchestrator.study.schema import Losses, Numerics, Optimizer
 from orchestrator.study.spec import Architecture, DistilSpec, PhaseSpec, TeacherSpec
+from tests.texts import random_tokens, write_tokens
 
 STEPS = 11
 CONFIG = Optimizer(warmup=0.2, decay=0.4)
@@ -194,8 +193,7 @@ def test_a_teachers_training_is_told_of_as_the_teachers(place: Any, tmp_path: Pa
         return {}
 
     monkeypatch.setattr(stage, "train", see)
-    (tmp_path / "tokens.json").write_text(json.dumps({"dtype": "uint16"}))
-    np.arange(64, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    write_tokens(tmp_path, train=range(64))
     shape = Architecture(layers=1, hidden=32, heads=4, intermediate=32, max_length=16, vocabulary=300)
     spec = TeacherSpec(
         tokens="t", architecture=shape, token_budget=16, batch_size=1, sequence_length=16, optimizer=CONFIG,
@@ -250,10 +248,7 @@ def test_a_distil_stage_killed_and_resumed_saves_the_same_bytes(
     place: Any, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int, matmul: Any
 ) -> None:
     """Batches so large that two threads do share the work."""
-    text = tmp_path / "tokens"
-    text.mkdir()
-    np.random.default_rng(0).integers(1, 300, 9000).astype(np.uint16).tofile(text / "train.bin")
-    (text / "tokens.json").write_text(json.dumps({"dtype": "uint16"}))
+    text = write_tokens(tmp_path / "tokens", train=random_tokens(9000))
     inputs = {"tokens": text, "teacher": tiny_teacher, "parent": tiny_teacher}
     phases = tuple(PhaseSpec(losses=losses, steps=4) for losses in (Losses(mixer_mse=1.0), Losses(kl=1.0, ce=0.1)))
     spec = DistilSpec(

@@ -6,7 +6,6 @@ import shutil
 import socket
 import sqlite3
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +28,7 @@ from orchestrator.study.loader import read_document, validate
 from orchestrator.study.plan import Plan, make_plan, throughput_specs
 from orchestrator.study.sources import resolve
 from orchestrator.study.stages import Step
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_TRIAL = ("controls={skip: false, scratch: none}", "search.space=[{operator: [{kind: hyena, order: 2}]}]")
@@ -154,13 +154,6 @@ def server(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
 def finish(recorder: Recorder, **failures: str) -> list[str]:
     recorder.finish({}, failures, {"best_perplexity_ratio": 1.5}, [])
     return recorder.behind(AGAIN)
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 250
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_a_server_that_dies_on_the_way_gets_the_rest_when_it_is_back(

@@ -8,7 +8,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 import ray
@@ -25,6 +24,7 @@ from orchestrator.run.distributed import RankDied, _cause
 from orchestrator.run.store import Store
 from orchestrator.study.schema import Numerics, Optimizer
 from orchestrator.study.spec import Architecture, TeacherSpec
+from tests.texts import random_tokens, write_tokens
 
 pytestmark = pytest.mark.ray
 STEPS = 24
@@ -64,9 +64,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> RunContext:
     """A store that has the tokens already; every step is logged and checkpointed."""
     context = RunContext(store=str(tmp_path_factory.mktemp("store")), checkpoint_seconds=0.0, log_every=1)
     tokens = Store(Path(context.store)).artefacts("t" * 64)
-    tokens.mkdir(parents=True)
-    np.random.default_rng(0).integers(1, 9, 4000).astype(np.uint16).tofile(tokens / "train.bin")
-    write_json(tokens / "tokens.json", {"dtype": "uint16"})
+    write_tokens(tokens, train=random_tokens(4000, above=9))
     write_json(tokens.parent / "DONE.json", {"kind": "tokens", "result": {}, "files": {}})
     return context
 

@@ -11,11 +11,12 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ROOT / "tests" / "run" / "small.yaml"
@@ -155,14 +156,12 @@ def test_kill_in_the_middle_of_a_stage_ends_in_the_same_bits(finished: Path, tmp
 
 def _wait_for_checkpoint(home: Path) -> Path:
     """The directory of the teacher, once it has written a checkpoint; a control that trains beside it may be first."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        for manifest in home.glob("store/*/*/work/step-*/manifest.json"):
-            stage = manifest.parents[2]
-            if json.loads((stage / "spec.json").read_text())["kind"] == "teacher":
-                return stage
-        time.sleep(0.02)
-    raise AssertionError("no checkpoint was written")
+
+    def look() -> Path | None:
+        stages = {manifest.parents[2] for manifest in home.glob("store/*/*/work/step-*/manifest.json")}
+        return next((s for s in stages if json.loads((s / "spec.json").read_text())["kind"] == "teacher"), None)
+
+    return wait_until(look, pause=0.02)
 
 
 def _no_point_is_lost_or_doubled(home: Path, stage: Path) -> None:

@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -18,10 +17,10 @@ import pytest
 from orchestrator.distill.context import newest_step
 from orchestrator.distill.training.journal import read_journal
 from orchestrator.run.interrupt import Interrupt
+from tests.waiting import PATIENCE, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.ray
-PATIENCE = 250  # seconds for what takes a few where nothing else runs; below pytest's own limit
 STUDY = """
 study: long
 teacher: {kind: pretrain, layers: 2, hidden: 32, heads: 2, max_length: 64, tokens: 81_920_000, batch_size: 8}
@@ -73,13 +72,6 @@ class Long:
     def teacher(self) -> Path:
         [journal] = self.home.glob("store/*/*/journal.jsonl")
         return journal.parent
-
-
-def wait_until(true: Callable[[], bool], seconds: float = PATIENCE) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def family(driver: subprocess.Popen[str]) -> list[psutil.Process]:
