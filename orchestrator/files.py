@@ -1,6 +1,6 @@
 """Durable files: what a power cut or `kill -9` at any moment leaves is either the old state or the new one.
 
-The lowest room of the orchestrator: it knows nothing of stages. Invariant: a name appears at its final place only
+What all the rest stands on: it knows nothing of stages. Invariant: a name appears at its final place only
 after its bytes are on the disk.
 """
 

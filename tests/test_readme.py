@@ -21,9 +21,19 @@ def test_make_targets_exist() -> None:
         assert re.search(rf"^(?:[\w-]+ )*{target}(?: [\w-]+)*:", made, flags=re.MULTILINE), target
 
 
-def test_named_files_exist() -> None:
-    for name in re.findall(r"`((?:studies|orchestrator|operators)/[\w/.-]+)`", README):
-        assert (ROOT / name).exists(), name
+NAMES = re.compile(r"`((?:studies|orchestrator|operators|tests)/[\w/.-]+|[\w/-]+\.(?:py|h|yaml))`")
+
+
+@pytest.mark.parametrize("text", ["README.md", "CONTRIBUTING.md"])
+def test_named_files_exist(text: str) -> None:
+    """A name that begins at no folder of the top lies in the folder of the one before it."""
+    folder = ROOT
+    for name in NAMES.findall((ROOT / text).read_text()):
+        whole = ROOT / name
+        if not whole.exists():
+            assert (folder / name).exists(), name
+        elif "/" in name:
+            folder = whole if whole.is_dir() else whole.parent
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"^layerswap (\w+)", README, flags=re.MULTILINE))))
