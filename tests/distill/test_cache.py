@@ -19,7 +19,8 @@ from operators.decoding.state import State
 from orchestrator.distill.models.cache import OperatorCacheLayer
 from orchestrator.distill.models.masks import Pattern
 from orchestrator.distill.models.student import load_teacher
-from orchestrator.distill.models.swap import decode_by, swap
+from orchestrator.distill.models.swap import decode_by
+from tests.distill.students import student_of
 
 PLACED = {
     "all": {0: HyenaConfig(heads=4), 1: HyenaConfig(order=3), 2: SkipConfig()},
@@ -27,16 +28,6 @@ PLACED = {
     "attention last": {0: HyenaConfig(filter=ModalFilterConfig(modes=4)), 1: HyenaConfig(heads=4)},
 }
 every_student = pytest.mark.parametrize("placed", PLACED.values(), ids=PLACED)
-
-
-def student_of(folder: Path, placed: dict[int, Any]) -> Any:
-    model = load_teacher(folder)
-    for layer, config in placed.items():
-        made = swap(model, [layer], config, torch.Generator().manual_seed(layer))[0]
-        with torch.no_grad():
-            for parameter in made.operator.parameters():
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    return model.eval()
 
 
 def filled(student: Any, ids: Tensor, cache: Any = None) -> Any:

@@ -16,8 +16,8 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from operators.config import FirFilterConfig, HyenaConfig, ModalFilterConfig, SkipConfig
 from orchestrator.distill.models import masks
 from orchestrator.distill.models.masks import ONE_TEXT, by_document, packed_documents, pattern_of
-from orchestrator.distill.models.student import load_teacher
-from orchestrator.distill.models.swap import attention_of, swap
+from orchestrator.distill.models.swap import attention_of
+from tests.distill.students import student_of
 
 PLACED = {
     "hybrid": {0: HyenaConfig(heads=4), 2: HyenaConfig()},
@@ -27,17 +27,6 @@ PLACED = {
 SIZES = (9, 1, 7, 3)  # documents that are packed into one row of 20
 LOW = torch.finfo(torch.float32).min
 every_student = pytest.mark.parametrize("placed", PLACED.values(), ids=PLACED)
-
-
-def student_of(folder: Path, placed: dict[int, Any]) -> Any:
-    """A student whose operators do more than copied projections do."""
-    model = load_teacher(folder)
-    for layer, config in placed.items():
-        made = swap(model, [layer], config, torch.Generator().manual_seed(layer))[0]
-        with torch.no_grad():
-            for parameter in made.operator.parameters():
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    return model.eval()
 
 
 def causal(length: int) -> Tensor:

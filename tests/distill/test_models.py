@@ -34,10 +34,11 @@ from orchestrator.distill.models.student import (
     random_like,
     save_student,
 )
-from orchestrator.distill.models.swap import SwappedAttention, attention_of, swap, swapped
+from orchestrator.distill.models.swap import SwappedAttention, attention_of, swapped
 from orchestrator.study.pretrained import SHAPES
 from orchestrator.study.sources import Location
 from orchestrator.study.spec import Architecture, ImportSpec
+from tests.distill.students import student_of
 
 EARLIER = Path(__file__).parents[1] / "data" / "earlier"
 SHAPE = Architecture(layers=2, hidden=32, heads=4, intermediate=64, max_length=64, vocabulary=300)
@@ -51,13 +52,6 @@ FILTERS: dict[int, OperatorConfig] = {
     1: HyenaConfig(order=3, init="random", filter=FirFilterConfig(taps=4)),
     2: HyenaConfig(filter=ModalFilterConfig(positive=True)),
 }
-
-
-def student_of(folder: Path, operators: dict[int, OperatorConfig]) -> Any:
-    model = load_teacher(folder)
-    for layer, config in operators.items():
-        swap(model, [layer], config, torch.Generator().manual_seed(layer))
-    return model
 
 
 def same(first: Any, second: Any) -> bool:

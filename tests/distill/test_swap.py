@@ -15,6 +15,7 @@ from operators.config import HyenaConfig, ModalFilterConfig, OperatorConfig, Ski
 from orchestrator.distill.models.families import family_of
 from orchestrator.distill.models.student import load_teacher
 from orchestrator.distill.models.swap import SwappedAttention, attention_of, decode_by, fit_errors, swap
+from tests.distill.students import student_of
 
 OPERATORS = {"order 2": HyenaConfig(), "order 3": HyenaConfig(order=3), "heads": HyenaConfig(heads=4)}
 HYBRID = {"all": (0, 1, 2), "hybrid, attention first": (1, 2), "hybrid, attention last": (0,), "none": ()}
@@ -26,14 +27,9 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def student_of(folder: Path, layers: tuple[int, ...], operator: OperatorConfig | None = None) -> Any:
-    """A student whose operators do more than copied projections do: their gates and direct terms are moved."""
-    model = load_teacher(folder)
-    for placed in swap(model, layers, operator or HyenaConfig(heads=4), generator()):
-        with torch.no_grad():
-            for parameter in placed.operator.parameters():
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator(1)))
-    return model.eval()
+def placed(layers: tuple[int, ...], operator: OperatorConfig | None = None) -> dict[int, OperatorConfig]:
+    """One operator in all of these layers."""
+    return dict.fromkeys(layers, operator or HyenaConfig(heads=4))
 
 
 def logits(model: Any, ids: torch.Tensor, **more: Any) -> torch.Tensor:
@@ -149,7 +145,7 @@ class Adapted(torch.nn.Module):
 def test_adapters_around_all_linear_layers_take_part(
     tiny_teacher: Path, ids: torch.Tensor, operator: HyenaConfig
 ) -> None:
-    student = student_of(tiny_teacher, (0, 2), operator)
+    student = student_of(tiny_teacher, placed((0, 2), operator))
     before = logits(student, ids)
     linear = [name for name, module in student.named_modules() if isinstance(module, torch.nn.Linear)]
     for name in linear:
@@ -231,7 +227,7 @@ def test_skip_leaves_attention_out(teacher: Any) -> None:
 def test_generation_with_a_cache_is_generation_without(
     tiny_teacher: Path, ids: torch.Tensor, layers: tuple[int, ...], operator: HyenaConfig
 ) -> None:
-    student = student_of(tiny_teacher, layers, operator)
+    student = student_of(tiny_teacher, placed(layers, operator))
     assert torch.equal(continued(student, ids, use_cache=True), continued(student, ids, use_cache=False))
 
 
@@ -239,7 +235,7 @@ def test_generation_with_a_cache_is_generation_without(
 def test_stepwise_logits_are_those_of_the_whole_sequence(
     tiny_teacher: Path, ids: torch.Tensor, layers: tuple[int, ...]
 ) -> None:
-    student = student_of(tiny_teacher, layers)
+    student = student_of(tiny_teacher, placed(layers))
     whole = logits(student, ids)
     with torch.no_grad():
         output = student(input_ids=ids[:, :5], use_cache=True)
@@ -254,7 +250,7 @@ def test_stepwise_logits_are_those_of_the_whole_sequence(
 def test_beam_search_reorders_states_with_their_sequences(
     tiny_teacher: Path, ids: torch.Tensor, layers: tuple[int, ...]
 ) -> None:
-    student = student_of(tiny_teacher, layers)
+    student = student_of(tiny_teacher, placed(layers))
     found = [continued(student, ids, num_beams=3, num_return_sequences=2, use_cache=cache) for cache in (True, False)]
     assert found[0].shape == (4, 12)
     assert torch.equal(found[0], found[1])
@@ -265,7 +261,7 @@ def test_beam_search_reorders_states_with_their_sequences(
 def test_a_static_cache_generates_the_same(
     tiny_teacher: Path, ids: torch.Tensor, layers: tuple[int, ...], padding: int
 ) -> None:
-    student, mask = student_of(tiny_teacher, layers), torch.ones_like(ids)
+    student, mask = student_of(tiny_teacher, placed(layers)), torch.ones_like(ids)
     mask[0, :padding] = 0
     wanted = continued(student, ids, attention_mask=mask, use_cache=False)
     for _ in range(2):  # the second uses the first one's cache again
@@ -275,7 +271,7 @@ def test_a_static_cache_generates_the_same(
 
 @every_hybrid
 def test_stepwise_logits_with_a_static_cache(tiny_teacher: Path, ids: torch.Tensor, layers: tuple[int, ...]) -> None:
-    student = student_of(tiny_teacher, layers)
+    student = student_of(tiny_teacher, placed(layers))
     cache = StaticCache(config=student.config, max_cache_len=40)
     with torch.no_grad():
         found = [
@@ -287,7 +283,7 @@ def test_stepwise_logits_with_a_static_cache(tiny_teacher: Path, ids: torch.Tens
 
 @every_hybrid
 def test_prompt_lookup_crops_states(tiny_teacher: Path, ids: torch.Tensor, layers: tuple[int, ...]) -> None:
-    student = student_of(tiny_teacher, layers)
+    student = student_of(tiny_teacher, placed(layers))
     repeated = torch.cat([ids[:1, :8], ids[:1, :8]], dim=1)
     looked = continued(student, repeated, prompt_lookup_num_tokens=3)
     assert torch.equal(looked, continued(student, repeated, use_cache=False))
@@ -299,7 +295,7 @@ def test_layers_decode_by_the_mode_that_is_chosen(
     tiny_teacher: Path, ids: torch.Tensor, mode: str, croppable: bool
 ) -> None:
     modal = HyenaConfig(filter=ModalFilterConfig(modes=4))
-    student = student_of(tiny_teacher, (0, 2), modal)
+    student = student_of(tiny_teacher, placed((0, 2), modal))
     wanted = continued(student, ids, use_cache=False)
     decode_by(student, mode, croppable=croppable)
     assert torch.equal(continued(student, ids), wanted)
@@ -336,7 +332,7 @@ def test_a_mode_that_a_layer_lacks_is_refused_by_layer_and_nothing_changes(tiny_
 
 @every_hybrid
 def test_left_padding_changes_nothing(tiny_teacher: Path, ids: torch.Tensor, layers: tuple[int, ...]) -> None:
-    student = student_of(tiny_teacher, layers)
+    student = student_of(tiny_teacher, placed(layers))
     padded, mask = ids.clone(), torch.ones_like(ids)
     padded[0, :6], mask[0, :6] = 0, 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)

@@ -22,6 +22,7 @@ COPIED = (
     "studies",
     "tests",
     "README.md",
+    "CONTRIBUTING.md",
     "Makefile",
     "pyproject.toml",
     "constraints.txt",
