@@ -56,7 +56,6 @@ class ChannelHyena(Hyena):
         return first_BDL * y_BDL
 
     def combine_step(self, u_B1E: Tensor, filters: Filters, state: HyenaState) -> Tensor:
-        """See `Hyena.combine_step`."""
         assert isinstance(state, ChannelState)
         first_B1D, *gates, y_B1D = u_B1E.chunk(self.config.order + 1, dim=2)
         for index, gate_B1D in enumerate(reversed(gates)):
@@ -72,7 +71,6 @@ class ChannelHyena(Hyena):
         return self.filter.step_modes
 
     def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
-        """See `Hyena.combine_reference`."""
         first_BDL, *gates, y_BDL = u_BEL.chunk(self.config.order + 1, dim=1)
         filters, directs = h_CL.chunk(self.convolutions), self.direct.chunk(self.convolutions)
         for gate_BDL, h_DL, direct_D in zip(reversed(gates), filters, directs, strict=True):
@@ -98,15 +96,27 @@ class ChannelHyena(Hyena):
             return self._one_pass_gpu(p_BEL, mask_BL, filters)
         if isinstance(filters, Tensor):
             return self._one_pass_trained(p_BEL, mask_BL, filters)
-        one_pass = self._one_pass_native if serves(p_BEL) else self._one_pass
-        if state is None:
-            return one_pass(p_BEL, mask_BL, filters, [], None)[0]
-        assert isinstance(state, ChannelState)
-        like_BDL = p_BEL.new_empty((state.batch, self.d_model, p_BEL.shape[-1]), dtype=compute_dtype(p_BEL.dtype))
-        rooms = state.rooms(like_BDL, self.convolutions)
-        y_BDL, *known = one_pass(p_BEL, mask_BL, filters, rooms, state)
-        for index, (z_BDL, known_BDW) in enumerate(zip(rooms, known, strict=True)):
-            state.filled(index, self._channels(index), z_BDL, known_BDW)
+        assert state is None or isinstance(state, ChannelState)
+        length = p_BEL.shape[-1]
+        buffers: Sequence[Tensor] = []
+        if state is not None:
+            shape = (state.batch, self.d_model, length)
+            like_BDL = p_BEL.new_empty(shape, dtype=compute_dtype(p_BEL.dtype))
+            buffers = state.buffers(like_BDL, self.convolutions)
+        pending: Sequence[Tensor | None] = [None] * len(buffers)
+        if serves(p_BEL):
+            ahead = None
+            if isinstance(state, Tiled):
+                ahead = open_window(state, length, self.d_model, self.convolutions)
+            y_BDL = convolve(p_BEL, mask_BL, self.short_weight, self.short_bias, filters, buffers, ahead)
+        else:
+            beyond = 0 if state is None else state.beyond(length)
+            with outside_autocast(p_BEL.device.type):
+                convolution = filters.convolution(length, beyond)
+                y_BDL, *pending = gated(self._inputs(p_BEL, mask_BL), convolution, buffers, beyond)
+        if state is not None:
+            for index, (z_BDL, pending_BDW) in enumerate(zip(buffers, pending, strict=True)):
+                state.filled(index, self._channels(index), z_BDL, pending_BDW)
         return y_BDL
 
     def _one_pass_trained(self, p_BEL: Tensor, mask_BL: Tensor | None, h_CL: Tensor) -> Tensor:
@@ -122,24 +132,8 @@ class ChannelHyena(Hyena):
         short = (self.short_weight.unflatten(0, blocks), self.short_bias.unflatten(0, blocks))
         return Inputs(p_BEL.unflatten(1, blocks), mask_BL, *short)
 
-    def _one_pass(
-        self,
-        p_BEL: Tensor,
-        mask_BL: Tensor | None,
-        filters: Filters,
-        rooms: Sequence[Tensor],
-        state: ChannelState | None,
-    ) -> tuple[Tensor, *tuple[Tensor | None, ...]]:
-        """Outputs (B, D, L) and, for a state, what each convolution adds to those after them as far as that is known;
-        what each reads goes to `rooms`."""
-        length = p_BEL.shape[-1]
-        beyond = 0 if state is None else state.beyond(length)
-        with outside_autocast(p_BEL.device.type):
-            y_BDL, *known = gated(self._inputs(p_BEL, mask_BL), filters.convolution(length, beyond), rooms, beyond)
-        return y_BDL, *known
-
     def _one_pass_gpu(self, p_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters) -> Tensor:
-        """The same without a state by the kernels for accelerators, outputs in the dtype of the projections."""
+        """Whole sequences by the kernels for accelerators, outputs (B, D, L) in the dtype of the projections."""
         if isinstance(filters, Tensor):
             h_CL = filters + torch.nn.functional.pad(self.direct[:, None], (0, filters.shape[1] - 1))
         else:
@@ -148,23 +142,7 @@ class ChannelHyena(Hyena):
         with outside_autocast(p_BEL.device.type):
             return gated_by_kernels(*self._inputs(p_BEL, mask_BL), h_CL.float().unflatten(0, each))
 
-    def _one_pass_native(
-        self,
-        p_BEL: Tensor,
-        mask_BL: Tensor | None,
-        filters: Filters,
-        rooms: Sequence[Tensor],
-        state: ChannelState | None,
-    ) -> tuple[Tensor, *tuple[Tensor | None, ...]]:
-        """The same by the compiled core, outputs in the dtype of the projections."""
-        ahead = None
-        if isinstance(state, Tiled):
-            ahead = open_window(state, p_BEL.shape[-1], self.d_model, self.convolutions)
-        y_BDL = convolve(p_BEL, mask_BL, self.short_weight, self.short_bias, filters, rooms, ahead)
-        return y_BDL, *[None] * len(rooms)
-
     def between(self, x_B1D: Tensor, p_B1E: Tensor, filters: Filters, state: HyenaState) -> Tensor | None:
-        """See `Hyena.between`."""
         if not (isinstance(state, Tiled) and takes(state, x_B1D, p_B1E)):
             return None
         return step(x_B1D, p_B1E, self.short_of(state), filters, state)

@@ -2,7 +2,7 @@
 
     y_t = sum_s h_{t-s} f(q_t, k_s) g_s v_s / n_t + direct v_t      (Massaroli et al. 2023, section 4, where f is q . k)
 
-f is the feature map (`mixing`), g = exp(gate) the key gate or 1, n the sum of the same weights where they are
+f is the feature map (`mixing.features`), g = exp(gate) the key gate or 1, n the sum of the same weights where they are
 normalised, else 1. The rows of `in_proj` are query, key, value and, with a key gate, a gate for every head.
 
 With one channel per head and no direct term this is the channel-wise operator of order 2. Without a feature map the
@@ -81,7 +81,6 @@ class HeadHyena(Hyena):
     def combine(
         self, u_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None
     ) -> Tensor:
-        """See `Hyena.combine`."""
         parts = self.layout.parts(u_BEL)
         q_BHKL, k_BHKL, v_BHVL = features(parts, self.hedgehog, mask_BL, self.config.normalise)
         if isinstance(state, HeadMemory):
@@ -150,7 +149,6 @@ class HeadHyena(Hyena):
         return y_BHVn
 
     def between(self, x_B1D: Tensor, p_B1E: Tensor, filters: Filters, state: HyenaState) -> Tensor | None:
-        """See `Hyena.between`."""
         if self.hedgehog is not None or not takes(state, x_B1D, p_B1E):
             return None
         short = self.short_of(state)
@@ -163,7 +161,6 @@ class HeadHyena(Hyena):
         return step_modal_heads(x_B1D, p_B1E, short, modes, self.direct, state, **how)
 
     def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
-        """See `Hyena.combine_reference`."""
         parts = self.layout.parts(u_BEL)
         q_BHKL, k_BHKL, v_BHVL = features(parts, self.hedgehog, None, self.config.normalise)
         return self._finish(mix_reference(self._scaled(q_BHKL), k_BHKL, v_BHVL, h_CL, self.degree), parts[2])

@@ -69,7 +69,6 @@ class Hyena(Extending):
         self.out_proj = nn.Linear(self.d_model, self.d_model)
 
     def freeze(self) -> Filters:
-        """See `KeptFilters.freeze`."""
         return self.filter.freeze()
 
     @abstractmethod

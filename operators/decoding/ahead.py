@@ -61,19 +61,19 @@ class Ahead:
         filters: all long filters of the operator; the caller keeps them.
         channels: those of this convolution.
         past_BDT: its inputs so far, T >= 1.
-        known_BDW: what they add to the next W outputs, where that is known already.
+        pending_BDW: what they add to the next W outputs, where that is known already.
     """
 
-    def __init__(self, filters: Filters, channels: slice, past_BDT: Tensor, known_BDW: Tensor | None = None) -> None:
+    def __init__(self, filters: Filters, channels: slice, past_BDT: Tensor, pending_BDW: Tensor | None = None) -> None:
         self.channels, self.longest = channels, filters.longest
         self.origin = self.position = past_BDT.shape[-1]
-        length = window(self.origin, self.longest) if known_BDW is None else known_BDW.shape[-1]
+        length = window(self.origin, self.longest) if pending_BDW is None else pending_BDW.shape[-1]
         # Of outputs that have all that was there before the first step.
         self.window = (self.origin, self.origin + length)
         self.jobs: list[Job] = []
         self.near_BND = past_BDT.new_zeros(past_BDT.shape[0], NEAR + TURN, past_BDT.shape[1])
-        self.sums_BDW = past_BDT.new_zeros(*past_BDT.shape[:2], length) if known_BDW is None else known_BDW
-        if known_BDW is None:
+        self.sums_BDW = past_BDT.new_zeros(*past_BDT.shape[:2], length) if pending_BDW is None else pending_BDW
+        if pending_BDW is None:
             self._add(filters, self._of_origin(), past_BDT, past_BDT.shape[1])
 
     def step(self, filters: Filters, z_B1D: Tensor, past_BDT: Tensor) -> Tensor:

@@ -27,20 +27,20 @@ from operators.decoding.state import HyenaState, Kept, MemoryState
 class ChannelState(HyenaState, ABC):
     """A state of N convolutions, which are named by their index and have filters of their own, `channels`.
 
-    A prefill writes what each convolution reads into one of `rooms` and calls `filled`.
+    A prefill writes what each convolution reads into one of `buffers` and calls `filled`.
     """
 
     def beyond(self, length: int) -> int:
         """How many outputs after a prefill of `length` positions `filled` wants to know its part of."""
         return 0
 
-    def rooms(self, like_BDL: Tensor, convolutions: int) -> Sequence[Tensor]:
+    def buffers(self, like_BDL: Tensor, convolutions: int) -> Sequence[Tensor]:
         """Where the inputs of every convolution in a prefill are to be written, (B, D, L) as `like`."""
         return [torch.empty_like(like_BDL, memory_format=torch.contiguous_format) for _ in range(convolutions)]
 
     @abstractmethod
-    def filled(self, index: int, channels: slice, z_BDL: Tensor, known_BDW: Tensor | None) -> None:
-        """Remember the inputs of a prefill, which are what is in the room now; `known` is what they add to the outputs
+    def filled(self, index: int, channels: slice, z_BDL: Tensor, pending_BDW: Tensor | None) -> None:
+        """Remember the inputs of a prefill, which are in its buffer now; `pending` is what they add to the outputs
         that `beyond` asks for, None where nobody computed it."""
 
     @abstractmethod
@@ -68,21 +68,19 @@ class Direct(ChannelState):
         super().__init__(batch, max_length, croppable)
         self.gated: list[History] = []
 
-    def rooms(self, like_BDL: Tensor, convolutions: int) -> Sequence[Tensor]:
-        """See `ChannelState.rooms`: part of the histories."""
+    def buffers(self, like_BDL: Tensor, convolutions: int) -> Sequence[Tensor]:
+        """See `ChannelState.buffers`: part of the histories."""
         self.gated = self.gated or [History(self.max_length) for _ in range(convolutions)]
-        return [history.room(self.length, like_BDL) for history in self.gated]
+        return [history.reserve(self.length, like_BDL) for history in self.gated]
 
-    def filled(self, index: int, channels: slice, z_BDL: Tensor, known_BDW: Tensor | None) -> None:
+    def filled(self, index: int, channels: slice, z_BDL: Tensor, pending_BDW: Tensor | None) -> None:
         """See `ChannelState.filled`: nothing is left to do."""
 
     def chunk(self, index: int, channels: slice, z_BDn: Tensor) -> Tensor:
-        """See `ChannelState.chunk`."""
         past_BDT = self.gated[index].append(self.length, z_BDn)
         return self._convolved(channels, past_BDT)[..., -z_BDn.shape[-1] :]
 
     def step(self, index: int, channels: slice, z_B1D: Tensor) -> Tensor:
-        """See `ChannelState.step`."""
         past_BDT = self.gated[index].append(self.length, z_B1D.transpose(1, 2))
         return (past_BDT * self._frozen().reversed(past_BDT.shape[-1])[channels]).sum(-1)[:, None]
 
@@ -133,13 +131,11 @@ class Tiled(Direct):
         """See `ChannelState.beyond`: what comes out of a transform that is a little longer than the prefill's."""
         return window(length, self.max_length)
 
-    def filled(self, index: int, channels: slice, z_BDL: Tensor, known_BDW: Tensor | None) -> None:
-        """See `ChannelState.filled`."""
-        if known_BDW is not None:
-            self.ahead[index] = Ahead(self._frozen(), channels, z_BDL, known_BDW)
+    def filled(self, index: int, channels: slice, z_BDL: Tensor, pending_BDW: Tensor | None) -> None:
+        if pending_BDW is not None:
+            self.ahead[index] = Ahead(self._frozen(), channels, z_BDL, pending_BDW)
 
     def step(self, index: int, channels: slice, z_B1D: Tensor) -> Tensor:
-        """See `ChannelState.step`."""
         past_BDT, ahead = self.gated[index].write(self.length, z_B1D.transpose(1, 2)), self.ahead.get(index)
         if ahead is None or ahead.position != self.length:
             ahead = self.ahead[index] = Ahead(self._frozen(), channels, past_BDT[..., : self.length])
@@ -165,18 +161,15 @@ class Modal(MemoryState, ChannelState):
 
     mode = "modal"
 
-    def filled(self, index: int, channels: slice, z_BDL: Tensor, known_BDW: Tensor | None) -> None:
-        """See `ChannelState.filled`."""
+    def filled(self, index: int, channels: slice, z_BDL: Tensor, pending_BDW: Tensor | None) -> None:
         self.memory[index : index + 1] = [self._frozen().recurrence.take(channels, z_BDL, None)]
 
     def chunk(self, index: int, channels: slice, z_BDn: Tensor) -> Tensor:
-        """See `ChannelState.chunk`."""
         before_BSD, recurrence = self.memory[index], self._frozen().recurrence
         self.memory[index] = recurrence.take(channels, z_BDn, before_BSD)
         return self._convolved(channels, z_BDn) + recurrence.ahead(channels, before_BSD, z_BDn.shape[-1])
 
     def step(self, index: int, channels: slice, z_B1D: Tensor) -> Tensor:
-        """See `ChannelState.step`."""
         return self._frozen().recurrence.step(channels, z_B1D, self.memory[index])
 
 
@@ -185,18 +178,15 @@ class Window(MemoryState, ChannelState):
 
     mode = "window"
 
-    def filled(self, index: int, channels: slice, z_BDL: Tensor, known_BDW: Tensor | None) -> None:
-        """See `ChannelState.filled`."""
+    def filled(self, index: int, channels: slice, z_BDL: Tensor, pending_BDW: Tensor | None) -> None:
         self.memory[index : index + 1] = [self._seen_later(z_BDL).clone()]
 
     def chunk(self, index: int, channels: slice, z_BDn: Tensor) -> Tensor:
-        """See `ChannelState.chunk`."""
         seen_BDL = torch.cat([self.memory[index], z_BDn], dim=-1)
         self.memory[index] = self._seen_later(seen_BDL).clone()
         return self._frozen().convolution(seen_BDL.shape[-1])(seen_BDL, channels)[..., -z_BDn.shape[-1] :]
 
     def step(self, index: int, channels: slice, z_B1D: Tensor) -> Tensor:
-        """See `ChannelState.step`."""
         seen_BDK = torch.cat([self.memory[index], z_B1D.transpose(1, 2)], dim=-1)
         self.memory[index] = self._seen_later(seen_BDK)
         return (seen_BDK * self._frozen().reversed(seen_BDK.shape[-1])[channels]).sum(-1)[:, None]

@@ -26,7 +26,7 @@ class History:
         self.longest, self.channels_touch = longest, channels_touch
         self.buffer: Tensor | None = None
 
-    def room(self, start: int, like: Tensor) -> Tensor:
+    def reserve(self, start: int, like: Tensor) -> Tensor:
         """The place for positions from `start` on, (B, ..., n) as `like`; those before it stay."""
         stop, buffer = start + like.shape[-1], self.buffer
         if buffer is None or buffer.shape[-1] < stop:
@@ -38,7 +38,7 @@ class History:
 
     def write(self, start: int, new: Tensor) -> Tensor:
         """Put `new` (B, ..., n) behind `start` positions; returns the buffer, which means nothing behind them."""
-        self.room(start, new).copy_(new.detach() if new.requires_grad else new)
+        self.reserve(start, new).copy_(new.detach() if new.requires_grad else new)
         assert self.buffer is not None
         return self.buffer
 

@@ -55,7 +55,7 @@ class LongFilter(nn.Module, ABC):
         max_length: longest sequence.
 
     Attributes:
-        step_modes: ways in which channel-wise operators can decode with them (`steps`), the usual one first.
+        step_modes: ways in which channel-wise operators can decode with them (`channelwise`), the usual one first.
         lags: where they end, None if nowhere.
     """
 

@@ -54,7 +54,6 @@ class FirFilter(LongFilter):
         self._set_logarithms(whole_profile(profile_CT, self.config.taps))
 
     def forward(self, length: int) -> Tensor:
-        """See `LongFilter.forward`."""
         self.check(length)
         taps_CK = self.taps.to(compute_dtype(self.taps.dtype))[:, :length]
         weight_CK = taps_CK.exp() if self.config.positive else taps_CK

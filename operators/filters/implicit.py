@@ -101,7 +101,6 @@ class ImplicitFilter(LongFilter):
         self.readout.weight.copy_(fit_WC.t())
 
     def forward(self, length: int) -> Tensor:
-        """See `LongFilter.forward`."""
         self.check(length)
         with torch.autocast(self.frequency.device.type, enabled=False):
             network_CL = self._read(self._recomputed_hidden(length))

@@ -86,7 +86,6 @@ class ModalFilter(LongFilter):
         self.log_mass.copy_(mass_CS.clamp_min(LEAST_MASS).log())
 
     def forward(self, length: int) -> Tensor:
-        """See `LongFilter.forward`."""
         self.check(length)
         with torch.autocast(self.log_rate.device.type, enabled=False):
             return first_lags(self.modes(), length)

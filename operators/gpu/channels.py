@@ -6,7 +6,7 @@ The output gate is the last of the gates. The autograd node keeps projections an
 computed again on the way back. bfloat16 up to `LONGEST` positions is convolved on matrix units (`toeplitz`), all
 else by FFT in float32.
 
-Shapes: as in `gated`.
+Shapes: as in `convolution.gated`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ and once for the filter, each with sums in a fixed order. Operands are bfloat16,
 
 Values may have one row more than a power of two (a row that counts, for normalisers): it is summed beside the product.
 
-Shapes: as in `mixing`; M queries and M keys of a tile.
+Shapes: as in `mixing.masked`; M queries and M keys of a tile.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def takes(x: Tensor, rows: int, key_width: int, value_width: int, degree: int | 
 
 
 def masked_forward(q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor, degree: int | None) -> Tensor:
-    """As `mixing.masked_forward`."""
+    """As `mixing.masked.masked_forward`."""
     q_BHKQ, k_BHKT, v_BHVT = (x.contiguous() for x in (q_BHKQ, k_BHKT, v_BHVT))
     copies = shifted_copies(h_HT)
     y_BHVQ = q_BHKQ.new_empty(*v_BHVT.shape[:3], q_BHKQ.shape[-1])
@@ -225,7 +225,7 @@ def masked_forward(q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor,
 
 
 def masked_backward(parts: list[Tensor], h_HT: Tensor, degree: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `mixing.masked_backward`."""
+    """As `mixing.masked.masked_backward`."""
     q_BHKQ, k_BHKT, v_BHVT, grad_BHVQ = (part.contiguous() for part in parts)
     copies = shifted_copies(h_HT)
     dq, dk, dv = torch.empty_like(q_BHKQ), torch.empty_like(k_BHKT), torch.empty_like(v_BHVT)

@@ -4,10 +4,10 @@ Between positions a of a chunk and b of one that lies d chunks before it a smoot
 sum_{rs} out_r(a) G_d[r, s] into_s(b), with a few functions `into` and `out` of the place in a chunk. So every chunk
 of keys and values becomes a state U[s] = sum_b into_s(b) k_b v_b^T, states are carried to later chunks,
 M_n = sum_d G_d U_{n-d}, and read there: y_a = sum_r out_r(a) M_n[r]^T q_a. What is nearer is a masked matrix product as
-in `mixing`. O(L (C + R K)) instead of O(L^2), and nothing but queries, keys and values is kept for backward.
+in `masked`. O(L (C + R K)) instead of O(L^2), and nothing but queries, keys and values is kept for backward.
 
-`into`, `out` and G are exact for sums of R real exponentials (`modal`), G_d being powers of one matrix: a recurrence.
-For other filters they are polynomials, and as exact as the filter is smooth (`smooth`).
+`into`, `out` and G are exact for sums of R real exponentials (`head_states`), G_d being powers of one matrix: a
+recurrence. For other filters they are polynomials, and as exact as the filter is smooth (`smooth`).
 
 Shapes: B batch, H heads, G heads at a time, K key width, V value width, L positions, C positions of a chunk, N chunks,
 P chunks of which the near lags are (the own one and P - 1 before it), F = N - P chunks that are far from another,
@@ -155,7 +155,7 @@ class _Chunks:
         """Runs of the chunks that write states."""
         return _runs(self.far, self.spread, self.q.device)
 
-    def late(self, run: slice) -> slice:
+    def readers(self, run: slice) -> slice:
         """Where states of this run are read."""
         return slice(run.start + len(self.masks), run.stop + len(self.masks))
 
@@ -178,7 +178,7 @@ def chunked_forward(q_GKL: Tensor, k_GKL: Tensor, v_GVL: Tensor, bases: Bases) -
     if it.far:
         carried = _carry(it.states(), it.carry).to(y.dtype)
         for run in it.far_runs():
-            y[:, it.late(run)] += carried[:, run].transpose(-1, -2) @ _spread(it.q[:, it.late(run)], it.out)
+            y[:, it.readers(run)] += carried[:, run].transpose(-1, -2) @ _spread(it.q[:, it.readers(run)], it.out)
     return _in_line(y, q_GKL.shape[-1])
 
 
@@ -208,11 +208,11 @@ def _backward_far(it: _Chunks, dq: Tensor, dk: Tensor, dv: Tensor, dbases: Bases
     states = it.states()
     carried, dcarried = _carry(states, it.carry), torch.empty_like(states)
     for run in it.far_runs():
-        late = it.late(run)
-        dcarried[:, run] = _spread(q[:, late], it.out) @ dy[:, late].transpose(-1, -2)
-        read = carried[:, run].to(q.dtype) @ dy[:, late]
-        dbases.out_HRC.add_(_weigh_basis(read, q[:, late]))
-        dq[:, late] += _collect(read, it.out)
+        readers = it.readers(run)
+        dcarried[:, run] = _spread(q[:, readers], it.out) @ dy[:, readers].transpose(-1, -2)
+        read = carried[:, run].to(q.dtype) @ dy[:, readers]
+        dbases.out_HRC.add_(_weigh_basis(read, q[:, readers]))
+        dq[:, readers] += _collect(read, it.out)
     dstates, dcarry = _carry_backward(dcarried, states, carried, it.carry)
     dstates = dstates.to(q.dtype)
     for run in it.far_runs():
@@ -266,7 +266,7 @@ class _Chunked(torch.autograd.Function):
 
 
 def mix_chunked(q_BHKL: Tensor, k_BHKL: Tensor, v_BHVL: Tensor, bases: Bases) -> Tensor:
-    """`mixing.mix` of whole sequences with the identity, by a filter given as bases.
+    """`masked.mix` of whole sequences with the identity, by a filter given as bases.
 
     Args:
         q_BHKL, k_BHKL, v_BHVL: queries, keys and values, bfloat16, float32 or float64.

@@ -1,6 +1,6 @@
 """Which path heads take: the fastest form for given lengths, filters and feature maps, and who computes it.
 
-Shapes: as in `mixing`, L positions, S modes.
+Shapes: as in `masked`, L positions, S modes.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def form_of(
         form         computes                         for
         recurrence   a state a mode, `head_states`    modal filters, L > 2 (C + R K) and L > 512
         smooth       polynomials by chunk, `smooth`   filters that they fit, bfloat16, L > 1200
-        masked       every product, `mixing`          everything else, powers of any length among it
+        masked       every product, `masked`          everything else, powers of any length among it
 
     The first bound is where two products of every state with every position are fewer than those of half the positions
     with every position, and the chunks' own on top. Polynomials fit to 1e-3 only, which float32 would show.
@@ -108,7 +108,7 @@ def weights_for(path: Path, dtype: torch.dtype, h_HL: Tensor, modes: Modes | Non
 def mix_fastest(
     q_BHKL: Tensor, k_BHKL: Tensor, v_BHVL: Tensor, weights: tuple[Tensor] | Bases, degree: int | None
 ) -> Tensor:
-    """`mixing.mix` of whole sequences with what `weights_for` gave."""
+    """`masked.mix` of whole sequences with what `weights_for` gave."""
     if isinstance(weights, Bases):
         return mix_chunked(q_BHKL, k_BHKL, v_BHVL, weights)
     return mix(q_BHKL, k_BHKL, v_BHVL, weights[0], degree)

@@ -2,7 +2,7 @@
 
 Torch weighs rows in reverse, for which the weights are a view of the reversed filter; the core takes them in order.
 
-Shapes: as in `mixing`.
+Shapes: as in `masked`.
 """
 
 from collections.abc import Callable

@@ -24,7 +24,7 @@ def convolve(
     weight_EK: Tensor,
     bias_E: Tensor,
     filters: Filters,
-    rooms: Sequence[Tensor],
+    buffers: Sequence[Tensor],
     ahead: Tensor | None = None,
 ) -> Tensor:
     """What `ChannelHyena.whole` does, without gradients, by the frozen filters.
@@ -34,7 +34,7 @@ def convolve(
         mask_BL: as in `Hyena.forward`.
         weight_EK, bias_E: short convolution.
         filters: with the direct term at lag 0.
-        rooms: float32 (B, D, L), one for each convolution or none: filled with what goes into it.
+        buffers: float32 (B, D, L), one for each convolution or none: filled with what goes into it.
         ahead: filled with what comes out of each convolution at the positions behind, see `decode`.
 
     Returns:
@@ -44,7 +44,7 @@ def convolve(
     width = _width(p_BEL, filters.covering(length))
     spectra = spectra_of(filters, width, length + (0 if ahead is None else ahead.shape[2]))
     inputs = (_dense(p_BEL), _floats(mask_BL), weight_EK.float(), bias_E.float())
-    return cast(Tensor, torch.ops.layerswap.convolve(*inputs, spectra, width, rooms, ahead))
+    return cast(Tensor, torch.ops.layerswap.convolve(*inputs, spectra, width, buffers, ahead))
 
 
 def spectra_of(filters: Filters, width: int, length: int) -> Tensor:

@@ -107,7 +107,7 @@ def _buffers(*histories: History, position: int) -> list[Tensor]:
     """Buffers that have room for this position."""
     for history in histories:
         if history.buffer is not None and history.buffer.shape[-1] <= position:
-            history.room(position, history.buffer[..., :1])
+            history.reserve(position, history.buffer[..., :1])
     return [history.buffer for history in histories if history.buffer is not None]
 
 
