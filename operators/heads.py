@@ -95,7 +95,8 @@ class HeadHyena(Hyena):
         return ("modal", "direct") if self.config.filter.kind == "modal" and self.degree is None else ("direct",)
 
     def path(self, batch: int, length: int, dtype: torch.dtype = torch.float32) -> Path:
-        """How whole sequences are computed at the moment; `dtype` is bfloat16 under autocast to that, else the model's.
+        """How whole sequences are computed at the moment; `dtype` is bfloat16 under autocast to that, else float32, or
+        float64 in a model of that.
 
         The filters are computed to answer, for some forms want smooth ones.
         """
@@ -179,7 +180,9 @@ class HeadHyena(Hyena):
         follow the profile."""
         if self.config.filter.positive:
             self.filter.follow(attention.profile_of(self.heads))
-        rows, biases = self._products(attention) if self.config.fits_products else attention.query_and_key()
+        rows, biases = [attention.query, attention.key], [attention.bias_of("query"), attention.bias_of("key")]
+        if self.config.fits_products:
+            rows, biases = self._products(attention)
         self.in_proj.weight.copy_(torch.cat([rows[0], rows[1], attention.value, *rows[2:]]))
         self.in_proj.bias.copy_(torch.cat([biases[0], biases[1], attention.bias_of("value"), *biases[2:]]))
 

@@ -102,7 +102,7 @@ class Hyena(Extending):
         self.filter.check(x_BLD.shape[1])
         if x_BLD.shape[0] == 0:
             return self.of_no_sequences(x_BLD)
-        filters = self.filters_for(x_BLD.shape[1])
+        filters = self.filter(x_BLD.shape[1]) if torch.is_grad_enabled() else self.frozen()
         p_BEL = masked(self.project(self.in_proj, x_BLD.transpose(1, 2)), mask_BL)
         return self.project_out(self.whole(p_BEL, mask_BL, filters, None))
 

@@ -123,7 +123,7 @@ class Extending(KeptFilters, ABC):
         if batch == 0:
             state.length = stop
             return self.of_no_sequences(x_BLD), state
-        if torch.is_grad_enabled() and self._differentiated(x_BLD):
+        if torch.is_grad_enabled() and (x_BLD.requires_grad or any(p.requires_grad for p in self.parameters())):
             return self._extend_with_gradients(x_BLD, state, mask_BL), state
         if state.behind:
             self._catch_up(state)
@@ -151,10 +151,6 @@ class Extending(KeptFilters, ABC):
         nothing = torch.stack([parameter.float().sum() for parameter in self.parameters()]).sum()
         return cast(Tensor, self.out_proj(x_0LD)) + 0 * nothing
 
-    def filters_for(self, length: int) -> Tensor | Filters:
-        """Filters (C, length) to differentiate, frozen ones where gradients are off."""
-        return self.filter(length) if torch.is_grad_enabled() else self.frozen()
-
     def project(self, linear: nn.Module, x_BDL: Tensor) -> Tensor:
         """`linear` at every position, (B, E, L), in the ambient precision."""
         return project(linear, x_BDL)
@@ -168,9 +164,6 @@ class Extending(KeptFilters, ABC):
     def between(self, x_B1D: Tensor, p_B1E: Tensor, filters: Filters, state: HyenaState) -> Tensor | None:
         """What lies between the projections of a step, (B, 1, D), where the compiled core computes it: the position
         written to the state's histories, but its length not moved. None, and nothing done, where it does not."""
-
-    def _differentiated(self, x_BLD: Tensor) -> bool:
-        return x_BLD.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
 
     def _extend_with_gradients(self, x_BnD: Tensor, state: HyenaState, mask_Bn: Tensor | None) -> Tensor:
         """`extend` as the end of `forward` over all positions; the state falls behind by the new ones."""

@@ -15,7 +15,7 @@ from operators.filters.modes import Modes
 
 ROWS, COLUMNS = 512, 128
 SLOWEST = 1e-3  # decay over all L lags
-SMALLEST_POLE = 1e-8
+SMALLEST_POLE = 1e-8  # the logarithm of 0 is not finite
 REAL = 1e-9  # imaginary part of a pole that counts as real
 
 
@@ -33,7 +33,8 @@ def fit_modes(h_CL: Tensor, modes: int) -> tuple[Modes, Tensor]:
         float64: the norm of the difference over the norm, over all L lags.
     """
     exact_CL = h_CL.detach().double().cpu()
-    log_poles_CS = _decaying(_poles(exact_CL, modes)).log()
+    poles_CS = _poles(exact_CL, modes)
+    log_poles_CS = torch.where(poles_CS.abs() < SMALLEST_POLE, SMALLEST_POLE, poles_CS).log()
     slowest = -SLOWEST / exact_CL.shape[1]
     log_poles_CS = torch.complex(log_poles_CS.real.clamp(max=slowest), log_poles_CS.imag)
     residues_CS = _residues(exact_CL, log_poles_CS)
@@ -73,11 +74,6 @@ def _lags(count: int, most: int) -> Tensor:
     spaced = torch.logspace(0, torch.tensor(count - 1.0).log10().item(), most // 2, dtype=torch.float64)
     chosen: Tensor = torch.cat([torch.arange(most // 2), spaced.round().long().clamp(max=count - 1)]).unique()
     return chosen
-
-
-def _decaying(poles_CS: Tensor) -> Tensor:
-    """The poles without those at 0, whose logarithm is not finite."""
-    return torch.where(poles_CS.abs() < SMALLEST_POLE, SMALLEST_POLE, poles_CS)
 
 
 def _residues(h_CL: Tensor, log_poles_CS: Tensor) -> Tensor:

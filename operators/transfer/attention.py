@@ -57,10 +57,6 @@ class AttentionWeights:
         bias: Tensor | None = getattr(self, f"{name}_bias")
         return weight.new_zeros(weight.shape[0]) if bias is None else bias
 
-    def query_and_key(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Weights and biases of query and key as they are."""
-        return [self.query, self.key], [self.bias_of("query"), self.bias_of("key")]
-
     def products_of(self, head: int, heads: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], float]:
         """Query and key of the rows that head `head` of `heads` owns, weight and bias in float64, and what the
         attention multiplies their products by."""
