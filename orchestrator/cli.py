@@ -22,6 +22,7 @@ from orchestrator.study.peek import check_files
 from orchestrator.study.plan import Plan, make_plan, throughput_specs
 from orchestrator.study.schema import Study
 from orchestrator.study.sources import Resolved, resolve
+from orchestrator.study.spec import short
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="study file, for example studies/layerwise.yaml")]
@@ -195,10 +196,15 @@ def export(
         _bad_input(f"--to {to} exists already: give another folder, or remove it")
     try:
         key = exported_stage(job, stage)
+        for each in (key, made.teacher.train.key, made.tokens.key):
+            if (name := store.damaged(each)) is not None:
+                _bad_input(f"stage {short(each)}: {name} is damaged or gone: run the study again, which computes it")
         tokenizer = store.artefacts(made.tokens.key) / "tokenizer"
         export_student(store.artefacts(key), store.artefacts(made.teacher.train.key), tokenizer, to)
     except ValueError as error:
         _bad_input(error)
+    except OSError as error:
+        _bad_input(f"--to {to} cannot be written ({error.strerror or error}): give another folder")
     print(f"wrote {to}; load it with AutoModelForCausalLM.from_pretrained({str(to)!r}, trust_remote_code=True),")
     print("its tokenizer with AutoTokenizer and the same arguments")
 

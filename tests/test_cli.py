@@ -11,7 +11,9 @@ import typer
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
+from orchestrator.files import published_directory
 from orchestrator.record.commands import commands_of
+from tests.record.handmade import Hand
 
 OPTIONS = ["--set", "a=b c", "--set", "d=1", "--device", "cuda", "--gpus-per-stage", "0.25", "--claims", "lease"]
 PLACE = "s.yaml --set 'a=b c' --set d=1 --home 'my home'"
@@ -78,3 +80,37 @@ def test_the_ui_of_what_is_no_database_says_so_in_a_line(ui: list[Sequence[str]]
         result.stderr
         == "home/mlflow.db cannot be read (file is not a database): `layerswap doctor` says what to do about it\n"
     )
+
+
+def refused(hand: Hand, to: Path) -> str:
+    """What an export of the best student says that is refused."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("orchestrator.cli.check_files", lambda *_: None)  # there is one document
+        words = ["export", str(hand.file), "--home", str(hand.home.root), "--to", str(to)]
+        result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2, result.output
+    return result.stderr.strip()
+
+
+@pytest.mark.parametrize("name", ["two joint", "teacher"])
+def test_an_export_of_what_is_damaged_says_what_computes_it_again(tmp_path: Path, name: str) -> None:
+    hand = Hand(tmp_path)
+    hand.all_done()
+    key = hand.key(name)
+    hand.write(hand.steps[name].train, {}, files={"weights": b"as they were"})
+    (hand.store.artefacts(key) / "weights").write_bytes(b"as they are")
+    told = f"stage {key[:16]}: weights is damaged or gone: run the study again, which computes it"
+    assert refused(hand, tmp_path / "out") == told
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_to_where_nothing_can_be_written_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(*given: Path) -> None:
+        with published_directory(given[-1]):
+            pass
+
+    monkeypatch.setattr("orchestrator.distill.models.export.export_student", write)
+    hand = Hand(tmp_path)
+    hand.all_done()
+    to = hand.file / "in a file" / "out"
+    assert refused(hand, to) == f"--to {to} cannot be written (Not a directory): give another folder"
