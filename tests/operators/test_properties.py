@@ -64,6 +64,45 @@ def test_text_that_is_added_changes_no_output_before_it(case: str, longest: int,
     close(outputs(operator, x_BLD[:, :before], how), whole_BLD[:, :before])
 
 
+KINDS = ("order 3", "heads", "modal, order 2", "modal, heads", "fir, order 2", "power, full")
+STATES = [(case, mode) for case in KINDS for mode in make(case).step_modes()]
+calls = st.lists(
+    st.one_of(
+        st.tuples(st.just("extend"), st.sampled_from([1, 1, 1, 2, 5, 17, 40]), st.booleans()),
+        st.tuples(st.just("crop"), st.integers(0, 20), st.just(False)),
+        st.tuples(st.just("select"), st.sampled_from([[2, 0, 1], [1, 1, 0], [2, 1, 0]]), st.just(False)),
+    ),
+    min_size=4,
+    max_size=10,
+)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(place=st.sampled_from(STATES), calls=calls)
+def test_a_state_knows_the_text_whatever_was_called(place: tuple[str, str], calls: list[tuple[str, Any, bool]]) -> None:
+    """Chunks and steps with gradients and without, crops by a few positions, and beams: outputs are the text's."""
+    (case, mode), calls = place, [("extend", 20, False), *calls]
+    operator = make(case, 120)
+    state, text_BLD = operator.init_state(3, mode), torch.zeros(3, 0, D)
+    near = 2e-2 if mode == "modal" and operator.config.filter.kind == "implicit" else 1e-4  # modes that were fitted
+    for number, (name, argument, differentiated) in enumerate(calls):
+        length = text_BLD.shape[1]
+        if name == "crop":
+            state.crop(max(0, length - argument))
+            text_BLD = text_BLD[:, : max(0, length - argument)]
+        elif name == "select":
+            state.select(torch.tensor(argument))
+            text_BLD = text_BLD[argument]
+        elif length + argument <= 120:
+            new_BnD = draw(len(text_BLD), argument, D, seed=number)
+            text_BLD = torch.cat([text_BLD, new_BnD], dim=1)
+            with torch.set_grad_enabled(differentiated):
+                y_BnD, _ = operator.extend(new_BnD, state)
+            with torch.no_grad():
+                close(y_BnD.detach(), operator(text_BLD)[:, length:], near)
+    assert state.length == text_BLD.shape[1]
+
+
 def _saved(operator: Any) -> Any:
     stream = io.BytesIO()
     torch.save(operator.state_dict(), stream)
