@@ -1,4 +1,4 @@
-"""The short version of `make chaos`: one seed, so that the harness and what it checks are tried every time."""
+"""The short version of `make chaos`: one seed, so that `make test-all` tries the harness and what it checks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tests.chaos.faults import FAULTS
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_seed_ends_in_the_bits_of_the_undisturbed_run(capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["--seeds", "5", "--kinds", "checkpoint-torn,done-torn,worker-kill"])
