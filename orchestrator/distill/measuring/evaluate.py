@@ -47,11 +47,10 @@ def evaluate(spec: EvaluateSpec, place: Workplace) -> dict[str, Any]:
     windows_BL = spread_windows(tokens, spec.sequence_length, spec.evaluation.tokens)
     with frozen_filters(subject):
         result = _likelihood(teacher, subject, windows_BL, spec, device)
-    bad = [name for name, value in result.items() if not math.isfinite(value)]
-    if bad:
-        role = "teacher" if "teacher_perplexity" in bad else "student"
-        raise ArithmeticError(f"evaluation gave no finite {', '.join(bad)}: {DIVERGED[role]}")
-    with frozen_filters(subject):
+        bad = [name for name, value in result.items() if not math.isfinite(value)]
+        if bad:
+            role = "teacher" if "teacher_perplexity" in bad else "student"
+            raise ArithmeticError(f"evaluation gave no finite {', '.join(bad)}: {DIVERGED[role]}")
         result |= _generation(teacher, subject, windows_BL, spec, device)
     return {**result, "parameters": parameter_count(subject)}
 
