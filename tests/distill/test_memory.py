@@ -24,7 +24,8 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 torch.set_num_threads(1)
-usual, told, _, kept = faults(), keep_freed_memory(), faults(), faults()
+usual, told = faults(), keep_freed_memory()
+kept = min(faults() for _ in range(10))  # a small block behind a freed one can hide it from the next a few times
 give_back_freed_memory()
 print(int(told), usual, kept, faults())
 """
