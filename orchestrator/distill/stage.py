@@ -24,9 +24,11 @@ from orchestrator.distill.models.student import (
     load_student,
     load_teacher,
     new_teacher,
+    own_what_trains,
     parameter_count,
     random_like,
     save_student,
+    sharing,
 )
 from orchestrator.distill.models.swap import swap
 from orchestrator.distill.training.head import check_output_head
@@ -85,31 +87,29 @@ def distil(spec: DistilSpec, place: Workplace) -> Result:
     device = place.context.device
     teacher = load_teacher(place.inputs["teacher"]).to(device)
     check_output_head(teacher)
-    base = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    student = load_student(place.inputs["parent"], load_teacher(place.inputs["teacher"]))
+    student = load_student(place.inputs["parent"], sharing(teacher))
     generator = torch.Generator().manual_seed(spec.seed)
     swap(student, spec.new_layers, spec.operator, generator, statistics=_statistics(spec, student, place))
-    train_operators_only(student.to(device))
+    train_operators_only(student)
     result: Result = {"seconds": 0.0, "tokens": 0, "tokens_per_s": None}
     if spec.phases:
         optimizers = make_optimizers(student, spec.optimizer, spec.freeze)
+        own_what_trains(student, teacher)
         result = train(_distillation(spec, teacher, student, optimizers, place), place)
-    save_student(student, base, place.out)
+    save_student(student, teacher.state_dict(), place.out)
     return {**result, "parameters": parameter_count(student), **trainable_counts(student)}
 
 
 def _statistics(spec: DistilSpec, student: Any, place: Workplace) -> dict[int, AttentionStatistics]:
     """By layer, what the attention that is about to be replaced does on the first text of the path, if it matters.
 
-    Computed on the stage's device, told on the CPU, where operators are set and the student is left.
+    Computed on the stage's device, told on the CPU, where operators are set.
     """
     if not getattr(spec.operator, "needs_statistics", False):
         return {}
     tokens = load_tokens(place.inputs["tokens"], "train")
     ids_BL = batch(tokens, spec.sequence_length, spec.seed + STUDENT_ORDER, 0, SEQUENCES)
-    found = attention_statistics(student.to(place.context.device), spec.new_layers, ids_BL.to(place.context.device))
-    student.cpu()
-    return found
+    return attention_statistics(student, spec.new_layers, ids_BL.to(place.context.device))
 
 
 def _language_modelling(

@@ -19,7 +19,7 @@ from torch import Tensor
 from operators.decoding.kept import frozen_filters
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.data import load_tokens, spread_windows
-from orchestrator.distill.models.student import load_student, load_teacher, parameter_count
+from orchestrator.distill.models.student import load_student, load_teacher, parameter_count, sharing
 from orchestrator.distill.training.head import OutputHead, check_output_head, final_hidden
 from orchestrator.distill.training.loop import DIVERGED, autocast, prepare
 from orchestrator.distill.training.losses import chunk_size
@@ -42,7 +42,7 @@ def evaluate(spec: EvaluateSpec, place: Workplace) -> dict[str, Any]:
     device = place.context.device
     teacher = load_teacher(place.inputs["teacher"]).to(device)
     check_output_head(teacher)
-    subject = load_student(place.inputs["subject"], load_teacher(place.inputs["teacher"])).to(device).eval()
+    subject = load_student(place.inputs["subject"], sharing(teacher)).eval()
     tokens = load_tokens(place.inputs["tokens"], "valid")
     windows_BL = spread_windows(tokens, spec.sequence_length, spec.evaluation.tokens)
     with frozen_filters(subject):

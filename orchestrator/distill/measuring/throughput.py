@@ -20,7 +20,7 @@ from operators import native
 from operators.decoding.kept import frozen_filters
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.models.families import family_of
-from orchestrator.distill.models.student import load_teacher
+from orchestrator.distill.models.student import load_teacher, sharing
 from orchestrator.distill.models.swap import attention_of, swap, swapped
 from orchestrator.distill.training.loop import autocast, prepare
 from orchestrator.distill.training.losses import next_token_loss, train_operators_only
@@ -43,9 +43,8 @@ def measure_throughput(spec: ThroughputSpec, place: Workplace) -> dict[str, Any]
     device = place.context.device
     core = "native" if native.use(device == "cpu") else "torch"
     teacher = load_teacher(place.inputs["teacher"]).to(device)
-    student = load_teacher(place.inputs["teacher"])
+    student = sharing(teacher)
     swap(student, spec.layers, spec.operator, torch.Generator().manual_seed(0))
-    student.to(device)
     for model in (teacher, student):
         _choose_gradients(model, spec)
     settings = spec.throughput

@@ -1,10 +1,12 @@
 """Models and what a stage keeps of them: a Hugging Face folder for teachers, a difference against it for students.
 
-Invariant: a student that is loaded is bitwise the student that was saved; tensors are loaded strictly.
+Invariant: a student that is loaded is bitwise the student that was saved; tensors are loaded strictly. What a student
+does not change of its teacher is in memory once.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,24 @@ def load_teacher(folder: Path) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def sharing(model: Any) -> Any:
+    """A model of the same modules whose parameters are frozen and lie where those of `model` do.
+
+    It is what a student starts from: surgery replaces modules of it, `load_student` and `own_what_trains` give it
+    parameters of its own. `model` itself stays as it is.
+    """
+    shared = {id(each): torch.nn.Parameter(each.detach(), requires_grad=False) for each in model.parameters()}
+    return copy.deepcopy(model, shared)
+
+
+def own_what_trains(student: torch.nn.Module, teacher: torch.nn.Module) -> None:
+    """Give every parameter that trains, and lies where one of the teacher's does, memory of its own."""
+    theirs = {parameter.data_ptr() for parameter in teacher.parameters()}
+    for parameter in student.parameters():
+        if parameter.requires_grad and parameter.data_ptr() in theirs:
+            parameter.data = parameter.data.clone()
+
+
 def import_teacher(spec: ImportSpec, place: Workplace) -> dict[str, Any]:
     """Bring a pretrained model and its tokenizer into the store, weights in float32 as they will be used.
 
@@ -121,7 +141,7 @@ def _check_entries(name: str, model: Any, tokenizer: Any) -> None:
 
 
 def save_student(student: Any, base: Mapping[str, torch.Tensor] | None, folder: Path) -> None:
-    """Write which layers are swapped by what, and all tensors that differ from the teacher's (`base`).
+    """Write which layers are swapped by what, and all tensors that differ from the teacher's (`base`, or all for None).
 
     A tensor that has several names, as an output head that is tied to the embedding, is written once.
     """
@@ -132,14 +152,16 @@ def save_student(student: Any, base: Mapping[str, torch.Tensor] | None, folder: 
     others = _other_names(student)
     for name, tensor in student.state_dict().items():
         known = None if base is None else base.get(name)
-        if name not in others and (known is None or not torch.equal(known, tensor)):
-            tensors[name] = tensor.detach().cpu().contiguous().clone()
+        if name not in others and (known is None or not _same(known, tensor)):
+            tensors[name] = tensor.detach().cpu().contiguous()
     save_file(tensors, folder / WEIGHTS)
     write_json(folder / STUDENT, {"operators": operators, "complete": base is None})
 
 
 def load_student(folder: Path, teacher: Any) -> Any:
     """Turn `teacher` (in place) into the student saved in `folder`; a folder of a teacher gives it back as it is.
+
+    Parameters get the saved tensors in memory of their own, so a model that shares some with `teacher` keeps its own.
 
     Raises `ValueError` where the saved tensors do not fit the model.
     """
@@ -159,10 +181,19 @@ def load_student(folder: Path, teacher: Any) -> Any:
     if unknown or missing or shapes:
         told = f"unknown {unknown[:3]}, missing {missing[:3]}, of another shape {shapes[:3]}"
         raise ValueError(f"{folder / WEIGHTS} does not fit the model: {told}")
+    parameters = dict(teacher.named_parameters())
     with torch.no_grad():
         for name, tensor in tensors.items():
-            wanted[name].copy_(tensor)
+            if name in parameters:
+                parameters[name].data = tensor.to(wanted[name].device, wanted[name].dtype, copy=True)
+            else:
+                wanted[name].copy_(tensor)
     return teacher
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are equal, which those of one place in memory are without being read."""
+    return one.data_ptr() == other.data_ptr() or torch.equal(one, other)
 
 
 def _other_names(model: torch.nn.Module) -> set[str]:

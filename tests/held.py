@@ -1,0 +1,21 @@
+"""Bytes of the tensors that this process holds, what lies in one place counted once."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+from torch import Tensor
+
+
+def held_bytes() -> int:
+    """Of every tensor that Python knows, its gradient too; what only an unfinished backward pass holds is not seen."""
+    gc.collect()
+    found: dict[int, int] = {}
+    for each in gc.get_objects():
+        if issubclass(type(each), Tensor):
+            for tensor in (each, each.grad if each.is_leaf else None):
+                if tensor is not None and tensor.layout == torch.strided and tensor.device.type != "meta":
+                    storage = tensor.untyped_storage()
+                    found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
