@@ -130,10 +130,3 @@ def test_top_level_holds_what_a_newcomer_expects() -> None:
     if done.returncode:
         pytest.skip("no git checkout")
     assert {Path(name).parts[0] for name in done.stdout.splitlines()} == TOP_LEVEL
-
-
-def test_the_plan_and_the_surgery_know_the_same_families() -> None:
-    from orchestrator.distill.models.families import FAMILIES as SURGERY
-    from orchestrator.study.sources import FAMILIES as PLANNED
-
-    assert PLANNED.keys() == SURGERY.keys()

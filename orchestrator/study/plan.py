@@ -90,7 +90,7 @@ def make_plan(document: Document, study: Study, resolved: Resolved) -> Plan:
         point, at = with_values(document, values)
         _check_operator(at, point, resolved)
         with _placed(at):
-            steps = tuple(path_of(point, tokens, teacher, layers))
+            steps = tuple(path_of(point, tokens, teacher, resolved))
         trials.append(Trial(f"trial-{index:02d}", values, point, steps))
     root = Step(teacher, evaluation_of(study, tokens, teacher, teacher.key), (), 0)
     controls = dict(_controls(study, resolved, tokens, teacher, trials))
@@ -174,7 +174,6 @@ def _placed(document: Document) -> Iterator[None]:
 def _controls(
     study: Study, resolved: Resolved, tokens: TokensSpec, teacher: Spec, trials: list[Trial]
 ) -> Iterator[tuple[str, Step]]:
-    layers = resolved.architecture.layers
     if study.controls.scratch != "none":
         names: set[str] = set()
         longest: dict[HyenaConfig, Step] = {}
@@ -206,7 +205,7 @@ def _controls(
             names.add(name)
             yield name, Step(spec, evaluation_of(study, tokens, teacher, spec.key), last.swapped, last.tokens)
     if study.controls.skip:
-        for skipped in [*((layer,) for layer in range(layers)), tuple(range(layers))]:
+        for skipped in [*((layer,) for layer in resolved.sites), resolved.sites]:
             name = f"skip {skipped[0]}" if len(skipped) == 1 else "skip all"
             skip = DistilSpec(
                 tokens=tokens.key, teacher=teacher.key, parent=teacher.key, layers=skipped, new_layers=skipped,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from orchestrator.study.loader import StudyError
+from orchestrator.study.shapes import base_type, sizes
 
 KEY = "teacher.folder"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -46,7 +47,8 @@ def check_teacher(folder: Path, config: dict[str, Any]) -> None:
     check_tokenizer(folder, config)
     tensors = {name: tensor for file in _files(weights) for name, tensor in _header(file).items()}
     if weights.name.startswith("model."):
-        _check_tensors(weights, tensors, SHAPES[str(config["model_type"])](config), config)
+        if (shapes := SHAPES.get(base_type(config))) is not None:
+            _check_tensors(weights, tensors, shapes(config), config)
         _check_numbers(tensors)
 
 
@@ -62,7 +64,7 @@ def check_precision(config: dict[str, Any]) -> None:
 
 def check_tokenizer(folder: Path, config: dict[str, Any]) -> None:
     """Raise `StudyError` where the tokenizer can give numbers that the model's embedding lacks."""
-    count, first = int(config["vocab_size"]), folder / "tokenizer.json"
+    count, first = sizes(config)["vocabulary"], folder / "tokenizer.json"
     ends = config.get("eos_token_id")
     for end in ends if isinstance(ends, list) else [ends]:
         if isinstance(end, int) and end >= count:
@@ -71,7 +73,7 @@ def check_tokenizer(folder: Path, config: dict[str, Any]) -> None:
         return  # of an older kind: the stage that imports it looks at it
     entries, settings = _entries(first), _settings(folder)
     own = 1 + max(entries.values(), default=-1)
-    kind = str(settings.get("tokenizer_class") or DEFAULT_TOKENIZER[str(config["model_type"])])
+    kind = str(settings.get("tokenizer_class") or DEFAULT_TOKENIZER.get(base_type(config)))
     defaults = SPECIAL_TOKENS.get(kind.removesuffix("Fast"), {})
     special = {**defaults, **{name: value for name, value in settings.items() if name.endswith("_token")}}
     end_of_text = _text(special.get("eos_token"))

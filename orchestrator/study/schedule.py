@@ -6,8 +6,11 @@ from orchestrator.study.loader import StudyError
 from orchestrator.study.schema import Study
 
 
-def swap_order(study: Study, layers: int) -> list[tuple[int, ...]]:
-    """The layers swapped in each stage, in order; `StudyError` for layers the teacher does not have."""
+def swap_order(study: Study, layers: int, sites: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The layers swapped in each stage, in order, out of the `sites`: the teacher's layers that have attention.
+
+    Raises `StudyError` for layers that the teacher does not have, or that have no attention.
+    """
     schedule = study.schedule
     named = [("keep", layer) for layer in schedule.keep]
     if isinstance(schedule.layer_order, tuple):
@@ -17,9 +20,12 @@ def swap_order(study: Study, layers: int) -> list[tuple[int, ...]]:
             raise StudyError(
                 f"schedule.{key}: layer {layer} does not exist: the teacher has {layers} layers, 0 to {layers - 1}"
             )
+        if key == "layer_order" and layer not in sites:
+            have = ", ".join(map(str, sites))
+            raise StudyError(f"schedule.{key}: layer {layer} has no softmax attention: those that have are {have}")
     if isinstance(schedule.layer_order, tuple):
         return [tuple(sorted(stage)) for stage in schedule.layer_order]
-    free = [layer for layer in range(layers) if layer not in schedule.keep]
+    free = [layer for layer in sites if layer not in schedule.keep]
     if not free:
         raise StudyError("schedule.keep: every layer is kept as attention: leave at least one to swap")
     if schedule.layer_order == "top_down":

@@ -20,6 +20,7 @@ from orchestrator.files import canonical_json, sha256_file
 from orchestrator.study.loader import StudyError
 from orchestrator.study.pretrained import check_precision
 from orchestrator.study.schema import FileSource, HubSource, Pretrain, Source, StdlibSource, Study
+from orchestrator.study.shapes import attention_layers, sizes
 from orchestrator.study.spec import Architecture, SourceIdentity
 
 SKIPPED_FOLDERS = {
@@ -32,16 +33,6 @@ SKIPPED_FOLDERS = {
     "encodings",
     "pydoc_data",
 }  # the last two: tables a program wrote
-FAMILIES = {
-    "gpt_neox": {
-        "layers": "num_hidden_layers",
-        "hidden": "hidden_size",
-        "heads": "num_attention_heads",
-        "intermediate": "intermediate_size",
-        "max_length": "max_position_embeddings",
-        "vocabulary": "vocab_size",
-    },
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +55,7 @@ class Resolved:
     architecture: Architecture
     teacher: str | None  # fingerprint of a pretrained one
     locations: dict[str, Location]  # by fingerprint
+    sites: tuple[int, ...]  # the teacher's layers that have softmax attention, which can be swapped
 
 
 def resolve(study: Study, base: Path) -> Resolved:
@@ -81,12 +73,13 @@ def resolve(study: Study, base: Path) -> Resolved:
             layers=made.layers, hidden=made.hidden, heads=made.heads, max_length=made.max_length,
             intermediate=made.intermediate or 4 * made.hidden, vocabulary=study.data.effective_vocabulary,
         )  # fmt: skip
-        return Resolved(train, validation, architecture, None, locations)
+        return Resolved(train, validation, architecture, None, locations, tuple(range(made.layers)))
     if study.teacher.folder is not None:
         fingerprint, config = _teacher_folder(base / study.teacher.folder, locations)
     else:
         fingerprint, config = _teacher_hub(str(study.teacher.hub), study.teacher.revision, locations)
-    return Resolved(train, validation, _architecture(config, fingerprint), fingerprint, locations)
+    architecture, sites = _architecture(config, fingerprint)
+    return Resolved(train, validation, architecture, fingerprint, locations, sites)
 
 
 def stdlib_files() -> list[tuple[str, Path]]:
@@ -195,17 +188,14 @@ def read_config(path: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _architecture(config: dict[str, Any], fingerprint: str) -> Architecture:
-    family = FAMILIES.get(str(config.get("model_type")))
-    if family is None:
-        known = ", ".join(FAMILIES)
-        raise StudyError(f"teacher: model type {config.get('model_type')!r} cannot be swapped yet; supported: {known}")
-    absent = [theirs for theirs in family.values() if type(config.get(theirs)) is not int or config[theirs] < 1]
-    if absent:
-        raise StudyError(f"teacher: config.json has no number {absent[0]}: save the model again with save_pretrained")
+def _architecture(config: dict[str, Any], fingerprint: str) -> tuple[Architecture, tuple[int, ...]]:
+    """The sizes of a pretrained teacher, and which of its layers can be swapped."""
+    found = sizes(config)
     check_precision(config)
-    sizes = {name: config[theirs] for name, theirs in family.items()}
-    return Architecture(**sizes, pretrained=fingerprint)
+    sites = attention_layers(config, found["layers"])
+    if not sites:
+        raise StudyError("teacher: by config.json no layer has softmax attention: give a model with some that have")
+    return Architecture(**found, pretrained=fingerprint), sites
 
 
 def _unreachable(key: str, what: str, revision: str, error: Exception) -> str:

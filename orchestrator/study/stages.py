@@ -90,9 +90,9 @@ def _check_shares(batch_size: int, study: Study, key: str) -> None:
         raise StudyError(f"{key}: {batch_size} sequences cannot be shared equally by numerics.world_size {ranks}")
 
 
-def path_of(study: Study, tokens: TokensSpec, teacher: Spec, layers: int) -> Iterator[Step]:
+def path_of(study: Study, tokens: TokensSpec, teacher: Spec, resolved: Resolved) -> Iterator[Step]:
     """The stages from the teacher to the last student, in their order."""
-    order = swap_order(study, layers)
+    order = swap_order(study, resolved.architecture.layers, resolved.sites)
     stages = [(new, study.recipe.phases, False) for new in order]
     if study.recipe.joint:
         everything = tuple(sorted(layer for stage in order for layer in stage))

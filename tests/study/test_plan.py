@@ -40,6 +40,7 @@ RESOLVED = Resolved(
     architecture=Architecture(layers=6, hidden=128, heads=4, intermediate=512, max_length=1024, vocabulary=2048),
     teacher=None,
     locations={},
+    sites=tuple(range(6)),
 )
 ALL = (0, 1, 2, 3, 4, 5)
 LEARNING = "recipe.optimizer.lr"
@@ -321,12 +322,23 @@ def test_training_speed_is_measured_of_what_the_stages_train() -> None:
     assert (controls["scratch"].freeze, teacher.freeze, teacher.rest_trains) == ((), (), True)
 
 
+def test_only_layers_with_attention_are_swapped_and_left_out() -> None:
+    hybrid = dataclasses.replace(RESOLVED, sites=(1, 3, 5))
+    plan = planned("schedule={layers_per_stage: 1, keep: [0, 3]}", resolved=hybrid)
+    assert [step.swapped for step in plan.trials[0].steps] == [(1,), (1, 5), (1, 5)]
+    skipped = {name: step.swapped for name, step in plan.controls.items() if name.startswith("skip")}
+    assert skipped == {"skip 1": (1,), "skip 3": (3,), "skip 5": (5,), "skip all": (1, 3, 5)}
+    assert plan.total_layers == 6
+    with pytest.raises(StudyError, match="layer 2 has no softmax attention: those that have are 1, 3, 5"):
+        planned("schedule={layer_order: [[1], [2, 3]]}", resolved=hybrid)
+
+
 def test_the_teacher_trains_on_the_studys_text_or_is_imported() -> None:
     made = planned()
     assert isinstance(made.teacher.train, TeacherSpec)
     assert made.teacher.train.tokens == made.tokens.key
     pretrained = RESOLVED.architecture.model_copy(update={"pretrained": "w"})
-    found = Resolved(RESOLVED.train, None, pretrained, "w", {})
+    found = Resolved(RESOLVED.train, None, pretrained, "w", {}, ALL)
     brought = planned("teacher={kind: pretrained, hub: a/b}", resolved=found)
     assert brought.teacher.train.parents == {}
     assert brought.tokens.teacher == brought.teacher.train.key

@@ -1,6 +1,6 @@
 """Where the attention of each model family sits and how its weights read. A new family is one entry here.
 
-`orchestrator.study.sources.FAMILIES` names the same families for the plan, which must not import torch.
+The sizes of a model are read by the plan from its configuration, see `orchestrator.study.shapes`.
 """
 
 from __future__ import annotations
