@@ -32,11 +32,12 @@ from orchestrator.distill.models.student import (
 )
 from orchestrator.distill.models.swap import swap
 from orchestrator.distill.training.head import check_output_head
-from orchestrator.distill.training.loop import Parts, Training, autocast, prepare, train
+from orchestrator.distill.training.loop import Parts, Training, autocast, held, prepare, train
 from orchestrator.distill.training.losses import batch_losses, next_token_loss, train_operators_only
 from orchestrator.distill.training.memory import give_back_freed_memory
 from orchestrator.distill.training.optimizers import make_optimizers, trainable_counts
 from orchestrator.distill.training.ranks import share
+from orchestrator.distill.training.recompute import recompute_layers
 from orchestrator.study.spec import DistilSpec, ScratchSpec, TeacherSpec
 
 Result = dict[str, Any]
@@ -75,6 +76,8 @@ def train_from_scratch(spec: ScratchSpec, place: Workplace) -> Result:
         check_output_head(model.eval())
     swap(model, spec.layers, spec.operator, torch.Generator().manual_seed(spec.seed))
     model.to(place.context.device).train()
+    if spec.checkpoint_activations:
+        recompute_layers(model)
     optimizers = make_optimizers(model, spec.optimizer)
     result = train(_language_modelling(spec, model, optimizers, place, spec.seed + STUDENT_ORDER), place)
     save_student(model, None, place.out)
@@ -85,16 +88,20 @@ def distil(spec: DistilSpec, place: Workplace) -> Result:
     """Swap the new layers, distil, and save what differs from the teacher."""
     prepare(spec.numerics, spec.seed)
     device = place.context.device
-    teacher = load_teacher(place.inputs["teacher"]).to(device)
-    check_output_head(teacher)
+    teacher = load_teacher(place.inputs["teacher"], spec.numerics.teacher_dtype).to(device)
+    with held(spec.numerics, device):
+        check_output_head(teacher)
     student = load_student(place.inputs["parent"], sharing(teacher))
     generator = torch.Generator().manual_seed(spec.seed)
-    swap(student, spec.new_layers, spec.operator, generator, statistics=_statistics(spec, student, place))
+    statistics = _statistics(spec, student, place)
+    swap(student, spec.new_layers, spec.operator, generator, statistics=statistics, dtype=torch.float32)
     train_operators_only(student)
     result: Result = {"seconds": 0.0, "tokens": 0, "tokens_per_s": None}
     if spec.phases:
         optimizers = make_optimizers(student, spec.optimizer, spec.freeze)
         own_what_trains(student, teacher)
+        if spec.checkpoint_activations:
+            recompute_layers(student)
         result = train(_distillation(spec, teacher, student, optimizers, place), place)
     save_student(student, teacher.state_dict(), place.out)
     return {**result, "parameters": parameter_count(student), **trainable_counts(student)}
@@ -109,7 +116,8 @@ def _statistics(spec: DistilSpec, student: Any, place: Workplace) -> dict[int, A
         return {}
     tokens = load_tokens(place.inputs["tokens"], "train")
     ids_BL = batch(tokens, spec.sequence_length, spec.seed + STUDENT_ORDER, 0, SEQUENCES)
-    return attention_statistics(student, spec.new_layers, ids_BL.to(place.context.device))
+    with held(spec.numerics, place.context.device):
+        return attention_statistics(student, spec.new_layers, ids_BL.to(place.context.device))
 
 
 def _language_modelling(

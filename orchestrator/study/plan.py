@@ -26,7 +26,7 @@ from orchestrator.study.spec import (
     ThroughputSpec,
     TokensSpec,
 )
-from orchestrator.study.stages import Step, alone, evaluation_of, path_of, roots
+from orchestrator.study.stages import Step, alone, evaluation_of, path_of, roots, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +196,8 @@ def _controls(
                 batch_size=study.recipe.batch_size,
                 sequence_length=study.data.sequence_length,
                 optimizer=study.recipe.optimizer.model_copy(update={"rest_scale": 1.0}),
-                numerics=study.numerics,
+                numerics=whole(study.numerics),
+                checkpoint_activations=study.recipe.checkpoint_activations,
                 seed=study.seed,
             )
             name = f"scratch {operator_name(operator)}"

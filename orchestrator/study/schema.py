@@ -224,6 +224,9 @@ class Recipe(Model):
     joint: tuple[Phase, ...] = ()  # of a last stage over all swapped layers; empty: no such stage
     batch_size: Positive = 4
     freeze: tuple[str, ...] = ()  # globs over parameter names that stay as they are
+    # The activations of a layer are computed again for its gradients instead of kept: a third more time for memory that
+    # no longer grows with layers. The same bits.
+    checkpoint_activations: bool = False
     optimizer: Optimizer = Optimizer()
 
     @model_validator(mode="after")
@@ -244,6 +247,17 @@ class Numerics(Model):
     core: Literal["torch", "native"] = "torch"
     threads: Positive = 1
     world_size: Positive = 1  # processes that share each batch of a training stage; each has `threads`
+    # bfloat16: the teacher, and what a student shares with it, take two bytes a number instead of four. What trains
+    # stays float32, norms and the residual stream too. The same results where a model's weights came in bfloat16.
+    teacher_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def _products_are_as_narrow(self) -> Numerics:
+        if self.teacher_dtype == "bfloat16" and self.dtype != "bfloat16":
+            raise ValueError(
+                f"teacher_dtype bfloat16 needs products in bfloat16 but dtype is {self.dtype}: set dtype too"
+            )
+        return self
 
 
 class Evaluation(Model):

@@ -15,7 +15,7 @@ from pydantic import Field, TypeAdapter
 from orchestrator.files import canonical_json
 from orchestrator.study.schema import Evaluation, Losses, Model, Numerics, Operator, Optimizer, Throughput
 
-STAGE_VERSION = 3  # raise it with any change that makes an old result differ from a new one
+STAGE_VERSION = 4  # raise it with any change that makes an old result differ from a new one
 DOMAIN = b"layerswap/stage\n"
 
 
@@ -128,6 +128,7 @@ class DistilSpec(Spec):
     sequence_length: int
     first_sequence: int  # of the shuffled training text, where the path's earlier stages ended
     freeze: tuple[str, ...]
+    checkpoint_activations: bool = False
     optimizer: Optimizer
     numerics: Numerics
     seed: int
@@ -145,6 +146,7 @@ class ScratchSpec(Spec):
     token_budget: int
     batch_size: int
     sequence_length: int
+    checkpoint_activations: bool = False
     optimizer: Optimizer
     numerics: Numerics
     seed: int

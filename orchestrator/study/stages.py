@@ -61,7 +61,7 @@ def roots(study: Study, resolved: Resolved) -> tuple[TokensSpec, TeacherSpec | I
         batch_size=made.batch_size,
         sequence_length=study.data.sequence_length,
         optimizer=made.optimizer,
-        numerics=study.numerics.model_copy(update={"threads": made.threads}),
+        numerics=whole(study.numerics).model_copy(update={"threads": made.threads}),
         seed=study.seed,
     )
     return tokens, teacher
@@ -82,6 +82,11 @@ def evaluation_of(study: Study, tokens: TokensSpec, teacher: Spec, subject: str)
 def alone(numerics: Numerics) -> Numerics:
     """The numerics of what does not train: one process, however many share a batch, and full precision of products."""
     return numerics.model_copy(update={"world_size": 1, "matmul": "highest"})
+
+
+def whole(numerics: Numerics) -> Numerics:
+    """The numerics of what has no frozen teacher beside it: how that is held does not matter."""
+    return numerics.model_copy(update={"teacher_dtype": "float32"})
 
 
 def _check_shares(batch_size: int, study: Study, key: str) -> None:
@@ -113,6 +118,7 @@ def path_of(study: Study, tokens: TokensSpec, teacher: Spec, resolved: Resolved)
             operator=study.operator, phases=planned, batch_size=window,
             sequence_length=study.data.sequence_length, first_sequence=sequences, freeze=study.recipe.freeze,
             optimizer=study.recipe.optimizer, numerics=study.numerics, seed=study.seed,
+            checkpoint_activations=study.recipe.checkpoint_activations,
         )  # fmt: skip
         sequences += window * sum(phase.steps for phase in planned)
         parent = spec.key

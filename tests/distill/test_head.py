@@ -104,7 +104,7 @@ def test_evaluation_is_of_the_models_own_logits(
     windows = random_tokens(64, above=50).reshape(4, 16)
     write_tokens(tmp_path, valid=windows)
     models = dict(zip(("teacher", "subject"), pair, strict=True))
-    monkeypatch.setattr(module, "load_teacher", lambda folder: models[folder.name])
+    monkeypatch.setattr(module, "load_teacher", lambda folder, dtype: models[folder.name])
     monkeypatch.setattr(module, "load_student", lambda folder, _: models[folder.name])
     monkeypatch.setattr(losses_module, "LOGITS_PER_CHUNK", 6 * 50)
     spec = EvaluateSpec(

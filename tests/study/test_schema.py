@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from orchestrator.study.loader import StudyError, read_document, validate
-from orchestrator.study.schema import Study
+from orchestrator.study.schema import Numerics, Study
 
 BASE = "study: s\nrecipe: {phases: [{tokens: 9, losses: {ce: 1.0}}]}\n"
 OPTIMIZER: dict[str, Any] = {
@@ -27,8 +28,11 @@ DEFAULTS: dict[str, Any] = {
         "vocabulary": None,
     },
     "schedule": {"layer_order": "bottom_up", "layers_per_stage": 1, "keep": []},
-    "recipe": {"joint": [], "batch_size": 4, "freeze": [], "optimizer": OPTIMIZER},
-    "numerics": {"dtype": "float32", "matmul": "highest", "core": "torch", "threads": 1, "world_size": 1},
+    "recipe": {"joint": [], "batch_size": 4, "freeze": [], "checkpoint_activations": False, "optimizer": OPTIMIZER},
+    "numerics": {
+        "dtype": "float32", "matmul": "highest", "core": "torch", "threads": 1, "world_size": 1,
+        "teacher_dtype": "float32",
+    },
     "evaluation": {"tokens": 32_768, "batch_size": 16, "prompts": 16, "prompt_tokens": 64, "new_tokens": 32},
     "throughput": {"lengths": [256, 1024], "batch_size": 1, "decode_tokens": 32, "repeats": 5},
     "controls": {"skip": True, "scratch": "own"},
@@ -175,3 +179,9 @@ def test_a_pretrained_teacher_has_one_place(teacher: str, good: bool) -> None:
         return
     with pytest.raises(StudyError, match="exactly one of hub and folder"):
         study_of(f"teacher={teacher}")
+
+
+def test_a_narrow_teacher_needs_narrow_products() -> None:
+    with pytest.raises(ValidationError, match="needs products in bfloat16 but dtype is float32: set dtype too"):
+        Numerics(teacher_dtype="bfloat16")
+    assert Numerics(teacher_dtype="bfloat16", dtype="bfloat16").teacher_dtype == "bfloat16"

@@ -20,8 +20,8 @@ from operators.decoding.kept import frozen_filters
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.data import load_tokens, spread_windows
 from orchestrator.distill.models.student import load_student, load_teacher, parameter_count, sharing
-from orchestrator.distill.training.head import OutputHead, check_output_head, final_hidden
-from orchestrator.distill.training.loop import DIVERGED, autocast, prepare
+from orchestrator.distill.training.head import check_output_head, final_hidden, wide_heads
+from orchestrator.distill.training.loop import DIVERGED, autocast, held, prepare
 from orchestrator.distill.training.losses import chunk_size
 from orchestrator.study.spec import EvaluateSpec
 
@@ -40,8 +40,9 @@ def evaluate(spec: EvaluateSpec, place: Workplace) -> dict[str, Any]:
     """
     prepare(spec.numerics)
     device = place.context.device
-    teacher = load_teacher(place.inputs["teacher"]).to(device)
-    check_output_head(teacher)
+    teacher = load_teacher(place.inputs["teacher"], spec.numerics.teacher_dtype).to(device)
+    with held(spec.numerics, device):
+        check_output_head(teacher)
     subject = load_student(place.inputs["subject"], sharing(teacher)).eval()
     tokens = load_tokens(place.inputs["tokens"], "valid")
     windows_BL = spread_windows(tokens, spec.sequence_length, spec.evaluation.tokens)
@@ -79,7 +80,7 @@ def _likelihood(teacher: Any, subject: Any, windows_BL: Tensor, spec: EvaluateSp
         "same": [],
         "kl": [],
     }
-    heads = OutputHead(subject), OutputHead(teacher)
+    heads = wide_heads(subject, teacher)
     size = chunk_size(heads[0], torch.device(device))
     for ids_BL in windows_BL.split(spec.evaluation.batch_size):
         ids_BL = ids_BL.to(device)
@@ -138,7 +139,8 @@ def _generation(teacher: Any, subject: Any, windows_BL: Tensor, spec: EvaluateSp
     length = min(settings.prompt_tokens, spec.sequence_length)
     prompts = windows_BL[: settings.prompts, :length].to(device)
     new = min(settings.new_tokens, teacher.config.max_position_embeddings - length)
-    wanted, own = (greedy(model, prompts, new) for model in (teacher, subject))
+    with held(spec.numerics, device):
+        wanted, own = (greedy(model, prompts, new) for model in (teacher, subject))
     same = wanted == own
     prefix = same.cumprod(dim=1).sum(dim=1).double()
     return {"generation_agreement": float(same.double().mean()), "generation_prefix": float(prefix.mean())}

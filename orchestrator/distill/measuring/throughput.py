@@ -20,7 +20,7 @@ from operators import native
 from operators.decoding.kept import frozen_filters
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.models.families import family_of
-from orchestrator.distill.models.student import load_teacher, sharing
+from orchestrator.distill.models.student import load_teacher, own_what_trains, sharing
 from orchestrator.distill.models.swap import attention_of, swap, swapped
 from orchestrator.distill.training.loop import autocast, prepare
 from orchestrator.distill.training.losses import next_token_loss, train_operators_only
@@ -42,11 +42,12 @@ def measure_throughput(spec: ThroughputSpec, place: Workplace) -> dict[str, Any]
     prepare(spec.numerics)
     device = place.context.device
     core = "native" if native.use(device == "cpu") else "torch"
-    teacher = load_teacher(place.inputs["teacher"]).to(device)
+    teacher = load_teacher(place.inputs["teacher"], spec.numerics.teacher_dtype).to(device)
     student = sharing(teacher)
-    swap(student, spec.layers, spec.operator, torch.Generator().manual_seed(0))
-    for model in (teacher, student):
+    swap(student, spec.layers, spec.operator, torch.Generator().manual_seed(0), dtype=torch.float32)
+    for model in (student, teacher):
         _choose_gradients(model, spec)
+        own_what_trains(model, teacher)
     settings = spec.throughput
     result: dict[str, Any] = {"core": core}
     longest = teacher.config.max_position_embeddings

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import TypeAdapter
@@ -66,10 +66,27 @@ def random_like(folder: Path, seed: int) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
 
 
-def load_teacher(folder: Path) -> Any:
-    """The teacher of a Hugging Face folder, float32, in evaluation mode and frozen."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa", **OUTPUTS)
+def load_teacher(folder: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> Any:
+    """The teacher of a Hugging Face folder, in evaluation mode and frozen.
+
+    In bfloat16 it is to be called under autocast to that (`loop.held`): its matrices and tables are of two bytes a
+    number, vectors (norms, biases) and the residual stream float32. So where the folder's weights are numbers of
+    bfloat16 its outputs have the bits of the same teacher in float32.
+    """
+    held = torch.float32 if dtype == "float32" else torch.bfloat16
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=held, attn_implementation="sdpa", **OUTPUTS)
+    if held != torch.float32:
+        for parameter in model.parameters():
+            if parameter.ndim < 2:
+                parameter.data = parameter.data.float()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding):
+                module.register_forward_hook(_widened)
     return model.eval().requires_grad_(False)
+
+
+def _widened(_: torch.nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.float()
 
 
 def sharing(model: Any) -> Any:
@@ -83,11 +100,11 @@ def sharing(model: Any) -> Any:
 
 
 def own_what_trains(student: torch.nn.Module, teacher: torch.nn.Module) -> None:
-    """Give every parameter that trains, and lies where one of the teacher's does, memory of its own."""
+    """Give every parameter that trains, and lies where one of the teacher's does, memory of its own, in float32."""
     theirs = {parameter.data_ptr() for parameter in teacher.parameters()}
     for parameter in student.parameters():
         if parameter.requires_grad and parameter.data_ptr() in theirs:
-            parameter.data = parameter.data.clone()
+            parameter.data = parameter.data.to(torch.float32, copy=True)
 
 
 def import_teacher(spec: ImportSpec, place: Workplace) -> dict[str, Any]:
@@ -170,7 +187,7 @@ def load_student(folder: Path, teacher: Any) -> Any:
     saved = read_json(folder / STUDENT)
     for layer, config in sorted(saved["operators"].items(), key=lambda item: int(item[0])):
         operator = _OPERATOR.validate_python(config)
-        swap(teacher, [int(layer)], operator, torch.Generator(), initialise=False)
+        swap(teacher, [int(layer)], operator, torch.Generator(), initialise=False, dtype=torch.float32)
     tensors = load_file(folder / WEIGHTS)
     wanted = teacher.state_dict()
     unknown = sorted(set(tensors) - set(wanted))
@@ -185,7 +202,7 @@ def load_student(folder: Path, teacher: Any) -> Any:
     with torch.no_grad():
         for name, tensor in tensors.items():
             if name in parameters:
-                parameters[name].data = tensor.to(wanted[name].device, wanted[name].dtype, copy=True)
+                parameters[name].data = tensor.to(wanted[name].device, copy=True)
             else:
                 wanted[name].copy_(tensor)
     return teacher
@@ -193,7 +210,7 @@ def load_student(folder: Path, teacher: Any) -> Any:
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors are equal, which those of one place in memory are without being read."""
-    return one.data_ptr() == other.data_ptr() or torch.equal(one, other)
+    return one.data_ptr() == other.data_ptr() or (one.dtype == other.dtype and torch.equal(one, other))
 
 
 def _other_names(model: torch.nn.Module) -> set[str]:

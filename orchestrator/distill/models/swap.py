@@ -104,12 +104,13 @@ def swap(
     *,
     statistics: Mapping[int, AttentionStatistics] | None = None,
     initialise: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> list[SwappedAttention]:
     """Replace the attention of `layers` in place and return what took its place.
 
     With `initialise` the operators are set as the configuration's `init` says, from the attention they replace and
     from `statistics`, by layer what it does on real text; without, they await a state dict. Their device and precision
-    are those of the attention they replace.
+    are those of the attention they replace, or `dtype`.
     Raises `ValueError` for an unsupported family, weights that are no usual numbers, or an impossible transfer.
     """
     family = family_of(model)
@@ -131,7 +132,7 @@ def swap(
             if read is not None and statistics and layer in statistics:
                 read = dataclasses.replace(read, statistics=statistics[layer])
             operator.initialise(None if read is None else _to_read(read), generator)
-        operator.to(like.device, like.dtype)
+        operator.to(like.device, dtype or like.dtype)
         replacement = SwappedAttention(operator, layer, family.cache_argument, model.config)
         setattr(block, family.attribute, replacement)
         placed.append(replacement)

@@ -40,6 +40,24 @@ class OutputHead:
         return logits
 
 
+def wide_heads(*models: Any) -> list[OutputHead]:
+    """The output heads of models with weights of no less than float32; those that models share are widened once."""
+    widened: dict[int, nn.Module] = {}
+    heads = []
+    for model in models:
+        head, own = OutputHead(model), model.get_output_embeddings()
+        if own.weight.dtype == torch.bfloat16:
+            wide = widened.setdefault(own.weight.data_ptr(), copy.copy(own))
+            wide._parameters = {
+                name: None if p is None else nn.Parameter(p.float(), requires_grad=False)
+                for name, p in wide._parameters.items()
+            }
+            modules = head.model._modules
+            head.model._modules = {name: wide if module is own else module for name, module in modules.items()}
+        heads.append(head)
+    return heads
+
+
 class _GivenStates(nn.Module):
     """A trunk whose last hidden state is its input."""
 

@@ -81,6 +81,11 @@ def autocast(numerics: Numerics, device: str) -> Any:
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
 
 
+def held(numerics: Numerics, device: str) -> Any:
+    """The precision of passes beside training, float32 wherever the weights are: see `load_teacher`."""
+    return contextlib.nullcontext() if numerics.teacher_dtype == "float32" else autocast(numerics, device)
+
+
 def train(training: Training, place: Workplace) -> dict[str, Any]:
     """Train to the last step, from the newest checkpoint if there is one.
 
