@@ -17,6 +17,7 @@ from orchestrator.distill.models.swap import swapped
 def test_filters_are_loaded_in_float32(tmp_path: Path, saved: torch.dtype) -> None:
     operator = HyenaConfig(init="random", filter=ImplicitFilterConfig(offset=0.0, sine_frequency=14.0))
     config = LayerswapConfig(
+        base_model_type="gpt_neox",
         vocab_size=32,
         hidden_size=16,
         num_hidden_layers=2,

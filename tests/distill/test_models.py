@@ -23,6 +23,9 @@ from operators.config import (
 )
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.models import student as student_module
+from orchestrator.distill.models.auto import AutoModelForCausalLM
+from orchestrator.distill.models.export import exported
+from orchestrator.distill.models.origin import Origin, origin_of
 from orchestrator.distill.models.student import (
     STUDENT,
     WEIGHTS,
@@ -320,10 +323,59 @@ def test_a_teacher_of_the_hub_is_that_of_its_revision(
 
     for kind in (student_module.AutoModelForCausalLM, student_module.AutoTokenizer):
         monkeypatch.setattr(kind, "from_pretrained", at_home(kind))
+
+    def origin(name: str, revision: str | None, *, hub: str | None) -> Origin:
+        asked.append(("origin", name, str(revision)))
+        return Origin(name=hub)
+
+    monkeypatch.setattr(student_module, "origin_in", origin)
     made: Workplace = place(locations={"f": Location(hub="a/b", revision="0123abcd")})
     import_teacher(ImportSpec(fingerprint="f"), made)
-    wanted = [(name, "a/b", "0123abcd") for name in ("AutoModelForCausalLM", "AutoTokenizer")]
+    wanted = [(name, "a/b", "0123abcd") for name in ("AutoModelForCausalLM", "AutoTokenizer", "origin")]
     assert asked == wanted and (made.out / "model.safetensors").exists()
+    assert origin_of(made.out) == Origin(name="a/b")
+
+
+@pytest.mark.parametrize(
+    ("card", "origin"),
+    [
+        (None, Origin("bfloat16")),
+        ("# No metadata\n", Origin("bfloat16")),
+        ("---\nlicense: apache-2.0\nbase_model: a/b\n---\n", Origin("bfloat16", "a/b", "apache-2.0")),
+        (
+            "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\nbase_model: [a/b, c/d]\n---\n",
+            Origin("bfloat16", None, "other", "own", "LICENSE"),
+        ),
+    ],
+    ids=["no card", "no metadata", "licence", "licence of its own"],
+)
+def test_what_a_folder_says_of_itself_is_kept_beside_its_weights(
+    place: Any, tiny_teacher: Path, tmp_path: Path, card: str | None, origin: Origin
+) -> None:
+    folder = shutil.copytree(tiny_teacher, tmp_path / "half")
+    AutoModelForCausalLM.from_pretrained(tiny_teacher, dtype=torch.bfloat16).save_pretrained(folder)
+    if card is not None:
+        (folder / "README.md").write_text(card)
+    made: Workplace = place(locations={"f": Location(files=(str(folder),))})
+    import_teacher(ImportSpec(fingerprint="f"), made)
+    assert origin_of(made.out) == origin and origin_of(folder) == Origin("float32")
+    assert load_teacher(made.out).dtype == torch.float32
+
+
+def test_a_student_of_a_student_is_itself_again(tmp_path: Path, tiny_teacher: Path) -> None:
+    """Its teacher's swapped layer is stored once, with the teacher, unless it was trained on."""
+    exported(student_of(tiny_teacher, {0: HyenaConfig(heads=2)}), torch.float32).save_pretrained(tmp_path / "teacher")
+    student = student_of(tmp_path / "teacher", {1: HyenaConfig(), 2: SkipConfig()})
+    ids = torch.arange(30)[None]
+    for trained in (False, True):
+        if trained:
+            swapped(student)[0].operator.out_proj.weight.data.mul_(1.5)
+        save_student(student, load_teacher(tmp_path / "teacher").state_dict(), tmp_path)
+        stored = {name.split(".")[2] for name in load_file(tmp_path / WEIGHTS)}
+        assert stored == ({"0", "1"} if trained else {"1"})
+        again = load_student(tmp_path, load_teacher(tmp_path / "teacher"))
+        assert torch.equal(again(ids).logits, student(ids).logits)
+        assert [placed.layer for placed in swapped(again)] == [0, 1, 2]
 
 
 def test_a_student_that_an_earlier_version_saved_is_still_itself() -> None:

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
-import operators
-from orchestrator.distill.models import cache, exported_model, families, masks, swap
 from orchestrator.distill.models.exported_model import LayerswapConfig, LayerswapForCausalLM
-from orchestrator.distill.models.student import STUDENT, load_student, load_teacher
-from orchestrator.files import published_directory, read_json
-
-AUTO_MAP = {
-    "AutoConfig": "exported_model.LayerswapConfig",
-    "AutoModelForCausalLM": "exported_model.LayerswapForCausalLM",
-}
+from orchestrator.distill.models.origin import origin_of
+from orchestrator.distill.models.student import STUDENT, load_student, load_teacher, operators_of
+from orchestrator.files import published_directory
 
 
-def export_student(student: Path, teacher: Path, tokenizer: Path, target: Path) -> None:
-    """Write model, code and tokenizer of a student into `target`, which must not exist.
+def export_student(student: Path, teacher: Path, tokenizer: Path, target: Path, card: str = "") -> None:
+    """Write model, code, tokenizer and `card`, as README.md, of a student into `target`, which must not exist.
 
-    What the teacher says of generation (end of text, sampling) holds for the student too.
+    Weights are rounded to the precision of the folder that the teacher came from; filters stay in single precision,
+    see `operators.filters.base`. What the teacher says of generation (end of text, sampling) holds for the student too.
 
     Raises `ValueError` where `target` exists, or `student` is no student's artefacts.
     """
@@ -31,38 +26,21 @@ def export_student(student: Path, teacher: Path, tokenizer: Path, target: Path) 
         raise ValueError(f"{target} exists already: give another folder, or remove it")
     if not (student / STUDENT).exists():
         raise ValueError(f"{student} holds no student: name a stage that swaps layers")
-    trained = load_student(student, load_teacher(teacher))
-    values = {k: v for k, v in trained.config.to_dict().items() if k not in ("model_type", "architectures")}
-    config = LayerswapConfig(**values, operators=read_json(student / STUDENT)["operators"])
-    model = LayerswapForCausalLM(config)
-    model.load_state_dict(trained.state_dict())
-    model.generation_config = trained.generation_config
-    config.auto_map = AUTO_MAP
+    model = exported(load_student(student, load_teacher(teacher)), getattr(torch, origin_of(teacher).dtype))
     with published_directory(target) as folder:
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
-        _write_code(folder)
+        if card:
+            (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _write_code(folder: Path) -> None:
-    """The modules that the model needs, side by side; imports among them become relative."""
-    ours = (exported_model, swap, cache, families, masks)
-    sources: dict[str, Any] = {module.__name__.rpartition(".")[2]: module.__file__ for module in ours}
-    package = Path(str(operators.__file__)).parent
-    for path in package.rglob("*.py"):
-        name = "_".join(path.relative_to(package.parent).with_suffix("").parts)
-        if not name.endswith("___main__"):
-            sources[name.removesuffix("___init__")] = path
-    del sources["operators"]
-    for name, path in sources.items():
-        text = Path(path).read_text(encoding="utf-8")
-        text = re.sub(
-            r"^from (operators\.[\w.]+) import",
-            lambda found: f"from .{found[1].replace('.', '_')} import",
-            text,
-            flags=re.MULTILINE,
-        )
-        text = re.sub(
-            r"^from orchestrator\.distill\.models\.(\w+) import", r"from .\1 import", text, flags=re.MULTILINE
-        )
-        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+def exported(student: Any, dtype: torch.dtype) -> Any:
+    """The student, cast in place to `dtype`, as a model of the class that travels; the two share their tensors."""
+    values = student.config.to_dict()
+    values.setdefault("base_model_type", values["model_type"])
+    config = LayerswapConfig.from_dict({**values, "operators": operators_of(student), "dtype": dtype})
+    with torch.device("meta"):
+        model: Any = LayerswapForCausalLM(config)
+    model.load_state_dict(student.to(dtype).state_dict(), assign=True)
+    model.generation_config = student.generation_config
+    return model

@@ -14,12 +14,14 @@ from typing import Any, Literal
 import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
+from transformers import AutoTokenizer, GPTNeoXConfig
 from transformers.utils import logging as transformers_logging
 
 from operators.config import OperatorConfig
 from orchestrator.distill.context import Workplace
+from orchestrator.distill.models.auto import AutoConfig, AutoModelForCausalLM
 from orchestrator.distill.models.families import family_of
+from orchestrator.distill.models.origin import origin_in, write_origin
 from orchestrator.distill.models.swap import swap, swapped
 from orchestrator.files import read_json, write_json
 from orchestrator.study.spec import Architecture, ImportSpec
@@ -126,6 +128,7 @@ def import_teacher(spec: ImportSpec, place: Workplace) -> dict[str, Any]:
     _check_entries(name, model, tokenizer)
     model.save_pretrained(place.out)
     tokenizer.save_pretrained(place.out)
+    write_origin(place.out, origin_in(name, location.revision, hub=location.hub))
     return {"parameters": parameter_count(model)}
 
 
@@ -162,9 +165,6 @@ def save_student(student: Any, base: Mapping[str, torch.Tensor] | None, folder: 
 
     A tensor that has several names, as an output head that is tied to the embedding, is written once.
     """
-    operators = {
-        str(placed.layer): _OPERATOR.dump_python(placed.operator.config, mode="json") for placed in swapped(student)
-    }
     tensors = {}
     others = _other_names(student)
     for name, tensor in student.state_dict().items():
@@ -172,7 +172,14 @@ def save_student(student: Any, base: Mapping[str, torch.Tensor] | None, folder: 
         if name not in others and (known is None or not _same(known, tensor)):
             tensors[name] = tensor.detach().cpu().contiguous()
     save_file(tensors, folder / WEIGHTS)
-    write_json(folder / STUDENT, {"operators": operators, "complete": base is None})
+    write_json(folder / STUDENT, {"operators": operators_of(student), "complete": base is None})
+
+
+def operators_of(student: Any) -> dict[str, Any]:
+    """The configurations of what took the place of attention, as plain values by the layer's number in text."""
+    return {
+        str(placed.layer): _OPERATOR.dump_python(placed.operator.config, mode="json") for placed in swapped(student)
+    }
 
 
 def load_student(folder: Path, teacher: Any) -> Any:
@@ -185,14 +192,15 @@ def load_student(folder: Path, teacher: Any) -> Any:
     if not (folder / STUDENT).exists():
         return teacher
     saved = read_json(folder / STUDENT)
-    for layer, config in sorted(saved["operators"].items(), key=lambda item: int(item[0])):
-        operator = _OPERATOR.validate_python(config)
+    before = teacher.state_dict().keys()
+    theirs = operators_of(teacher)  # of a teacher that is itself a student
+    for layer in sorted(saved["operators"].keys() - theirs.keys(), key=int):
+        operator = _OPERATOR.validate_python(saved["operators"][layer])
         swap(teacher, [int(layer)], operator, torch.Generator(), initialise=False, dtype=torch.float32)
     tensors = load_file(folder / WEIGHTS)
     wanted = teacher.state_dict()
     unknown = sorted(set(tensors) - set(wanted))
-    operator_names = {name for name in wanted if ".operator." in name}
-    needed = wanted.keys() - _other_names(teacher) if saved["complete"] else operator_names
+    needed = wanted.keys() - (_other_names(teacher) if saved["complete"] else before)
     missing = sorted(needed - set(tensors))
     shapes = sorted(name for name in set(tensors) & set(wanted) if tensors[name].shape != wanted[name].shape)
     if unknown or missing or shapes:
