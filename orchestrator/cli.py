@@ -21,7 +21,7 @@ from orchestrator.study.loader import Document, StudyError, read_document, valid
 from orchestrator.study.peek import check_files
 from orchestrator.study.plan import Plan, make_plan, throughput_specs
 from orchestrator.study.schema import Study
-from orchestrator.study.sources import Resolved, resolve
+from orchestrator.study.sources import Location, Resolved, resolve
 from orchestrator.study.spec import short
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -74,7 +74,7 @@ def plan(
     """Print the tree of stages before anything runs."""
     from orchestrator.record.plan_view import plan_summary, plan_text
 
-    made, _ = _load(study, overrides)
+    made, _ = _load(study, overrides, look=True)
     store = _store(study, home)
     speeds = throughput_specs(made, _hardware())
     print(json.dumps(plan_summary(made, store, speeds), indent=1) if as_json else plan_text(made, store, speeds))
@@ -108,7 +108,7 @@ def run(
     for name, value in PROCESS.items():
         os.environ.setdefault(name, value)  # for the worker processes, which inherit it
     with Interrupt() as interrupt:
-        made, resolved = _load(study, overrides)
+        made, resolved = _load(study, overrides, look=True)
         job = _job(command, study, home, made, tracking_uri)
         from orchestrator.distill.context import RunContext
         from orchestrator.record.driver import run_study
@@ -268,26 +268,43 @@ def ui(
     os.execv(sys.executable, command)
 
 
-def _load(study: Path, overrides: list[str] | None) -> tuple[Plan, Resolved]:
+def _load(study: Path, overrides: list[str] | None, *, look: bool = False) -> tuple[Plan, Resolved]:
+    """The plan of a study; with `look` the teacher's model is looked at too, which takes seconds."""
     try:
         document = read_document(study, tuple(overrides or ()))
         valid = validate(document)
-        resolved = _resolve(document, valid, study.parent)
+        resolved = _resolve(document, valid, study.parent, look)
         return make_plan(document, valid, resolved), resolved
     except StudyError as error:
         _bad_input(error)
 
 
-def _resolve(document: Document, valid: Study, base: Path) -> Resolved:
+def _resolve(document: Document, valid: Study, base: Path, look: bool) -> Resolved:
     """What the study refers to, looked at; errors placed in the study file by the key they begin with."""
     try:
         resolved = resolve(valid, base)
         check_files(valid, resolved)
+        if look and resolved.teacher is not None:
+            _look(resolved.locations[resolved.teacher])
         return resolved
     except StudyError as error:
         key = str(error).split(":")[0]
         path = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
         raise StudyError(f"{document.place(path)}: {error}") from None
+
+
+def _look(teacher: Location) -> None:
+    """Ask the loader whether a local teacher is whole, and say what stands in for what its tokenizer lacks."""
+    if teacher.hub is not None:
+        return  # the stage that imports it looks
+    from orchestrator.distill.models.whole import Given, look
+
+    try:
+        found = look(Given(teacher.files[0], gguf=teacher.gguf))
+    except ValueError as error:
+        raise StudyError(f"teacher.folder: {error}") from None
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _needed(made: Plan) -> set[str]:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from orchestrator.distill.boundaries import Boundaries, boundaries, configurations_in
 from orchestrator.distill.context import Workplace
 from orchestrator.files import read_json, write_json
 from orchestrator.study.documents import DataError, documents, is_held_out, none_held_out, place_of, text_of
@@ -47,12 +48,11 @@ def prepare_tokens(spec: TokensSpec, place: Workplace) -> dict[str, Any]:
     locations = place.context.locations
     tokenizer = _tokenizer(spec, place)
     tokenizer.save_pretrained(str(place.out / "tokenizer"))
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise DataError("the teacher's tokenizer has no end-of-text token, which separates documents: set eos_token")
+    ends = _boundaries(spec, tokenizer, place)
     width = np.uint16 if len(tokenizer) <= np.iinfo(np.uint16).max + 1 else np.uint32
     counts: dict[str, Any] = {"dtype": np.dtype(width).name, "vocabulary": len(tokenizer)}
-    write = partial(_write, place.out, tokenizer=tokenizer, end=int(end), width=width)
+    counts |= {"end_of_text": ends.end, "begin_of_text": ends.begin}
+    write = partial(_write, place.out, tokenizer=tokenizer, ends=ends, length=spec.sequence_length, width=width)
     seen = _Seen()
     if spec.validation is None:
         counts |= write(_shared_out(spec, locations, seen), {"train": spec.train.max_tokens, "valid": None})
@@ -107,6 +107,16 @@ def spread_windows(tokens: np.ndarray[Any, Any], length: int, budget: int) -> to
 @lru_cache(maxsize=4)
 def _order(windows: int, seed: int, epoch: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng((seed, epoch)).permutation(windows)
+
+
+def _boundaries(spec: TokensSpec, tokenizer: Any, place: Workplace) -> Boundaries:
+    """What stands between documents and before windows; of a teacher's tokenizer, what it lacks is said."""
+    if spec.vocabulary is not None:
+        return Boundaries(tokenizer.eos_token_id, len(tokenizer))
+    found = boundaries(tokenizer, configurations_in(place.inputs["teacher"]))
+    for note in found.notes:
+        place.say(note)
+    return found
 
 
 def _tokenizer(spec: TokensSpec, place: Workplace) -> Any:
@@ -219,12 +229,15 @@ def _write(
     limits: Mapping[str, int | None],
     *,
     tokenizer: Any,
-    end: int,
+    ends: Boundaries,
+    length: int,
     width: Any,
 ) -> dict[str, int]:
     """Append each text's tokens to the file of the split that it comes with; return the tokens of each split.
 
-    The splits are those of `limits`. Reading ends where one has as many tokens as its limit says.
+    The splits are those of `limits`. Reading ends where one has as many tokens as its limit says. Every window of
+    `length` tokens begins with the beginning of text, where there is one. Raises `DataError` for a token that the
+    model does not have.
     """
     written = dict.fromkeys(limits, 0)
     with contextlib.ExitStack() as stack:
@@ -233,10 +246,21 @@ def _write(
             encoded = tokenizer([text for _, text in chunk], add_special_tokens=False, verbose=False)["input_ids"]
             for (name, _), ids in zip(chunk, encoded, strict=True):
                 limit = limits[name]
-                array = np.asarray([*ids, end], dtype=width)
+                if (highest := max(ids, default=0)) >= ends.entries:
+                    token = tokenizer.convert_ids_to_tokens(highest)
+                    raise DataError(f"the text holds {token!r}, for which the model has no entry: take it out")
+                array = np.asarray([*ids, ends.end], dtype=width)
+                if ends.begin is not None:
+                    array = _with_beginnings(array, ends.begin, written[name], length)
                 array = array if limit is None else array[: limit - written[name]]
                 array.tofile(streams[name])
                 written[name] += len(array)
                 if written[name] == limit:
                     return written
     return written
+
+
+def _with_beginnings(tokens: np.ndarray[Any, Any], begin: int, place: int, length: int) -> np.ndarray[Any, Any]:
+    """Tokens that stand from `place` on in a file, and `begin` before each that would be the first of a window."""
+    first = (length - place % length) % length  # of the tokens, how many belong to the window that has begun
+    return np.insert(tokens, np.arange(first, len(tokens), length - 1), begin)

@@ -23,7 +23,7 @@ from orchestrator.study.documents import (
 from orchestrator.study.loader import StudyError
 from orchestrator.study.pretrained import check_teacher
 from orchestrator.study.schema import FileSource, Study
-from orchestrator.study.sources import Resolved, read_config
+from orchestrator.study.sources import Resolved
 
 PEEK = 1 << 20
 
@@ -40,8 +40,9 @@ def check_files(study: Study, resolved: Resolved) -> None:
             paths = [Path(name) for name in resolved.locations[identity.fingerprint].files]
             _check_source(key, source, paths, data.sequence_length, share)
     if resolved.teacher is not None:
-        for name in resolved.locations[resolved.teacher].files:
-            check_teacher(Path(name), read_config(Path(name) / "config.json"))
+        location = resolved.locations[resolved.teacher]
+        for name in location.files if location.gguf is None else ():
+            check_teacher(Path(name))
 
 
 @dataclasses.dataclass

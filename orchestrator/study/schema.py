@@ -142,11 +142,15 @@ class Pretrained(Model):
     hub: str | None = None
     folder: str | None = None  # relative to the study file
     revision: str = "main"
+    gguf: str | None = None  # a GGUF file in the folder, which holds weights, sizes and tokenizer
+    fetched_by: str | None = None  # the command that brings the folder, told where it is not there
 
     @model_validator(mode="after")
     def _one_place(self) -> Pretrained:
         if (self.hub is None) == (self.folder is None):
             raise ValueError(f"exactly one of hub and folder is needed, got hub={self.hub} folder={self.folder}")
+        if self.folder is None and self.gguf is not None:
+            raise ValueError(f"gguf {self.gguf} is a file of a folder: give folder instead of hub")
         return self
 
 

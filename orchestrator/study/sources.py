@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.files import canonical_json, sha256_file
+from orchestrator.study.gguf_file import gguf_config
 from orchestrator.study.loader import StudyError
 from orchestrator.study.pretrained import check_precision
-from orchestrator.study.schema import FileSource, HubSource, Pretrain, Source, StdlibSource, Study
+from orchestrator.study.schema import FileSource, HubSource, Pretrain, Pretrained, Source, StdlibSource, Study
 from orchestrator.study.shapes import attention_layers, sizes
 from orchestrator.study.spec import Architecture, SourceIdentity
 
@@ -33,6 +34,7 @@ SKIPPED_FOLDERS = {
     "encodings",
     "pydoc_data",
 }  # the last two: tables a program wrote
+TOKENIZERS = ("tokenizer", "vocab.", "merges.", "spiece.")  # beginnings of the names of files that make one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Location:
     configuration: str | None = None
     revision: str | None = None
     split: str | None = None
+    gguf: str | None = None  # name of the file in the folder that holds a teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +78,7 @@ def resolve(study: Study, base: Path) -> Resolved:
         )  # fmt: skip
         return Resolved(train, validation, architecture, None, locations, tuple(range(made.layers)))
     if study.teacher.folder is not None:
-        fingerprint, config = _teacher_folder(base / study.teacher.folder, locations)
+        fingerprint, config = _teacher_folder(study.teacher, base / study.teacher.folder, locations)
     else:
         fingerprint, config = _teacher_hub(str(study.teacher.hub), study.teacher.revision, locations)
     architecture, sites = _architecture(config, fingerprint)
@@ -155,11 +158,19 @@ def _hub_source(source: HubSource, key: str, locations: dict[str, Location]) -> 
     return SourceIdentity(source="hub", fingerprint=fingerprint, field=source.field, max_tokens=source.max_tokens)
 
 
-def _teacher_folder(folder: Path, locations: dict[str, Location]) -> tuple[str, dict[str, Any]]:
-    if not os.path.isfile(folder / "config.json"):  # noqa: PTH113 (takes names of any length)
-        raise StudyError(f"teacher.folder: {folder} holds no config.json: give the folder of a saved model")
+def _teacher_folder(given: Pretrained, folder: Path, locations: dict[str, Location]) -> tuple[str, dict[str, Any]]:
+    remedy = f"run `{given.fetched_by}`, which brings it" if given.fetched_by else "give the folder of a saved model"
+    if given.gguf is not None:
+        file = folder / given.gguf
+        if not os.path.isfile(file):  # noqa: PTH113 (takes names of any length)
+            raise StudyError(f"teacher.gguf: {folder} holds no {given.gguf}: {remedy}")
+        fingerprint = _digest([("gguf", sha256_file(file))])
+        locations[fingerprint] = Location(files=(str(folder),), gguf=given.gguf)
+        return fingerprint, gguf_config(file)
+    if not os.path.isfile(folder / "config.json"):  # noqa: PTH113
+        raise StudyError(f"teacher.folder: {folder} holds no config.json: {remedy}")
     files = sorted(path for path in folder.rglob("*") if path.is_file() and ".git" not in path.parts)
-    if not any(path.name.startswith("tokenizer") for path in files):
+    if not any(path.name.startswith(TOKENIZERS) for path in files):
         raise StudyError(f"teacher.folder: {folder} holds no tokenizer: save it there with tokenizer.save_pretrained")
     fingerprint = _digest((path.relative_to(folder).as_posix(), sha256_file(path)) for path in files)
     locations[fingerprint] = Location(files=(str(folder),))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -159,15 +158,6 @@ def load_tokenizer_of(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
-
-
-def test_a_tokenizer_without_an_end_of_text_is_refused(place: Any, tmp_path: Path, tiny_teacher: Path) -> None:
-    folder = tmp_path / "teacher"
-    shutil.copytree(tiny_teacher, folder)
-    told = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**told, "eos_token": None}))
-    with pytest.raises(DataError, match="has no end-of-text token, which separates documents: set eos_token"):
-        prepared(place, spec_of(vocabulary=None), write(tmp_path, "text"), inputs={"teacher": folder})
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from huggingface_hub.repocard import metadata_load
 from transformers.utils.hub import cached_file
 
 from orchestrator.distill.models.auto import AutoConfig
+from orchestrator.distill.models.whole import Given
 from orchestrator.files import read_json, write_json
+from orchestrator.study.gguf_file import gguf_card
 
 ORIGIN = "origin.json"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -35,14 +37,15 @@ class Origin:
     license_link: str | None = None
 
 
-def origin_in(name: str, revision: str | None, *, hub: str | None) -> Origin:
+def origin_in(given: Given, *, hub: str | None) -> Origin:
     """What a folder, or a model on the hub, says of itself in config.json and in the metadata of its card.
 
-    A model in a folder has the name of the one on the hub that its card says it was made from.
+    A model in a folder has the name of the one on the hub that its card says it was made from. A GGUF file is its own
+    card, and its weights are taken for single precision, which holds all of their values.
     """
-    config = AutoConfig.from_pretrained(name, revision=revision)
+    config = AutoConfig.from_pretrained(given.name, **given.options)
     dtype = config.dtype or getattr(config.get_text_config(), "dtype", None)
-    told = _card(name, revision)
+    told = _card(given.name, given.revision) if given.gguf is None else gguf_card(Path(given.name) / given.gguf)
     names = [hub, told.get("base_model")]
     known = [each for each in names if isinstance(each, str) and HUB_NAME.fullmatch(each)]
     licence = {key: told[key] for key in ("license", "license_name", "license_link") if isinstance(told.get(key), str)}

@@ -14,8 +14,7 @@ from typing import Any, Literal
 import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GPTNeoXConfig
-from transformers.utils import logging as transformers_logging
+from transformers import GPTNeoXConfig
 
 from operators.config import OperatorConfig
 from orchestrator.distill.context import Workplace
@@ -23,17 +22,12 @@ from orchestrator.distill.models.auto import AutoConfig, AutoModelForCausalLM
 from orchestrator.distill.models.families import family_of
 from orchestrator.distill.models.origin import origin_in, write_origin
 from orchestrator.distill.models.swap import swap, swapped
+from orchestrator.distill.models.whole import OUTPUTS, Given, load_tokenizer, load_whole
 from orchestrator.files import read_json, write_json
 from orchestrator.study.spec import Architecture, ImportSpec
 
-transformers_logging.disable_progress_bar()
 STUDENT = "student.json"
 WEIGHTS = "student.safetensors"
-OUTPUTS = {
-    "return_dict": True,
-    "output_attentions": False,
-    "output_hidden_states": False,
-}  # whatever a folder says
 _OPERATOR: TypeAdapter[Any] = TypeAdapter(OperatorConfig)
 
 
@@ -116,48 +110,14 @@ def import_teacher(spec: ImportSpec, place: Workplace) -> dict[str, Any]:
     folders of safetensors files is looked for here wherever the model comes from.
     """
     location = place.context.locations[spec.fingerprint]
-    name = location.hub or location.files[0]
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        name, revision=location.revision, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
-        **OUTPUTS,
-    )  # fmt: skip
-    model, told = loaded
+    given = Given(location.hub or location.files[0], location.revision, location.gguf)
+    model = load_whole(given)
     family_of(model)
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=location.revision)
-    _check_whole(name, model, told)
-    _check_entries(name, model, tokenizer)
+    tokenizer = load_tokenizer(given, model.config)
     model.save_pretrained(place.out)
     tokenizer.save_pretrained(place.out)
-    write_origin(place.out, origin_in(name, location.revision, hub=location.hub))
+    write_origin(place.out, origin_in(given, hub=location.hub))
     return {"parameters": parameter_count(model)}
-
-
-def _check_whole(name: str, model: Any, told: Mapping[str, Any]) -> None:
-    """ValueError for tensors that were filled at random or left out, as `told` by transformers, or are not finite."""
-    for what, names in (("lacks", told["missing_keys"]), ("has no place for", told["unexpected_keys"])):
-        if names:
-            raise ValueError(
-                f"the model in {name} {what} {', '.join(sorted(names)[:6])} ({len(names)} in all): save the whole "
-                "model with model.save_pretrained, not a part of it nor what is wrapped around it"
-            )
-    for tensor, found, wanted in sorted(told["mismatched_keys"]):
-        raise ValueError(f"{tensor} in {name} has the shape {list(found)}, and {list(wanted)} by config.json")
-    for tensor, values in model.state_dict().items():
-        wrong = int((~torch.isfinite(values)).sum())
-        if wrong:
-            raise ValueError(f"{wrong} of the {values.numel()} numbers of {tensor} in {name} are not finite")
-
-
-def _check_entries(name: str, model: Any, tokenizer: Any) -> None:
-    """ValueError for a tokenizer with more entries than the model."""
-    count = model.get_input_embeddings().num_embeddings
-    entries = 1 + max(tokenizer.get_vocab().values())
-    if entries > count:
-        end = f", the end of text {tokenizer.eos_token!r} at {tokenizer.eos_token_id}" if tokenizer.eos_token else ""
-        raise ValueError(
-            f"the tokenizer in {name} has {entries} entries{end}, and the model has {count}: give the tokenizer that "
-            "it was trained with, or resize the model (model.resize_token_embeddings)"
-        )
 
 
 def save_student(student: Any, base: Mapping[str, torch.Tensor] | None, folder: Path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from orchestrator.study.loader import StudyError
+from orchestrator.distill.models.whole import Given, look
 from orchestrator.study.pretrained import check_teacher
 from tests.bad_teachers import (
     HALF,
@@ -64,6 +67,13 @@ WHOLE: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any]]] = {
 }
 
 
+def check(folder: Path, **config: Any) -> None:
+    """All that the plan does with a folder, its config.json changed by `config`."""
+    (folder / "config.json").write_text(json.dumps({**NEOX, **config}))
+    check_teacher(folder)
+    look(Given(str(folder)))
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for name, told in (("config", NEOX), ("tokenizer", TOKENIZER), ("tokenizer_config", SETTINGS)):
@@ -75,21 +85,20 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("edit", "config"), WHOLE.values(), ids=WHOLE)
 def test_a_whole_model_passes(folder: Path, edit: Any, config: dict[str, Any]) -> None:
     save(folder / "model.safetensors", edit(tensors()))
-    check_teacher(folder, {**NEOX, **config})
+    check(folder, **config)
 
 
 def test_shards_that_are_all_there_pass(folder: Path) -> None:
     sharded(HALF, REST)(folder)
-    check_teacher(folder, NEOX)
+    check(folder)
 
 
-def test_pickled_weights_are_left_to_the_stage_that_imports_them(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    check_teacher(folder, NEOX)
-
-
-def test_a_real_folder_passes(tiny_teacher: Path) -> None:
-    check_teacher(tiny_teacher, json.loads((tiny_teacher / "config.json").read_text()))
+def test_pickled_weights_pass(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    pickled = shutil.copytree(tiny_teacher, tmp_path_factory.mktemp("pickled") / "model")
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    check_teacher(pickled)
+    assert look(Given(str(pickled))).end == 0
 
 
 @pytest.mark.parametrize(
@@ -115,7 +124,7 @@ def test_the_plan_counts_the_entries_that_a_tokenizer_has_when_it_is_loaded(
     loaded = AutoTokenizer.from_pretrained(folder)
     save(folder / "model.safetensors", {**tensors(), **{n: ("F32", [vocabulary, 8], 0.5) for n in TABLES}})
     if max(loaded.get_vocab().values()) < vocabulary:
-        check_teacher(folder, {**NEOX, "vocab_size": vocabulary})
+        check(folder, vocab_size=vocabulary)
     else:
-        with pytest.raises(StudyError, match=f"the model has {vocabulary}"):
-            check_teacher(folder, {**NEOX, "vocab_size": vocabulary})
+        with pytest.raises(ValueError, match=f"the model has {vocabulary}"):
+            check(folder, vocab_size=vocabulary)
