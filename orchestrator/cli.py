@@ -49,6 +49,14 @@ class Claims(StrEnum):
     lease = "lease"
 
 
+class Best(StrEnum):
+    """`--best`, of all finished students, those of few layers included."""
+
+    quality = "quality"
+    speed = "speed"
+    knee = "knee"
+
+
 # Large tensors come and go every step: keep their pages instead of giving them back to the kernel (glibc), and let
 # threads that wait sleep, so that a busy neighbour does not cost a stage of two threads most of its speed (OpenMP).
 PROCESS = {
@@ -183,29 +191,47 @@ def export(
     to: Annotated[Path, typer.Option("--to", help="folder to write, which must not exist")],
     overrides: Overrides = None,
     home: HomeDirectory = None,
-    stage: Annotated[str | None, typer.Option(help="start of a stage key; default: the end of the best path")] = None,
+    trial: Annotated[str | None, typer.Option(help="a trial, trial-03 say; its last stage, or see --stage")] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="start of a stage key, or with --trial a number from 1 on, or joint")
+    ] = None,
+    best: Annotated[
+        Best | None,
+        typer.Option(
+            help="of all students, or the trial's: the one of lowest perplexity (quality), of fastest prefill (speed), "
+            "or the point of the report's front that is farthest below the line between its ends (knee); default: the "
+            "one that swaps most layers, and of those the one of lowest perplexity"
+        ),
+    ] = None,
 ) -> None:
     """Write a finished student as a Hugging Face folder for AutoModelForCausalLM."""
     made, _ = _load(study, overrides)
     job = _job(command, study, home, made)
-    from orchestrator.distill.models.export import export_student
-    from orchestrator.record.driver import exported_stage
+    from orchestrator.distill.models.export import export_student, swapped_layers
+    from orchestrator.distill.models.origin import origin_of
+    from orchestrator.record.card import model_card
+    from orchestrator.record.choice import exported_stage
+    from orchestrator.record.records import make_records
 
     store = _store(study, home, must_exist=True)
     if to.exists():
         _bad_input(f"--to {to} exists already: give another folder, or remove it")
     try:
-        key = exported_stage(job, stage)
+        records = make_records(made, store, job.speeds, set(), lambda _: None)
+        key = exported_stage(made, store, records, trial, stage, best)
         for each in (key, made.teacher.train.key, made.tokens.key):
             if (name := store.damaged(each)) is not None:
                 _bad_input(f"stage {short(each)}: {name} is damaged or gone: run the study again, which computes it")
-        tokenizer = store.artefacts(made.tokens.key) / "tokenizer"
-        export_student(store.artefacts(key), store.artefacts(made.teacher.train.key), tokenizer, to)
+        tokenizer, teacher = store.artefacts(made.tokens.key) / "tokenizer", store.artefacts(made.teacher.train.key)
+        student = store.artefacts(key)
+        card = model_card(made, records, key, trial, swapped_layers(student), origin_of(teacher))
+        export_student(student, teacher, tokenizer, to, card)
     except ValueError as error:
         _bad_input(error)
     except OSError as error:
         _bad_input(f"--to {to} cannot be written ({error.strerror or error}): give another folder")
-    print(f"wrote {to}; load it with AutoModelForCausalLM.from_pretrained({str(to)!r}, trust_remote_code=True),")
+    print(f"wrote stage {short(key)} to {to}; load it with")
+    print(f"AutoModelForCausalLM.from_pretrained({str(to)!r}, trust_remote_code=True),")
     print("its tokenizer with AutoTokenizer and the same arguments")
 
 

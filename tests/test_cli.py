@@ -105,11 +105,12 @@ def test_an_export_of_what_is_damaged_says_what_computes_it_again(tmp_path: Path
 
 
 def test_an_export_to_where_nothing_can_be_written_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(*given: Path) -> None:
-        with published_directory(given[-1]):
+    def write(student: Path, teacher: Path, tokenizer: Path, target: Path, card: str) -> None:
+        with published_directory(target):
             pass
 
     monkeypatch.setattr("orchestrator.distill.models.export.export_student", write)
+    monkeypatch.setattr("orchestrator.distill.models.export.swapped_layers", lambda _: [0, 1])  # files were not written
     hand = Hand(tmp_path)
     hand.all_done()
     to = hand.file / "in a file" / "out"

@@ -137,24 +137,6 @@ def _unless_full(write: Callable[[], None]) -> None:
         print(f"cannot be written: {error.filename or 'the report'}: {error.strerror or error}", file=sys.stderr)
 
 
-def exported_stage(job: Job, begins: str | None) -> str:
-    """The key of the finished student to export: the one that `begins` so, or the end of the best path.
-
-    Raises `ValueError` where none or several finished students fit.
-    """
-    store = Store(job.home.store, write=False)
-    steps = {step.train.key: step for trial in job.plan.trials for step in trial.steps}
-    if begins is not None:
-        found = [key for key in steps if key.startswith(begins) and store.finished(key)]
-        if len(found) != 1:
-            raise ValueError(f"--stage {begins}: {len(found)} finished students begin so; layerswap status lists them")
-        return found[0]
-    path = best_path(make_records(job.plan, store, job.speeds, set(), lambda _: None))
-    if not path:
-        raise ValueError("no student is finished yet: run the study first")
-    return str(path[-1]["stage_key"])
-
-
 def last_run(job: Job, newest: dict[str, Any] | None = None) -> dict[str, Any]:
     """The `newest` or last remembered run, with the highest memory of all runs; empty before the first."""
     runs = job.home.runs(job.name)

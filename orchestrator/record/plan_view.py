@@ -156,7 +156,7 @@ def _rows(nodes: list[Node], indent: str, operator: str, words: dict[str, str]) 
         stretch = [node]
         while len(stretch[-1]["children"]) == 1 and not stretch[-1]["ends"]:
             stretch += stretch[-1]["children"]
-        names = ["joint" if stage["joint"] else _layers(stage["layers"]) for stage in stretch]
+        names = ["joint" if stage["joint"] else layer_ranges(stage["layers"]) for stage in stretch]
         told = " → ".join(name + _mark(stage["state"]) for name, stage in zip(names, stretch, strict=True))
         own = f"{node['operator']}  " if node["operator"] != operator else ""
         ends = stretch[-1]["ends"]
@@ -187,7 +187,7 @@ def _tokens(count: int) -> str:
     return f"{count / 1e6:.2f} M" if count >= 1_000_000 else f"{count / 1e3:.0f} k" if count >= 10_000 else str(count)
 
 
-def _layers(layers: Sequence[int]) -> str:
+def layer_ranges(layers: Sequence[int]) -> str:
     """Layers as people write them: `0-3,5`."""
     runs: list[list[int]] = []
     for layer in layers:

@@ -24,7 +24,7 @@ LEGEND = (
 )
 
 
-def _legend(records: list[Record], length: str) -> str:
+def legend(records: list[Record], length: str) -> str:
     compiled = any(row["metrics"].get("core") == "native" for row in records)
     return LEGEND.format(length=length, core=", students by the compiled core" if compiled else "")
 
@@ -55,7 +55,7 @@ def answer(plan: Plan, records: list[Record], run: dict[str, Any], commands: lis
             "",
         ]
     lines += [text_table(table(_ends(records), length, "trial")), ""] if len(_ends(records)) > 1 else []
-    lines += [_legend(records, length), "", resources(run), "", *commands]
+    lines += [legend(records, length), "", resources(run), "", *commands]
     return "\n".join(lines)
 
 
@@ -78,7 +78,7 @@ def markdown(plan: Plan, records: list[Record], run: dict[str, Any]) -> str:
     parts += ["## Quality against speed", "![Pareto picture](pareto.png)"]
     front = pareto_front(records, "prefill_ratio", length)
     parts += [pipe_table(table(front, length))] if front else []
-    parts += ["## Every stage", pipe_table(table(stages, length)), _legend(records, length)]
+    parts += ["## Every stage", pipe_table(table(stages, length)), legend(records, length)]
     parts += ["## Cost", resources(run)]
     return "\n\n".join(parts) + "\n"
 

@@ -88,7 +88,10 @@ def sizes(config: dict[str, Any]) -> dict[str, int]:
 
 
 def attention_layers(config: dict[str, Any], layers: int) -> tuple[int, ...]:
-    """The layers that have softmax attention by the configuration; all `layers` where it does not tell them apart."""
+    """The layers that have softmax attention by the configuration; all `layers` where it does not tell them apart.
+
+    Of an exported student those that are not swapped yet.
+    """
     told = text_config(config)
     kinds = _kinds(told)
     if kinds is not None:
@@ -106,7 +109,8 @@ def attention_layers(config: dict[str, Any], layers: int) -> tuple[int, ...]:
     else:
         found = tuple(range(layers))
     crossed = told.get("cross_attention_layers") or ()
-    return tuple(layer for layer in found if layer < layers and layer not in crossed)
+    swapped = {int(layer) for layer in config.get("operators") or ()} if config.get("model_type") == STUDENT else {}
+    return tuple(layer for layer in found if layer < layers and layer not in crossed and layer not in swapped)
 
 
 def base_type(config: dict[str, Any]) -> str:

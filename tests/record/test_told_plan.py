@@ -213,9 +213,9 @@ def test_large_numbers_are_told_in_thousands_and_millions(tmp_path: Path, two_co
     ("layers", "told"), [((0,), "0"), ((0, 1), "0-1"), ((0, 2, 3, 4, 7), "0,2-4,7"), ((1, 3), "1,3"), ((), "")]
 )
 def test_layers_as_people_write_them(layers: tuple[int, ...], told: str) -> None:
-    from orchestrator.record.plan_view import _layers
+    from orchestrator.record.plan_view import layer_ranges
 
-    assert _layers(layers) == told
+    assert layer_ranges(layers) == told
 
 
 def test_status_is_a_line_a_stage(hand: Hand) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from orchestrator.distill.context import RunContext
 from orchestrator.record import driver, report
-from orchestrator.record.driver import Job, exported_stage, last_run, run_study
+from orchestrator.record.driver import Job, last_run, run_study
 from orchestrator.record.progress import Progress
 from orchestrator.run.cluster import Cluster
 from orchestrator.run.interrupt import Interrupt
@@ -244,22 +244,6 @@ def test_a_report_that_cannot_be_written_stops_nothing(
     assert err == "cannot be written: /there/report.md: No space left on device\n"
     assert "best path: trial-00" in out
     assert Quiet.last.given[0][3] == []
-
-
-def test_the_student_to_export(scene: Scene) -> None:
-    hand = scene.hand
-    with pytest.raises(ValueError, match="no student is finished yet: run the study first"):
-        exported_stage(scene.job, None)
-    hand.all_done()
-    assert exported_stage(scene.job, None) == hand.key("two joint")
-    assert exported_stage(scene.job, hand.key("heads 0")[:12]) == hand.key("heads 0")
-    with pytest.raises(ValueError, match="--stage zz: 0 finished students begin so; layerswap status lists them"):
-        exported_stage(scene.job, "zz")
-    with pytest.raises(ValueError, match="--stage : 7 finished students"):
-        exported_stage(scene.job, "")
-    (hand.store.folder(hand.key("heads 0")) / "DONE.json").unlink()
-    with pytest.raises(ValueError, match="0 finished students"):
-        exported_stage(scene.job, hand.key("heads 0"))
 
 
 def test_the_last_run_has_the_highest_memory_of_all(scene: Scene) -> None:

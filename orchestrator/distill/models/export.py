@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from orchestrator.distill.models.exported_model import LayerswapConfig, LayerswapForCausalLM
 from orchestrator.distill.models.origin import origin_of
 from orchestrator.distill.models.student import STUDENT, load_student, load_teacher, operators_of
-from orchestrator.files import published_directory
+from orchestrator.files import published_directory, read_json
 
 
 def export_student(student: Path, teacher: Path, tokenizer: Path, target: Path, card: str = "") -> None:
@@ -24,14 +24,20 @@ def export_student(student: Path, teacher: Path, tokenizer: Path, target: Path, 
     """
     if target.exists():
         raise ValueError(f"{target} exists already: give another folder, or remove it")
-    if not (student / STUDENT).exists():
-        raise ValueError(f"{student} holds no student: name a stage that swaps layers")
+    swapped_layers(student)
     model = exported(load_student(student, load_teacher(teacher)), getattr(torch, origin_of(teacher).dtype))
     with published_directory(target) as folder:
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
         if card:
             (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def swapped_layers(student: Path) -> list[int]:
+    """The layers of a student that have no attention, from its artefacts. ValueError where they are no student's."""
+    if not (student / STUDENT).exists():
+        raise ValueError(f"{student} holds no student: name a stage that swaps layers")
+    return sorted(int(layer) for layer in read_json(student / STUDENT)["operators"])
 
 
 def exported(student: Any, dtype: torch.dtype) -> Any:

@@ -1,0 +1,90 @@
+"""Which finished student is meant: by its key, by its place in a trial, or as the best in some sense."""
+
+from __future__ import annotations
+
+import math
+
+from orchestrator.record.records import Record, best_path, pareto_front
+from orchestrator.run.store import Store
+from orchestrator.study.plan import Plan, Trial
+
+SPEED = "prefill_ratio"  # that of the report's front
+SHORTEST_START = 4  # digits of a key; of a trial, fewer are the number of a stage
+
+
+def exported_stage(
+    plan: Plan, store: Store, records: list[Record], trial: str | None, stage: str | None, best: str | None
+) -> str:
+    """The key of the finished student that `--trial`, `--stage` and `--best` mean, each of which may be None.
+
+    Raises `ValueError` where none or several fit.
+    """
+    if stage is None:
+        return _chosen(plan, records, trial, best)
+    if best is not None:
+        raise ValueError(f"--stage {stage} and --best {best} name a student each: give one of the two")
+    return _named(plan, store, trial, stage)
+
+
+def _named(plan: Plan, store: Store, trial: str | None, stage: str) -> str:
+    """The key that begins so, or that of the stage of a trial by its number, from 1, or by the word joint."""
+    trials = plan.trials if trial is None else (_trial(plan, trial),)
+    if trial is not None and (stage == "joint" or (stage.isdecimal() and len(stage) < SHORTEST_START)):
+        steps = trials[0].steps
+        places = {str(index): step for index, step in enumerate(steps, 1)}
+        places |= {"joint": steps[-1]} if steps[-1].joint else {}
+        if stage not in places:
+            told = ", the last of them joint" if steps[-1].joint else ""
+            raise ValueError(f"--stage {stage}: {trial} has the stages 1 to {len(steps)}{told}")
+        key = places[stage].train.key
+        if not store.finished(key):
+            raise ValueError(f"--stage {stage}: this stage of {trial} is not finished yet: run the study first")
+        return key
+    keys = {step.train.key for each in trials for step in each.steps}
+    found = [key for key in keys if key.startswith(stage) and store.finished(key)]
+    if len(found) != 1:
+        raise ValueError(f"--stage {stage}: {len(found)} finished students begin so; layerswap status lists them")
+    return found[0]
+
+
+def _chosen(plan: Plan, records: list[Record], trial: str | None, best: str | None) -> str:
+    """The key of the best of all students, or of the trial's; without `best` that of the end of the best path, or of
+    the trial."""
+    if trial is not None:
+        _trial(plan, trial)
+    rows = [row for row in records if row["kind"] == "stage" and trial in (None, row["trial"])]
+    length = str(max(plan.study.throughput.lengths))
+    if best is None:
+        found = rows[-1:] if trial is not None else best_path(records)[-1:]
+    elif best == "quality":
+        found = sorted(rows, key=lambda row: (row["metrics"]["perplexity_ratio"], -len(row["swapped_layers"])))[:1]
+    else:
+        front = pareto_front(rows, SPEED, length)
+        found = front[-1:] if best == "speed" else knee(front, length)
+        if rows and not found:
+            raise ValueError(f"--best {best}: no student's speed is measured yet: run the study to its end")
+    if not found:
+        raise ValueError(f"no student{f' of {trial}' if trial else ''} is finished yet: run the study first")
+    return str(found[0]["stage_key"])
+
+
+def knee(front: list[Record], length: str) -> list[Record]:
+    """The point of a front, slowest first, that is farthest below the straight line between its ends, where the
+    picture draws it: speed across, logarithm of the perplexity ratio upwards.
+
+    The slowest, which is the one of best quality, where none is below the line; none of an empty front.
+    """
+    points = [(row["metrics"][SPEED][length], math.log(row["metrics"]["perplexity_ratio"])) for row in front]
+    if not points:
+        return []
+    (x_0, y_0), (x_1, y_1) = points[0], points[-1]
+    slope = (y_1 - y_0) / (x_1 - x_0) if x_1 > x_0 else 0.0
+    below = [y_0 + slope * (x - x_0) - y for x, y in points[:-1]]
+    return [front[max(range(len(below)), key=below.__getitem__)]] if below else front[:1]
+
+
+def _trial(plan: Plan, name: str) -> Trial:
+    found = next((trial for trial in plan.trials if trial.name == name), None)
+    if found is None:
+        raise ValueError(f"--trial {name}: the study has {plan.trials[0].name} to {plan.trials[-1].name}")
+    return found
