@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,7 @@ def test_a_tokenizer_that_begins_texts_adds_nothing_to_documents(
     begins.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="<eos> $A", pair="<eos> $A $B", special_tokens=[("<eos>", 0)]
     )
-    begins.save_pretrained(tmp_path / "begins")
+    begins.save_pretrained(shutil.copytree(tiny_teacher, tmp_path / "begins"))
     assert load_tokenizer_of(tmp_path / "begins")("x")["input_ids"][0] == 0
     made = prepared(place, spec_of(vocabulary=None), write(tmp_path, "text"), inputs={"teacher": tmp_path / "begins"})
     assert sum(ids.count(0) for ids in tokens_of(made).values()) == len(TEXTS)
