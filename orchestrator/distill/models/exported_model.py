@@ -175,7 +175,34 @@ def _place(model: Any, layer: int, config: OperatorConfig) -> None:
     if not awaits and isinstance(config, HyenaConfig):
         config = dataclasses.replace(config, init="random")
     seed = 0 if awaits else int(torch.randint(2**62, ()))
-    swap(model, [layer], config, torch.Generator().manual_seed(seed), initialise=not awaits)
+    placed: Any = swap(model, [layer], config, torch.Generator().manual_seed(seed), initialise=not awaits)[0]
+    placed.brought = []
+    placed.register_forward_pre_hook(_bring_weights)
+    placed.register_forward_hook(_give_weights_back, always_call=True)
+
+
+def _bring_weights(placed: Any, _: Any) -> None:
+    """Bring the weights of an operator that accelerate keeps elsewhere, on the CPU or on disk, for a pass.
+
+    accelerate brings those of a module when it is called, and operators use some of theirs without calling what holds
+    them.
+    """
+    first = next(placed.operator.parameters(), None)
+    if first is not None and first.is_meta:
+        for module in placed.operator.modules():
+            hook: Any = getattr(module, "_hf_hook", None)
+            if getattr(hook, "offload", False):
+                hook.pre_forward(module)
+                hook.offload = False  # until the whole operator is done with them
+                placed.brought.append(module)
+
+
+def _give_weights_back(placed: Any, *_: Any) -> None:
+    """Undo `_bring_weights`."""
+    while placed.brought:
+        module = placed.brought.pop()
+        module._hf_hook.offload = True
+        module._hf_hook.post_forward(module, None)
 
 
 def code() -> dict[str, str]:
