@@ -1,9 +1,9 @@
 """Channel-wise Hyena of any order: gates and long convolutions, channel by channel (Poli et al. 2023, definition 3.1).
 
-The rows of `in_proj` are N + 1 blocks of width D: x_0, x_1, .., x_{N-1}, v. The long convolutions use the gates from
-the last, x_{N-1}, down to x_1, as safari's code does.
+The rows of `in_proj` are N + 1 blocks of the inner width: x_0, x_1, .., x_{N-1}, v. The long convolutions use the gates
+from the last, x_{N-1}, down to x_1, as safari's code does.
 
-Shapes: as in `hyena`.
+Shapes: as in `hyena`, but D the channels of a convolution, which are as many as the inner width.
 """
 
 from collections.abc import Sequence
@@ -37,11 +37,11 @@ class ChannelHyena(Hyena):
 
     STATES = CHANNEL_STATES
 
-    def __init__(self, config: HyenaConfig, d_model: int, max_length: int) -> None:
-        super().__init__(config, d_model, max_length)
+    def __init__(self, config: HyenaConfig, d_model: int, max_length: int, inner: int | None = None) -> None:
+        super().__init__(config, d_model, max_length, inner)
         self.convolutions = config.order - 1
-        filters = self.convolutions * d_model
-        self.build((config.order + 1) * d_model, filters, self.convolutions, filters)
+        filters = self.convolutions * self.inner
+        self.build((config.order + 1) * self.inner, filters, self.convolutions, filters)
 
     def combine(
         self, u_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None
@@ -81,8 +81,8 @@ class ChannelHyena(Hyena):
         """Values are copied; the gates get bias 1 and small random weights, so that they start open."""
         draw_uniform(self.in_proj.weight, GATE_WEIGHT, generator)
         self.in_proj.bias.fill_(1.0)
-        self.in_proj.weight[-self.d_model :] = attention.value
-        self.in_proj.bias[-self.d_model :] = attention.bias_of("value")
+        self.in_proj.weight[-self.inner :] = attention.value
+        self.in_proj.bias[-self.inner :] = attention.bias_of("value")
 
     def project(self, linear: nn.Module, x_BDL: Tensor) -> Tensor:
         """See `Hyena.project`; for the core one product over all positions of a batch, channels last."""
@@ -100,14 +100,14 @@ class ChannelHyena(Hyena):
         length = p_BEL.shape[-1]
         buffers: Sequence[Tensor] = []
         if state is not None:
-            shape = (state.batch, self.d_model, length)
+            shape = (state.batch, self.inner, length)
             like_BDL = p_BEL.new_empty(shape, dtype=compute_dtype(p_BEL.dtype))
             buffers = state.buffers(like_BDL, self.convolutions)
         pending: Sequence[Tensor | None] = [None] * len(buffers)
         if serves(p_BEL):
             ahead = None
             if isinstance(state, Tiled):
-                ahead = open_window(state, length, self.d_model, self.convolutions)
+                ahead = open_window(state, length, self.inner, self.convolutions)
             y_BDL = convolve(p_BEL, mask_BL, self.short_weight, self.short_bias, filters, buffers, ahead)
         else:
             beyond = 0 if state is None else state.beyond(length)
@@ -123,12 +123,12 @@ class ChannelHyena(Hyena):
         """Outputs (B, D, L) that are differentiable."""
         if serves(p_BEL):
             return convolve_trained(p_BEL, mask_BL, self.short_weight, self.short_bias, h_CL, self.direct)
-        each = (self.convolutions, self.d_model)
+        each = (self.convolutions, self.inner)
         with outside_autocast(p_BEL.device.type):
             return gated_trained(self._inputs(p_BEL, mask_BL), h_CL.unflatten(0, each), self.direct.unflatten(0, each))
 
     def _inputs(self, p_BEL: Tensor, mask_BL: Tensor | None) -> Inputs:
-        blocks = (self.config.order + 1, self.d_model)
+        blocks = (self.config.order + 1, self.inner)
         short = (self.short_weight.unflatten(0, blocks), self.short_bias.unflatten(0, blocks))
         return Inputs(p_BEL.unflatten(1, blocks), mask_BL, *short)
 
@@ -138,7 +138,7 @@ class ChannelHyena(Hyena):
             h_CL = filters + torch.nn.functional.pad(self.direct[:, None], (0, filters.shape[1] - 1))
         else:
             h_CL = filters.first(p_BEL.shape[-1])
-        each = (self.convolutions, self.d_model)
+        each = (self.convolutions, self.inner)
         with outside_autocast(p_BEL.device.type):
             return gated_by_kernels(*self._inputs(p_BEL, mask_BL), h_CL.float().unflatten(0, each))
 
@@ -149,4 +149,4 @@ class ChannelHyena(Hyena):
 
     def _channels(self, index: int) -> slice:
         """The filters of a convolution."""
-        return slice(index * self.d_model, (index + 1) * self.d_model)
+        return slice(index * self.inner, (index + 1) * self.inner)

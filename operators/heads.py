@@ -32,31 +32,32 @@ from operators.mixing.fused import Inputs, mix_fused
 from operators.mixing.head_states import extend, first_state, step
 from operators.mixing.masked import mix, mix_reference, mix_step
 from operators.native.decode import step_heads, step_modal_heads, takes
-from operators.transfer.attention import AttentionWeights
+from operators.transfer.attention import Affine, AttentionWeights
 from operators.transfer.low_rank import centred_products
 
 
 class HeadHyena(Hyena):
-    """E = 2 H K + D (+ H); `filter` has H filters, `direct` is (D,), `hedgehog` (H, K, K) is there for that map.
+    """E = 2 H K + I (+ H); `filter` has H filters, `direct` is (I,), `hedgehog` (H, K, K) is there for that map.
 
     Otherwise as `Hyena`.
     """
 
     STATES = HEAD_STATES
 
-    def __init__(self, config: HyenaConfig, d_model: int, max_length: int) -> None:
-        super().__init__(config, d_model, max_length)
+    def __init__(self, config: HyenaConfig, d_model: int, max_length: int, inner: int | None = None) -> None:
+        super().__init__(config, d_model, max_length, inner)
         assert config.heads is not None
-        if d_model % config.heads:
+        if self.inner % config.heads:
+            width = "model width" if self.inner == d_model else "width of all values"
             raise ValueError(
-                f"heads must divide the model width {d_model} but is {config.heads}: choose a divisor of it."
+                f"heads must divide the {width} {self.inner} but is {config.heads}: choose a divisor of it."
             )
         self.heads = config.heads
-        self.key_dim = config.key_dim or d_model // config.heads
+        self.key_dim = config.key_dim or self.inner // config.heads
         self.degree = config.degree if config.feature_map == "power" else None
         how = (config.key_gate, config.normalise, config.feature_map == "hedgehog", self.degree)
-        self.layout = Layout(self.heads, self.key_dim, d_model // self.heads, *how)
-        self.build(sum(self.heads * rows for rows in self.layout.rows), self.heads, 1, d_model)
+        self.layout = Layout(self.heads, self.key_dim, self.inner // self.heads, *how)
+        self.build(sum(self.heads * rows for rows in self.layout.rows), self.heads, 1, self.inner)
         self.scale = 1 / math.sqrt(self.key_dim) if config.feature_map == "identity" else 1.0
         self.hedgehog: nn.Parameter | None = None
         if config.feature_map == "hedgehog":
@@ -180,28 +181,36 @@ class HeadHyena(Hyena):
         follow the profile."""
         if self.config.filter.positive:
             self.filter.follow(attention.profile_of(self.heads))
-        rows, biases = [attention.query, attention.key], [attention.bias_of("query"), attention.bias_of("key")]
-        if self.config.fits_products:
-            rows, biases = self._products(attention)
+        maps = self._fitted(attention) if self.config.fits_products else self._copied(attention)
+        rows, biases = zip(*maps, strict=True)
         self.in_proj.weight.copy_(torch.cat([rows[0], rows[1], attention.value, *rows[2:]]))
         self.in_proj.bias.copy_(torch.cat([biases[0], biases[1], attention.bias_of("value"), *biases[2:]]))
 
-    def _products(self, attention: AttentionWeights) -> tuple[list[Tensor], list[Tensor]]:
-        """Weights and biases of query, key and gate for all heads."""
-        gated, kept = self.config.key_gate, 3 if self.config.key_gate else 2
-        maps = [centred_products(attention, h, self.heads, self.key_dim, gated=gated)[:kept] for h in range(self.heads)]
-        weights, biases = zip(*(zip(*part, strict=True) for part in zip(*maps, strict=True)), strict=True)
-        return [torch.cat(rows) for rows in weights], [torch.cat(rows) for rows in biases]
+    def _copied(self, attention: AttentionWeights) -> tuple[Affine, ...]:
+        """Queries and keys as they are. ValueError where they are of another width than the values."""
+        if len(attention.query) != self.heads * self.key_dim:
+            raise ValueError(
+                f"queries can be copied where they are as wide as values, and {attention.heads} heads have "
+                f"{attention.key_width} channels of query and {self.inner // attention.heads} of value: set key_dim, "
+                "or use init: random."
+            )
+        return attention.products()
+
+    def _fitted(self, attention: AttentionWeights) -> tuple[Affine, ...]:
+        """Query, key and gate for all heads."""
+        each = centred_products(attention, self.heads, self.key_dim, gated=self.config.key_gate)
+        parts = [tuple(torch.cat(part) for part in zip(*maps, strict=True)) for maps in zip(*each, strict=True)]
+        return tuple((weight, bias) for weight, bias in parts[: 3 if self.config.key_gate else 2])
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.scale == 1.0 else x * self.scale
 
     def _finish(self, y_BHVL: Tensor, v_BHVL: Tensor) -> Tensor:
-        """(B, D, L): divided where that is asked for, and the direct term of the values themselves."""
+        """(B, I, L): divided where that is asked for, and the direct term of the values themselves."""
         if self.config.normalise:
             y_BHVL = divided(y_BHVL)
-        direct_D1 = self.direct.unsqueeze(1).to(v_BHVL.dtype)
-        return torch.addcmul(y_BHVL.flatten(1, 2).to(v_BHVL.dtype), v_BHVL.flatten(1, 2), direct_D1)
+        direct_I1 = self.direct.unsqueeze(1).to(v_BHVL.dtype)
+        return torch.addcmul(y_BHVL.flatten(1, 2).to(v_BHVL.dtype), v_BHVL.flatten(1, 2), direct_I1)
 
 
 def _first(filters: Tensor | Filters, length: int) -> Tensor:

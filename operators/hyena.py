@@ -10,7 +10,8 @@ Both are: one projection, a short convolution, gating and long convolution, one 
 Projections run in the ambient precision (bfloat16 under autocast), all that lies between them in float32 or
 float64. Positions are the last axis between the projections: no transposition is ever copied.
 
-Shapes: B batch, L positions, D model width, E rows of the projection, K taps, C filters, T positions seen.
+Shapes: B batch, L positions, D model width, I inner width, E rows of the projection, K taps, C filters, T positions
+seen.
 """
 
 from abc import abstractmethod
@@ -36,37 +37,38 @@ class Hyena(Extending):
     """Causal operator (B, L, D) -> (B, L, D); call `initialise` before use. It keeps nothing but parameters.
 
     Parameters: `in_proj` (E, D), `short_weight` (E, K) oldest tap first, `short_bias` (E,), `filter` with C
-    filters, `direct`, `out_proj` (D, D).
+    filters, `direct`, `out_proj` (D, I).
 
     Args:
         config: see `HyenaConfig`.
         d_model: model width D.
         max_length: longest sequence.
+        inner: width I of what lies between the projections; None for D.
 
     Raises:
-        ValueError: `heads` does not divide `d_model`, `max_length` is not positive, or the filter does not fit it.
+        ValueError: `heads` does not divide `inner`, `max_length` is not positive, or the filter does not fit it.
     """
 
-    def __init__(self, config: HyenaConfig, d_model: int, max_length: int) -> None:
+    def __init__(self, config: HyenaConfig, d_model: int, max_length: int, inner: int | None = None) -> None:
         super().__init__()
         if max_length < 1:
             raise ValueError(f"max_length must be at least 1 but is {max_length}.")
-        self.config, self.d_model, self.max_length = config, d_model, max_length
+        self.config, self.d_model, self.max_length, self.inner = config, d_model, max_length, inner or d_model
 
-    def build(self, inner: int, filters: int, steps: int, direct: int) -> None:
-        """Make the parameters, with `inner` rows of the projection; `steps` convolutions share the filters.
+    def build(self, rows: int, filters: int, steps: int, direct: int) -> None:
+        """Make the parameters, with so many rows of the projection; `steps` convolutions share the filters.
 
         ValueError if the filter does not fit `max_length`.
         """
-        self.in_proj = nn.Linear(self.d_model, inner)
-        self.short_weight = nn.Parameter(torch.zeros(inner, self.config.short_taps))
-        self.short_bias = nn.Parameter(torch.zeros(inner))
+        self.in_proj = nn.Linear(self.d_model, rows)
+        self.short_weight = nn.Parameter(torch.zeros(rows, self.config.short_taps))
+        self.short_bias = nn.Parameter(torch.zeros(rows))
         config = self.config.filter
         self.filter = FILTERS[config.kind](config, filters, self.max_length, steps)
         if torch.get_default_dtype() in HALF:
             self.filter.float()
         self.direct = nn.Parameter(torch.zeros(direct))
-        self.out_proj = nn.Linear(self.d_model, self.d_model)
+        self.out_proj = nn.Linear(self.inner, self.d_model)
 
     def freeze(self) -> Filters:
         return self.filter.freeze()
@@ -110,8 +112,8 @@ class Hyena(Extending):
         """`forward` from the definitions, O(L^2), differentiable by autograd; for tests and for reading."""
         h_CL = self.filter(x_BLD.shape[1])
         u_BEL = short_conv_reference(self.in_proj(x_BLD).transpose(1, 2), self.short_weight, self.short_bias)
-        y_BDL = self.combine_reference(u_BEL.to(compute_dtype(x_BLD.dtype)), h_CL)
-        return self.out_proj(y_BDL.transpose(1, 2).to(x_BLD.dtype))  # type: ignore[no-any-return]
+        y_BIL = self.combine_reference(u_BEL.to(compute_dtype(x_BLD.dtype)), h_CL)
+        return self.out_proj(y_BIL.transpose(1, 2).to(x_BLD.dtype))  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def initialise(self, attention: AttentionWeights | None, generator: torch.Generator) -> None:
@@ -122,7 +124,7 @@ class Hyena(Extending):
         "random": torch's usual uniform bounds, `direct` standard normal as in safari.
 
         Raises:
-            ValueError: "transfer" without an attention, with weights of another shape than (D, D), or without the
+            ValueError: "transfer" without an attention, with weights that do not fit, or without the
                 statistics that the configuration needs.
         """
         self.filter.initialise(generator)
@@ -136,7 +138,7 @@ class Hyena(Extending):
             return
         if attention is None:
             raise ValueError("init: transfer needs the attention to copy from but got None: use init: random.")
-        attention.check(self.d_model)
+        attention.check(self.d_model, self.inner)
         self.transfer(attention, generator)
         self.out_proj.weight.copy_(attention.output)
         self.out_proj.bias.copy_(attention.bias_of("output"))

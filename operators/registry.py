@@ -26,10 +26,11 @@ from operators.transfer.attention import AttentionWeights
 
 
 class Operator(Protocol):
-    """Interface of every operator: causal, built for a width and a longest sequence."""
+    """Interface of every operator: causal, built for a width outside, one inside, and a longest sequence."""
 
     d_model: int
     max_length: int
+    inner: int
 
     def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None) -> Tensor:
         """Outputs (B, L, D) of whole sequences; a mask is 1 at real tokens and 0 at left padding."""
@@ -47,26 +48,27 @@ class Operator(Protocol):
         """Set every parameter, as the configuration's `init` says. ValueError if that is impossible."""
 
 
-def _hyena(config: HyenaConfig, d_model: int, max_length: int) -> nn.Module:
+def _hyena(config: HyenaConfig, d_model: int, max_length: int, inner: int | None) -> nn.Module:
     kind = ChannelHyena if config.heads is None else HeadHyena
-    return kind(config, d_model, max_length)
+    return kind(config, d_model, max_length, inner)
 
 
 OPERATORS: dict[str, Callable[..., nn.Module]] = {"hyena": _hyena, "skip": Skip}
 
 
-def build(config: OperatorConfig, d_model: int, max_length: int) -> nn.Module:
+def build(config: OperatorConfig, d_model: int, max_length: int, inner: int | None = None) -> nn.Module:
     """Build the operator that `config` describes; call its `initialise` before use.
 
     Args:
         config: a member of `OperatorConfig`.
         d_model: width of the model.
         max_length: longest sequence, prompt and generated tokens together.
+        inner: width between the projections, of an attention its heads times the width of a value; None for `d_model`.
 
     Returns:
         A module with the interface of `Operator`.
 
     Raises:
-        ValueError: the configuration does not fit `d_model`.
+        ValueError: the configuration does not fit `inner`.
     """
-    return OPERATORS[config.kind](config, d_model, max_length)
+    return OPERATORS[config.kind](config, d_model, max_length, inner)

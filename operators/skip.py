@@ -14,9 +14,9 @@ from operators.transfer.attention import AttentionWeights
 class Skip(nn.Module):
     """Output zero, no parameters. Arguments and methods as in `registry.Operator`."""
 
-    def __init__(self, config: SkipConfig, d_model: int, max_length: int) -> None:
+    def __init__(self, config: SkipConfig, d_model: int, max_length: int, inner: int | None = None) -> None:
         super().__init__()
-        self.config, self.d_model, self.max_length = config, d_model, max_length
+        self.config, self.d_model, self.max_length, self.inner = config, d_model, max_length, inner or d_model
 
     def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None) -> Tensor:
         """Zeros like the input. ValueError if it is longer than `max_length`."""

@@ -3,8 +3,8 @@
 Prefill is the pass over whole sequences, which fills the state; a chunk convolves history and chunk; a step is a few
 operations. States hold no gradients: where these are asked for, the state remembers the inputs and `forward` computes.
 
-Shapes: B batch, n new positions, L positions, T positions seen, D model width, E rows of the projection, K taps, C
-filters.
+Shapes: B batch, n new positions, L positions, T positions seen, D model width (I between the projections, the inner
+width), E rows of the projection, K taps, C filters.
 """
 
 import contextlib
@@ -38,6 +38,7 @@ class Extending(KeptFilters, ABC):
     config: HyenaConfig
     d_model: int
     max_length: int
+    inner: int
     in_proj: nn.Linear  # or what is wrapped around one
     short_weight: nn.Parameter
     short_bias: nn.Parameter
@@ -49,21 +50,21 @@ class Extending(KeptFilters, ABC):
     def combine(
         self, u_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None
     ) -> Tensor:
-        """What lies between the projections, (B, D, L), in u's precision and outside autocast.
+        """What lies between the projections, (B, I, L), in u's precision and outside autocast.
 
         Filters are a tensor (C, L) where they are to be differentiated, which they are without a state only, else
         frozen ones. With a state the positions follow those it has seen.
         """
 
     def combine_step(self, u_B1E: Tensor, filters: Filters, state: HyenaState) -> Tensor:
-        """`combine` of one position that is not padded, (B, 1, D)."""
+        """`combine` of one position that is not padded, (B, 1, I)."""
         return self.combine(u_B1E.transpose(1, 2), None, filters, state).transpose(1, 2)
 
     @abstractmethod
     def whole(
         self, p_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None
     ) -> Tensor:
-        """Whole sequences from their projections on: short convolution and `combine`, (B, D, L)."""
+        """Whole sequences from their projections on: short convolution and `combine`, (B, I, L)."""
 
     def step_modes(self) -> tuple[str, ...]:
         """Ways of decoding, keys of `STATES`, the usual one first."""
@@ -134,35 +135,36 @@ class Extending(KeptFilters, ABC):
         if start == 0:
             p_BEL = masked(self.project(self.in_proj, state.keep_input(x_BLD.transpose(1, 2))), mask_BL)
             state.keep_mask(mask_BL, x_BLD)
-            y_BDn = self.whole(p_BEL, mask_BL, state.filters, state)
+            y_BIn = self.whole(p_BEL, mask_BL, state.filters, state)
         else:
             u_BEn, mask_Bn, p_BEL = self._project_onwards(x_BLD, state, mask_BL)
             with outside_autocast(x_BLD.device.type):
-                y_BDn = self.combine(u_BEn, mask_Bn, state.filters, state)
+                y_BIn = self.combine(u_BEn, mask_Bn, state.filters, state)
         first_kept = max(0, p_BEL.shape[-1] - self.config.short_taps + 1)
         state.recent = tuple(p_BE[:, None].clone() for p_BE in p_BEL[..., first_kept:].unbind(2))
         state.length = stop
         if new > 1:
             state.mark()
-        return self.project_out(y_BDn), state
+        return self.project_out(y_BIn), state
 
     def of_no_sequences(self, x_0LD: Tensor) -> Tensor:
         """(0, L, D), with gradients of zero for every parameter as torch's own layers give them."""
         nothing = torch.stack([parameter.float().sum() for parameter in self.parameters()]).sum()
-        return cast(Tensor, self.out_proj(x_0LD)) + 0 * nothing
+        inner_0LI = x_0LD[..., :1].expand(-1, -1, self.inner)
+        return cast(Tensor, self.out_proj(inner_0LI)) + 0 * nothing
 
     def project(self, linear: nn.Module, x_BDL: Tensor) -> Tensor:
         """`linear` at every position, (B, E, L), in the ambient precision."""
         return project(linear, x_BDL)
 
-    def project_out(self, y_BDL: Tensor) -> Tensor:
-        """The last projection of (B, D, L), (B, L, D)."""
-        if not torch.is_autocast_enabled(y_BDL.device.type):
-            y_BDL = y_BDL.to(self.direct.dtype)
-        return self.project(self.out_proj, y_BDL).transpose(1, 2)
+    def project_out(self, y_BIL: Tensor) -> Tensor:
+        """The last projection of (B, I, L), (B, L, D)."""
+        if not torch.is_autocast_enabled(y_BIL.device.type):
+            y_BIL = y_BIL.to(self.direct.dtype)
+        return self.project(self.out_proj, y_BIL).transpose(1, 2)
 
     def between(self, x_B1D: Tensor, p_B1E: Tensor, filters: Filters, state: HyenaState) -> Tensor | None:
-        """What lies between the projections of a step, (B, 1, D), where the compiled core computes it: the position
+        """What lies between the projections of a step, (B, 1, I), where the compiled core computes it: the position
         written to the state's histories, but its length not moved. None, and nothing done, where it does not."""
 
     def _extend_with_gradients(self, x_BnD: Tensor, state: HyenaState, mask_Bn: Tensor | None) -> Tensor:
@@ -217,16 +219,16 @@ class Extending(KeptFilters, ABC):
         """`extend` by one position that is not padded, after as many as the short convolution sees: few operations."""
         state.keep_mask(None, x_B1D)
         p_B1E = project_step(self.in_proj, x_B1D)
-        y_B1D = self.between(x_B1D, p_B1E, filters, state) if in_use() else None
-        if y_B1D is None:
+        y_B1I = self.between(x_B1D, p_B1E, filters, state) if in_use() else None
+        if y_B1I is None:
             if state.croppable:
                 state.inputs.write(state.length, x_B1D.transpose(1, 2))
             with outside_autocast(x_B1D.device.type):
-                y_B1D = self.combine_step(self._short_step(p_B1E, state), filters, state)
+                y_B1I = self.combine_step(self._short_step(p_B1E, state), filters, state)
         state.length += 1
-        if y_B1D.dtype != self.direct.dtype and not torch.is_autocast_enabled(y_B1D.device.type):
-            y_B1D = y_B1D.to(self.direct.dtype)
-        return project_step(self.out_proj, y_B1D)
+        if y_B1I.dtype != self.direct.dtype and not torch.is_autocast_enabled(y_B1I.device.type):
+            y_B1I = y_B1I.to(self.direct.dtype)
+        return project_step(self.out_proj, y_B1I)
 
     def _short_step(self, p_B1E: Tensor, state: HyenaState) -> Tensor:
         """The short convolution of one position, (B, 1, E)."""

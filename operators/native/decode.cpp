@@ -51,7 +51,7 @@ void fold(at::TensorList histories, int64_t seen, const Tensor& spectra, const T
   });
 }
 
-// Writes x (B, 1, D) to a position of its history (B, D, positions).
+// Writes x (B, 1, D) to a position of its history (B, D, positions); D need not be the width of what is mixed.
 template <class Bits>
 void remember(const Tensor& x, const Tensor& history, int64_t position) {
   TORCH_CHECK(x.element_size() == sizeof(Bits) && history.stride(1) == 1 && history.size(2) > position, "history of inputs");
@@ -99,7 +99,7 @@ Tensor step(const Tensor& p, at::TensorList recent, const Tensor& weight, const 
             const Tensor& near, const Tensor& spectra, const Tensor& ready, const Tensor& x, at::TensorList histories,
             const Tensor& ahead, int64_t position, int64_t origin) {
   Decoder d;
-  d.width = x.size(-1), d.batch = p.size(0), d.order = int64_t(histories.size());
+  d.batch = p.size(0), d.order = int64_t(histories.size()), d.width = p.size(-1) / (d.order + 1);
   check_float(weight, "short weight");
   check_float(bias, "short bias");
   check_float(h, "h");
@@ -107,7 +107,7 @@ Tensor step(const Tensor& p, at::TensorList recent, const Tensor& weight, const 
   check_float(spectra, "spectra");
   check_ahead(ahead, d.batch, d.convolutions(), d.padded());
   TORCH_CHECK(x.is_contiguous() && p.numel() == d.batch * (d.order + 1) * d.width, "projections do not fit");
-  TORCH_CHECK(x.scalar_type() == histories[0].scalar_type() && x.numel() == d.batch * d.width, "inputs do not fit");
+  TORCH_CHECK(x.scalar_type() == histories[0].scalar_type() && x.numel() == d.batch * histories[0].size(1), "inputs do not fit");
   d.h = h.const_data_ptr<float>(), d.lags = h.size(1), d.near = near.const_data_ptr<float>();
   d.spectra = reinterpret_cast<Complex*>(spectra.mutable_data_ptr<float>());
   d.spectra_stride = spectra.size(1), d.ready = ready.mutable_data_ptr<uint8_t>();
@@ -134,12 +134,12 @@ template <class F>
 Tensor heads_step_with(const HeadStep& step, const Tensor& p, at::TensorList recent, const Tensor& weight,
                        const Tensor& bias, const Tensor& direct, const Tensor& x, const Tensor& inputs, int64_t position,
                        const F& work) {
-  const int64_t batch = x.size(0), width = x.size(-1), heads = step.heads, rows = weight.size(1);
+  const int64_t batch = x.size(0), heads = step.heads, width = heads * step.values, rows = weight.size(1);
   check_float(weight, "short weight");
   check_float(bias, "short bias");
   check_float(direct, "direct");
   TORCH_CHECK(rows == 2 * heads * step.keys + width + (step.gated ? heads : 0), "rows do not fit");
-  TORCH_CHECK(x.is_contiguous() && x.scalar_type() == inputs.scalar_type(), "inputs do not fit");
+  TORCH_CHECK(x.is_contiguous() && x.scalar_type() == inputs.scalar_type() && x.size(-1) == inputs.size(1), "inputs do not fit");
   if (x.element_size() == 4) remember<uint32_t>(x, inputs, position);
   else remember<uint16_t>(x, inputs, position);
   std::vector<float> u(batch * rows), y(batch * width);
@@ -164,11 +164,11 @@ Tensor heads_step(const Tensor& p, at::TensorList recent, const Tensor& weight, 
   TORCH_CHECK(histories.size() == 3, "histories of inputs, keys and values");
   const Tensor &key = histories[1], &value = histories[2];
   const int64_t heads = key.size(1);
-  const HeadStep step{heads, key.size(2), x.size(-1) / heads, degree, gated, normalised,
+  const HeadStep step{heads, key.size(2), value.size(2) - normalised, degree, gated, normalised,
                       float(scale), float(largest_gate), float(smallest_sum)};
   for (const Tensor* t : {&key, &value})
     TORCH_CHECK(t->scalar_type() == at::kFloat && t->is_contiguous() && t->size(3) > position, "histories do not fit");
-  TORCH_CHECK(value.size(2) == step.stored(), "rows of values do not fit");
+  TORCH_CHECK(value.size(1) == heads && step.values > 0, "rows of values do not fit");
   TORCH_CHECK(lags.scalar_type() == at::kFloat && touching(lags) && lags.size(1) == position + 1, "lags do not fit");
   const auto history = [](const Tensor& t, int64_t item) {
     return History{t.mutable_data_ptr<float>() + item * t.size(2) * t.size(3), t.size(3)};
@@ -190,8 +190,8 @@ Tensor heads_modal_step(const Tensor& p, at::TensorList recent, const Tensor& we
                         const Tensor& inputs, const Tensor& memory, int64_t position, bool gated, double scale,
                         double largest_gate) {
   const int64_t heads = memory.size(1), modes = memory.size(2), parts = memory.is_complex() ? 2 : 1;
-  const HeadStep step{heads, memory.size(3), x.size(-1) / heads, 0, gated, false, float(scale), float(largest_gate), 0};
-  TORCH_CHECK(memory.is_contiguous() && memory.size(4) == step.values && memory.size(0) == x.size(0), "memory");
+  const HeadStep step{heads, memory.size(3), memory.size(4), 0, gated, false, float(scale), float(largest_gate), 0};
+  TORCH_CHECK(memory.is_contiguous() && memory.size(0) == x.size(0), "memory");
   for (const Tensor* t : {&decay, &residue, &memory})
     TORCH_CHECK(t->scalar_type() == (parts == 2 ? at::kComplexFloat : at::kFloat), "float32 or complex64");
   for (const Tensor* t : {&decay, &residue})

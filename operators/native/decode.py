@@ -7,8 +7,8 @@ It opens anew where it ends or where something else than a step came between. In
 
 Heads read their history of keys and values as in torch, or go through their memory of modes once.
 
-Shapes: B batch, E rows of the projection, D model width, H heads, L lags, N convolutions, P channels in whole vectors,
-S modes, T positions with the new one, W positions of the window.
+Shapes: B batch, E rows of the projection, D model width, I inner width, H heads, L lags, N convolutions, P channels in
+whole vectors, S modes, T positions with the new one, W positions of the window.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def open_window(state: Tiled, seen: int, channels: int, convolutions: int) -> Te
 
 
 def step(x_B1D: Tensor, p_B1E: Tensor, short: ShortConv, filters: Filters, state: Tiled) -> Tensor:
-    """Outputs (B, 1, D) before the last projection at the state's next position, in the dtype of projections `p`.
+    """Outputs (B, 1, I) before the last projection at the state's next position, in the dtype of projections `p`.
 
     Writes the position to the state's histories but does not move its length.
     """
-    width, position = x_B1D.shape[-1], state.length
+    width, position = p_B1E.shape[-1] // (len(state.gated) + 2), state.length
     histories = _buffers(state.inputs, *state.gated, position=position)
     core = state.core
     if core is None or core.position != position or position == core.first + core.sums.shape[2]:

@@ -1,8 +1,14 @@
-"""What an operator may inherit from the attention layer it replaces."""
+"""What an operator may inherit from the attention layer it replaces.
+
+Shapes: D model width, H heads, K width of a head's query and key, V of its value. Grouped heads are expanded: key and
+value have as many as the query.
+"""
 
 from dataclasses import dataclass
 
 from torch import Tensor
+
+Affine = tuple[Tensor, Tensor]  # weight (rows, D), bias (rows,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,17 +24,41 @@ class AttentionStatistics:
     input_mean: Tensor
     input_covariance: Tensor
 
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """Their mean and covariance."""
+        return self.input_mean, self.input_covariance
+
+
+@dataclass(frozen=True, eq=False)
+class QueryKeyNorm:
+    """What an attention does to its queries, or to its keys, before it multiplies them.
+
+    Attributes:
+        weight: (K,) where every head is normed alike, (H, K) where each has its own weights, (H K,) where all heads are
+            normed as one.
+        bias: like `weight`, or None.
+        centred: whether the mean is taken away first, as a layer norm does; else the root mean square alone is 1.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    centred: bool = False
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionWeights:
     """Projections of one attention layer, in the convention of `nn.Linear`: weights are (out, in).
 
     Attributes:
-        query, key, value: (D, D) projections into the heads; head i owns rows i D / heads onwards.
-        output: (D, D) projection out of the concatenated heads.
-        heads: number of heads.
-        query_bias, key_bias, value_bias, output_bias: (D,), or None where the layer has none.
+        query, key: (H K, D) projections into the heads; head i owns rows i K onwards.
+        value: (H V, D).
+        output: (D, H V) projection out of the concatenated heads.
+        heads: H.
+        query_bias, key_bias, value_bias, output_bias: as many as rows, or None where the layer has none.
         statistics: what the attention does on real text, or None where nobody looked.
+        scale: what products of query and key are multiplied by; None for K^-1/2.
+        query_norm, key_norm: None where there is none.
     """
 
     query: Tensor
@@ -41,15 +71,25 @@ class AttentionWeights:
     value_bias: Tensor | None = None
     output_bias: Tensor | None = None
     statistics: AttentionStatistics | None = None
+    scale: float | None = None
+    query_norm: QueryKeyNorm | None = None
+    key_norm: QueryKeyNorm | None = None
 
-    def check(self, d_model: int) -> None:
-        """Raise ValueError unless every weight is (d_model, d_model) and every bias (d_model,) or None."""
-        for name in ("query", "key", "value", "output"):
+    @property
+    def key_width(self) -> int:
+        """K."""
+        return self.query.shape[0] // self.heads
+
+    def check(self, d_model: int, inner: int) -> None:
+        """Raise ValueError unless values have `inner` rows and all weights and biases fit each other and `d_model`."""
+        products = (self.query.shape[0], d_model)
+        wanted = {"value": (inner, d_model), "output": (d_model, inner), "query": products, "key": products}
+        for name, shape in wanted.items():
             weight: Tensor = getattr(self, name)
             bias: Tensor | None = getattr(self, f"{name}_bias")
-            _check_shape(f"{name} weight", tuple(weight.shape), (d_model, d_model))
+            _check_shape(f"{name} weight", tuple(weight.shape), shape)
             if bias is not None:
-                _check_shape(f"{name} bias", tuple(bias.shape), (d_model,))
+                _check_shape(f"{name} bias", tuple(bias.shape), shape[:1])
 
     def bias_of(self, name: str) -> Tensor:
         """The bias of `query`, `key`, `value` or `output`, zeros where it has none."""
@@ -57,15 +97,36 @@ class AttentionWeights:
         bias: Tensor | None = getattr(self, f"{name}_bias")
         return weight.new_zeros(weight.shape[0]) if bias is None else bias
 
-    def products_of(self, head: int, heads: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], float]:
-        """Query and key of the rows that head `head` of `heads` owns, weight and bias in float64, and what the
-        attention multiplies their products by."""
-        rows = self.query.shape[0] // heads
-        mine = slice(head * rows, (head + 1) * rows)
+    def products(self) -> tuple[Affine, Affine]:
+        """Query and key of all heads as affine maps of the input whose products, times K^-1/2, the attention weighs by.
+
+        A scale of the attention's own is taken into the query. A norm becomes what it is on the mean: rows are divided
+        by the root mean square that they have on the inputs seen, or on inputs of unit variance where nobody looked.
+        """
         query, key = (
-            (getattr(self, name)[mine].double(), self.bias_of(name)[mine].double()) for name in ("query", "key")
+            (getattr(self, name), self.bias_of(name)) if norm is None else self._normed(name, norm)
+            for name, norm in (("query", self.query_norm), ("key", self.key_norm))
         )
-        return query, key, float(self.query.shape[0] / self.heads) ** -0.5
+        if self.scale is not None:
+            factor = self.scale * float(self.key_width) ** 0.5
+            query = (query[0] * factor, query[1] * factor)
+        return query, key
+
+    def _normed(self, name: str, norm: QueryKeyNorm) -> Affine:
+        weight_RD, bias_R = getattr(self, name).double(), self.bias_of(name).double()
+        groups = 1 if norm.weight.shape == (len(weight_RD),) else self.heads
+        weight, bias = weight_RD.unflatten(0, (groups, -1)), bias_R.unflatten(0, (groups, -1))
+        if norm.centred:
+            weight, bias = weight - weight.mean(1, keepdim=True), bias - bias.mean(1, keepdim=True)
+        if self.statistics is None:
+            square = (weight * weight).sum(2) + bias * bias
+        else:
+            mean_D, covariance_DD = (part.double() for part in self.statistics.inputs)
+            square = (weight @ covariance_DD * weight).sum(2) + (weight @ mean_D + bias) ** 2
+        factor = norm.weight.double() / square.mean(1, keepdim=True).sqrt()
+        shift = 0.0 if norm.bias is None else norm.bias.double().expand_as(factor)
+        normed = (factor[..., None] * weight).flatten(0, 1), (factor * bias + shift).flatten()
+        return normed[0].to(self.query.dtype), normed[1].to(self.query.dtype)
 
     def seen(self) -> AttentionStatistics:
         """The statistics. Raises ValueError where nobody looked."""

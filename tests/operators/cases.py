@@ -66,6 +66,11 @@ CASES: dict[str, OperatorConfig] = {
     "fir, heads, power": HyenaConfig(filter=FirFilterConfig(positive=True), **POWER),
     "skip": SkipConfig(),
 }
+# Widths between the projections that are not D: narrower, wider, and of heads that are not as wide as their keys.
+INNER = {
+    "linear window": 4, "order 4": 12, "heads, linear window": 12, "power, full": 12, "power of eight, full": 4,
+    "hedgehog": 12, "modal, order 3": 12, "modal, heads, gated": 12, "fir, many taps": 4, "gated": 4,
+}  # fmt: skip
 # Two heads by lag, as attention has them: one looks at the token before, one far back.
 PROFILE = torch.tensor([[0.1, 1.0], [1.0, 0.3], *([0.2 / lag, 0.5 / lag**0.5] for lag in range(2, 60))]).log().t()
 PROJECTIONS = ("query", "key", "value", "output")
@@ -79,12 +84,14 @@ def draw(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=generator(seed))
 
 
-def attention(width: int = D, with_biases: bool = True) -> AttentionWeights:
-    query, key, value, output = (draw(width, width, seed=seed) / width**0.5 for seed in range(4))
-    weights = AttentionWeights(query, key, value, output, heads=2)
+def attention(width: int = D, with_biases: bool = True, inner: int | None = None) -> AttentionWeights:
+    rows = inner or width
+    query, key, value = (draw(rows, width, seed=seed) / width**0.5 for seed in range(3))
+    weights = AttentionWeights(query, key, value, draw(width, rows, seed=3) / width**0.5, heads=2)
     if not with_biases:
         return weights
-    biases: dict[str, Any] = {f"{name}_bias": draw(width, seed=i) for i, name in enumerate(PROJECTIONS)}
+    sizes = dict.fromkeys(PROJECTIONS, rows) | {"output": width}
+    biases: dict[str, Any] = {f"{name}_bias": draw(sizes[name], seed=i) for i, name in enumerate(PROJECTIONS)}
     return replace(weights, **biases, statistics=statistics(width))
 
 
@@ -97,9 +104,14 @@ def make(case: str, max_length: int = MAX) -> Any:
     config = CASES[case]
     if isinstance(config, HyenaConfig) and isinstance(config.filter, FirFilterConfig):
         config = replace(config, filter=replace(config.filter, taps=min(config.filter.taps, max_length)))
-    operator: Any = build(config, D, max_length)
-    operator.initialise(attention(), generator())
+    operator: Any = build(config, D, max_length, INNER.get(case))
+    operator.initialise(attention(inner=operator.inner), generator())
     return operator
+
+
+def empty_like(operator: Any) -> Any:
+    """Another operator of the same shape, not initialised."""
+    return build(operator.config, operator.d_model, operator.max_length, operator.inner)
 
 
 def hyena(config: HyenaConfig, d_model: int, max_length: int) -> Any:

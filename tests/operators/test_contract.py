@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from operators.channels import ChannelHyena
 from operators.decoding.state import State
 from operators.heads import HeadHyena
-from operators.registry import OPERATORS, Operator, build
+from operators.registry import OPERATORS, Operator
 from operators.skip import Skip
-from tests.operators.cases import CASES, MAX, B, D, attention, close, draw, generator, make
+from tests.operators.cases import CASES, MAX, B, D, attention, close, draw, empty_like, generator, make
 
 SWITCHING = [20, *[1] * 10, 10, *[1] * 10, 7, *[1] * 23]  # chunks between steps
 every_case = pytest.mark.parametrize("case", CASES)
@@ -178,7 +178,8 @@ def test_results_repeat_bit_for_bit(case: str) -> None:
 
 @every_case
 def test_state_dict_round_trip(case: str) -> None:
-    operator, other = make(case), build(CASES[case], D, MAX)
+    operator = make(case)
+    other = empty_like(operator)
     other.load_state_dict(operator.state_dict(), strict=True)
     x_BLD = draw(B, 21, D)
     assert torch.equal(operator(x_BLD), other(x_BLD))
@@ -289,11 +290,12 @@ def test_positions_after_a_state_are_differentiable(case: str, new: int) -> None
 
 @every_case
 def test_initialise_sets_everything_from_its_generator(case: str) -> None:
-    operators: list[Any] = [make(case), build(CASES[case], D, MAX)]
+    operator = make(case)
+    operators: list[Any] = [operator, empty_like(operator)]
     for parameter in operators[1].parameters():
         nn.init.constant_(parameter, 7.0)
     before = torch.get_rng_state()
-    operators[1].initialise(attention(), generator())
+    operators[1].initialise(attention(inner=operator.inner), generator())
     assert torch.equal(before, torch.get_rng_state())
     first, second = (operator.state_dict() for operator in operators)
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -62,15 +62,15 @@ def likeness(operator: Any, head: int, q_K: Tensor, k_K: Tensor) -> Tensor:
 
 def heads_by_definition(operator: Any, x_LD: Tensor) -> Tensor:
     """y_t = sum_s h_{t-s} f(q_t, k_s) g_s v_s / n_t + direct v_t, g = exp(gate) with gates above 10 taken for 10."""
-    config, (length, width) = operator.config, x_LD.shape
+    config, length, width = operator.config, len(x_LD), operator.inner
     heads, key_width = config.heads, config.key_dim or width // config.heads
-    q_EL, k_EL, v_DL, gate_HL = convolved(operator, x_LD).split(
+    q_EL, k_EL, v_IL, gate_HL = convolved(operator, x_LD).split(
         [heads * key_width, heads * key_width, width, heads if config.key_gate else 0]
     )
     h_HL, outputs = operator.filter(length), []
     for head in range(heads):
         mine, own = (slice(head * each, (head + 1) * each) for each in (key_width, width // heads))
-        q_KL, k_KL, v_VL = q_EL[mine], k_EL[mine], v_DL[own]
+        q_KL, k_KL, v_VL = q_EL[mine], k_EL[mine], v_IL[own]
         rows = []
         for t in range(length):
             weights = []
@@ -88,7 +88,7 @@ def heads_by_definition(operator: Any, x_LD: Tensor) -> Tensor:
 
 def channels_by_definition(operator: Any, x_LD: Tensor) -> Tensor:
     """v <- h_n * (x_n v) + direct_n x_n v from the last gate to x_1, then x_0 v."""
-    (length, width), order = x_LD.shape, operator.config.order
+    length, width, order = len(x_LD), operator.inner, operator.config.order
     first_DL, *gates, v_DL = convolved(operator, x_LD).split(width)
     h_CL, direct_C = operator.filter(length), operator.direct
     for n, gate_DL in enumerate(reversed(gates)):

@@ -13,8 +13,7 @@ from torch.nn.utils import parametrizations, prune
 
 from operators.config import HyenaConfig
 from operators.convolution.projection import plain
-from operators.registry import build
-from tests.operators.cases import B, D, attention, close, draw, generator, hyena, make
+from tests.operators.cases import B, D, attention, close, draw, empty_like, generator, hyena, make
 
 LENGTH = 40
 FUSED = ("Adagrad", "Adam", "AdamW", "SGD")
@@ -30,7 +29,7 @@ def trained_output(operator: Any, x_BLD: Tensor) -> Tensor:
 
 def is_as_a_fresh_copy(operator: Any, x_BLD: Tensor) -> None:
     """Outputs of training, and of a prefill's projection, equal those of the same weights in a new module."""
-    copy: Any = build(operator.config, operator.d_model, operator.max_length)
+    copy: Any = empty_like(operator)
     copy.load_state_dict(operator.state_dict())
     assert torch.equal(trained_output(operator, x_BLD), trained_output(copy, x_BLD))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):

@@ -22,7 +22,7 @@ from operators.decoding.frozen import Filters
 from operators.decoding.kept import frozen_filters
 from operators.heads import HeadHyena
 from operators.registry import build
-from tests.operators.cases import CASES, MAX, B, D, attention, close, draw, generator, make
+from tests.operators.cases import CASES, MAX, B, D, attention, close, draw, empty_like, generator, make
 
 KINDS = ("order 3", "heads", "modal, order 2", "modal, heads", "fir, order 2", "power, full")
 LONG = 300
@@ -78,7 +78,7 @@ CHANGES: dict[str, Callable[[Any, Tensor, bool], None]] = {
     "load": lambda operator, *_: load(operator),
     "load, assigned": lambda operator, *_: load(operator, assign=True),
     "load in inference mode": lambda operator, *_: load_in_inference_mode(operator),
-    "initialise": lambda operator, *_: operator.initialise(attention(), generator(5)),
+    "initialise": lambda operator, *_: operator.initialise(attention(inner=operator.inner), generator(5)),
 }
 
 
@@ -100,7 +100,7 @@ def test_outputs_are_those_of_a_fresh_copy_of_the_weights(narrow: bool, change: 
             seen.append(operator(x_BLD))
             decoded(operator, x_BLD)
         CHANGES[change](operator.train(), x_BLD, narrow)
-    fresh = build(CASES[case], D, MAX)
+    fresh = empty_like(operator)
     fresh.load_state_dict(operator.state_dict())
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
         found = operator.eval()(x_BLD)

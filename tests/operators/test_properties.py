@@ -16,8 +16,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from operators.registry import build
-from tests.operators.cases import CASES, D, close, draw, make
+from tests.operators.cases import CASES, D, close, draw, empty_like, make
 
 cases = st.sampled_from(sorted(CASES))
 lengths = st.integers(1, 48)
@@ -111,7 +110,7 @@ def _saved(operator: Any) -> Any:
 
 
 def _fresh(operator: Any, weights: dict[str, Tensor]) -> Any:
-    other = build(operator.config, operator.d_model, operator.max_length)
+    other = empty_like(operator)
     other.to(next(iter(weights.values())).dtype if weights else torch.float32)
     other.load_state_dict(weights)
     return other.train(operator.training)
@@ -119,7 +118,7 @@ def _fresh(operator: Any, weights: dict[str, Tensor]) -> Any:
 
 def _through_meta(operator: Any) -> Any:
     with torch.device("meta"):
-        other = build(operator.config, operator.d_model, operator.max_length)
+        other = empty_like(operator)
     weights = {name: value.clone() for name, value in operator.state_dict().items()}
     other.to_empty(device="cpu").to(next(iter(weights.values())).dtype if weights else torch.float32)
     other.load_state_dict(weights)
