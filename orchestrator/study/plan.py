@@ -64,7 +64,8 @@ class Plan:
         first: list[Spec] = [self.teacher.train, self.tokens]
         if isinstance(self.teacher.train, TeacherSpec):
             first.reverse()
-        ordered = [*first, *(spec for step in self.steps for spec in (step.train, step.evaluate))]
+        rest = [(step.evaluate.of(step.evaluate.teacher), step.train, step.evaluate) for step in self.steps]
+        ordered = [*first, *(spec for several in rest for spec in several)]
         return {spec.key: spec for spec in ordered}
 
     def users(self) -> dict[str, list[str]]:

@@ -32,7 +32,7 @@ class Spec(Model):
     @property
     def parents(self) -> dict[str, str]:
         """Role -> key of the stages that must be finished before this one."""
-        roles = ("tokens", "teacher", "parent", "subject")
+        roles = ("tokens", "teacher", "parent", "subject", "reference")
         found = {role: getattr(self, role, None) for role in roles}
         return {role: key for role, key in found.items() if key is not None}
 
@@ -153,15 +153,25 @@ class ScratchSpec(Spec):
 
 
 class EvaluateSpec(Spec):
-    """Quality of a finished stage on validation text, the teacher beside it."""
+    """Quality of a finished stage on validation text, the teacher beside it.
+
+    `reference` is the key of the teacher's own evaluation, which keeps the teacher's side for all others; that one has
+    none.
+    """
 
     kind: Literal["evaluate"] = "evaluate"
     tokens: str
     teacher: str
     subject: str
+    reference: str | None = None
     sequence_length: int
     evaluation: Evaluation
     numerics: Numerics
+
+    def of(self, subject: str, reference: str | None = None) -> EvaluateSpec:
+        """The same evaluation of another subject."""
+        fields = {name: getattr(self, name) for name in EvaluateSpec.model_fields}  # a copy would keep the key
+        return EvaluateSpec(**{**fields, "subject": subject, "reference": reference})
 
 
 class ThroughputSpec(Spec):

@@ -69,14 +69,15 @@ def roots(study: Study, resolved: Resolved) -> tuple[TokensSpec, TeacherSpec | I
 
 def evaluation_of(study: Study, tokens: TokensSpec, teacher: Spec, subject: str) -> EvaluateSpec:
     """What is measured of the stage with the key `subject`."""
-    return EvaluateSpec(
+    own = EvaluateSpec(
         tokens=tokens.key,
         teacher=teacher.key,
-        subject=subject,
+        subject=teacher.key,
         sequence_length=study.data.sequence_length,
         evaluation=study.evaluation,
         numerics=alone(study.numerics),
     )
+    return own if subject == teacher.key else own.of(subject, own.key)
 
 
 def alone(numerics: Numerics) -> Numerics:

@@ -17,7 +17,7 @@ from orchestrator.distill.context import Workplace
 from orchestrator.distill.measuring import evaluate as module
 from orchestrator.distill.measuring.evaluate import evaluate, greedy, trigram_hits
 from orchestrator.distill.models.student import load_teacher, parameter_count, save_student
-from orchestrator.distill.models.swap import swap
+from orchestrator.distill.models.swap import swap, swapped
 from orchestrator.study.schema import Evaluation, Numerics
 from orchestrator.study.spec import EvaluateSpec
 from tests.texts import random_tokens, write_tokens
@@ -202,6 +202,25 @@ def test_a_class_without_tokens_has_no_number(place: Any, tiny_teacher: Path, to
     assert found["hit_share"] == 0.0
     assert "hit_nll" not in found
     assert "miss_nll" in found
+
+
+@pytest.mark.parametrize("prompts", [0, 3])
+def test_with_the_teachers_own_evaluation_at_hand_the_teacher_does_not_run_again(
+    place: Any, tiny_teacher: Path, student: Any, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    prompts: int,
+) -> None:  # fmt: skip
+    spec = SPEC.model_copy(update={"evaluation": SPEC.evaluation.model_copy(update={"prompts": prompts})})
+    wanted = evaluated(place, tmp_path / "student", tiny_teacher, tokens, spec)
+    inputs = {"teacher": tiny_teacher, "subject": tiny_teacher, "tokens": tokens}
+    own = place("own", inputs)
+    evaluate(spec, own)
+    ran: list[int] = []
+    for name in ("final_hidden", "greedy"):
+        usual = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda m, *a, usual=usual: (ran.append(len(swapped(m))), usual(m, *a))[1])
+    found = evaluate(spec, place("other", {**inputs, "subject": tmp_path / "student", "reference": own.out}))
+    assert found == wanted
+    assert set(ran) == {2}, "layers that are swapped in what ran"
 
 
 def test_batches_change_nothing(place: Any, tiny_teacher: Path, student: Any, tokens: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from operators.config import HyenaConfig, ImplicitFilterConfig
 from orchestrator.distill import stage
+from orchestrator.distill.measuring import statistics
 from orchestrator.distill.measuring.statistics import attention_statistics
 from orchestrator.distill.models.student import load_teacher
 from orchestrator.distill.models.swap import attention_of, swap
@@ -32,6 +33,18 @@ def test_profiles_are_the_mean_logarithm_by_lag(teacher: Any, ids: Tensor) -> No
     for lag in (0, 3, 15):
         wanted_H = sum(weights_BHLL[:, :, t, t - lag].log().mean(0) for t in range(max(10, lag), 20))
         torch.testing.assert_close(found[2].profile[:, lag], wanted_H / (20 - max(10, lag)))
+
+
+def test_heads_that_are_looked_at_in_parts_say_the_same(
+    teacher: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, seen = attention_statistics(teacher, (1,), ids)[1], []
+    usual = statistics._profile
+    monkeypatch.setattr(statistics, "_profile", lambda part: (seen.append(part.shape[1]), usual(part))[1])
+    monkeypatch.setattr(statistics, "NUMBERS", 3 * 20 * 20)  # four heads of texts of 20 positions
+    found = attention_statistics(teacher, (1,), ids)[1]
+    assert seen == [3, 1] * len(ids)
+    torch.testing.assert_close(found.profile, wanted.profile, rtol=1e-12, atol=0.0)
 
 
 def test_inputs_have_the_mean_and_covariance_of_all_positions(teacher: Any, ids: Tensor) -> None:

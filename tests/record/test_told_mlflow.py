@@ -191,7 +191,8 @@ def test_parameters_are_the_values_of_the_stage(told: Told) -> None:
         "tokens": told.hand.plan.tokens.key, "teacher": key("teacher"), "parent": key("two 1"), "layers": "[0, 1]",
         "new_layers": "[]", "phases.0.losses.mixer_mse": "0.0", "phases.0.losses.hidden_mse": "0.0",
         "phases.0.losses.kl": "1.0", "phases.0.losses.ce": "0.5", "phases.0.steps": "20", "batch_size": "2",
-        "sequence_length": "8", "first_sequence": "40", "freeze": "[]", "seed": "0", "stage_key": key("two mixed"),
+        "sequence_length": "8", "first_sequence": "40", "freeze": "[]", "checkpoint_activations": "False",
+            "seed": "0", "stage_key": key("two mixed"),
     }  # fmt: skip
     assert {
         "operator.kind": "hyena", "operator.order": "2", "operator.heads": "None", "operator.filter.kind": "implicit",

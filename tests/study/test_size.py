@@ -9,7 +9,7 @@ import pytest
 from orchestrator.study.loader import read_document, validate
 from orchestrator.study.plan import Plan, make_plan
 from orchestrator.study.sources import Resolved
-from orchestrator.study.spec import Architecture, SourceIdentity
+from orchestrator.study.spec import Architecture, EvaluateSpec, SourceIdentity
 
 STUDY = """\
 study: sized
@@ -50,3 +50,20 @@ def test_activations_are_made_again_in_every_stage_with_a_student() -> None:
     assert asked.keys() == {"distil", "scratch"}
     trained = [spec for spec in plan.specs.values() if getattr(spec, "phases", ()) or spec.kind == "scratch"]
     assert {spec.checkpoint_activations for spec in trained} == {True}
+
+
+def test_every_evaluation_of_a_student_reads_the_teachers_own_on_the_same_text_in_the_same_precision() -> None:
+    plan = planned("search.space={numerics.dtype: [float32, bfloat16]}")
+    evaluations = [spec for spec in plan.specs.values() if isinstance(spec, EvaluateSpec)]
+    students = [spec for spec in evaluations if spec.subject != plan.teacher.train.key]
+    assert {spec.numerics.dtype for spec in students} == {"float32", "bfloat16"}
+    order = list(plan.specs)
+    for spec in students:
+        reference = plan.specs[str(spec.reference)]
+        assert reference == spec.of(plan.teacher.train.key) and reference.parents.keys() == {
+            "tokens",
+            "teacher",
+            "subject",
+        }
+        assert order.index(reference.key) < order.index(spec.key)
+    assert plan.teacher.evaluate.reference is None and plan.teacher.evaluate in evaluations

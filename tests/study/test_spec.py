@@ -51,7 +51,8 @@ SPECS: dict[str, Any] = {
         batch_size=2, sequence_length=32, **COMMON,
     ),
     "evaluate": EvaluateSpec(
-        tokens="t", teacher="r", subject="s", sequence_length=32, evaluation=Evaluation(), numerics=Numerics()
+        tokens="t", teacher="r", subject="s", reference="e", sequence_length=32, evaluation=Evaluation(),
+        numerics=Numerics(),
     ),
     "throughput": ThroughputSpec(
         teacher="r", operator=HyenaConfig(), layers=(0,), throughput=Throughput(), train_batch_size=2,
@@ -66,7 +67,7 @@ KEYS = {
     "teacher": "47063b021863897f67d80021e78d5497d7f1ac021292073448edbae4d67741ef",
     "distil": "47c9ebc7d5a6dc8af60915059827b38ba3786e03e44ea7ed56f0216d0e84894f",
     "scratch": "4c994f329ea87ff2e700468162dd53b91354709f1ece96e93fb2c1a8050a5182",
-    "evaluate": "61e9455d1b90cc7c1c0c88324e41916569dec8dbf49414f0b730a4af9f80aa98",
+    "evaluate": "a3c7c7ce0dcd5c319e5a94bdde580f625c84783a78cde84dde8bf6386282dd07",
     "throughput": "001c972526e06af606ddf82094379827740fefb6ba1ed46007905482eae5cd13",
 }
 WORDS = {  # another value for a field whose words are given
@@ -220,7 +221,7 @@ def test_where_a_stage_runs_shares_no_name_with_what_it_is() -> None:
         ("teacher", {"tokens": "t"}),
         ("distil", {"tokens": "t", "teacher": "r", "parent": "p"}),
         ("scratch", {"tokens": "t"}),
-        ("evaluate", {"tokens": "t", "teacher": "r", "subject": "s"}),
+        ("evaluate", {"tokens": "t", "teacher": "r", "subject": "s", "reference": "e"}),
         ("throughput", {"teacher": "r"}),
     ],
 )

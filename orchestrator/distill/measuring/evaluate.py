@@ -3,17 +3,22 @@
 Perplexity alone hides what a long convolution loses first, in-context copying, so the loss is also split into hits
 (tokens that complete a trigram already seen in the window) and misses.
 
+The teacher's last hidden states and what it generates are the same for every subject: its own evaluation keeps them,
+the others read them. Its logits are made of them again, chunk by chunk; kept, they would be V / D times as large.
+
 Shapes: B windows, L positions, P = L - 1 predicted positions, D model width, V vocabulary.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from operators.decoding.kept import frozen_filters
@@ -24,6 +29,16 @@ from orchestrator.distill.training.head import check_output_head, final_hidden, 
 from orchestrator.distill.training.loop import DIVERGED, autocast, held, prepare
 from orchestrator.distill.training.losses import chunk_size
 from orchestrator.study.spec import EvaluateSpec
+
+TEACHER = "teacher.safetensors"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TeacherSide:
+    """What the teacher makes of the text: hidden states (B, L, D), and generated tokens by prompt, if there are any."""
+
+    hidden_BLD: Tensor
+    said: Tensor | None
 
 
 def evaluate(spec: EvaluateSpec, place: Workplace) -> dict[str, Any]:
@@ -47,12 +62,13 @@ def evaluate(spec: EvaluateSpec, place: Workplace) -> dict[str, Any]:
     tokens = load_tokens(place.inputs["tokens"], "valid")
     windows_BL = spread_windows(tokens, spec.sequence_length, spec.evaluation.tokens)
     with frozen_filters(subject):
-        result = _likelihood(teacher, subject, windows_BL, spec, device)
+        side = _teacher_side(teacher, windows_BL, spec, place)
+        result = _likelihood(teacher, subject, side, windows_BL, spec, device)
         bad = [name for name, value in result.items() if not math.isfinite(value)]
         if bad:
             role = "teacher" if "teacher_perplexity" in bad else "student"
             raise ArithmeticError(f"evaluation gave no finite {', '.join(bad)}: {DIVERGED[role]}")
-        result |= _generation(teacher, subject, windows_BL, spec, device)
+        result |= _generation(subject, side, windows_BL, spec, device)
     return {**result, "parameters": parameter_count(subject)}
 
 
@@ -69,7 +85,25 @@ def trigram_hits(window_L: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 @torch.no_grad()
-def _likelihood(teacher: Any, subject: Any, windows_BL: Tensor, spec: EvaluateSpec, device: str) -> dict[str, float]:
+def _teacher_side(teacher: Any, windows_BL: Tensor, spec: EvaluateSpec, place: Workplace) -> TeacherSide:
+    """Read from the teacher's own evaluation, or computed and left beside this one's result."""
+    if "reference" in place.inputs:
+        kept = load_file(place.inputs["reference"] / TEACHER)
+        return TeacherSide(kept["hidden"], kept.get("said"))
+    device, hidden = place.context.device, []
+    for ids_BL in windows_BL.split(spec.evaluation.batch_size):
+        with autocast(spec.numerics, device):
+            hidden.append(final_hidden(teacher, ids_BL.to(device)).cpu())
+    side = TeacherSide(torch.cat(hidden), _said(teacher, windows_BL, spec, device))
+    kept = {"hidden": side.hidden_BLD} | ({} if side.said is None else {"said": side.said})
+    save_file(kept, place.out / TEACHER)
+    return side
+
+
+@torch.no_grad()
+def _likelihood(
+    teacher: Any, subject: Any, side: TeacherSide, windows_BL: Tensor, spec: EvaluateSpec, device: str
+) -> dict[str, float]:
     hits_BP = np.stack([trigram_hits(window) for window in windows_BL.numpy()])
     hits_N = torch.from_numpy(hits_BP).flatten()
     columns: dict[str, list[Tensor]] = {
@@ -82,11 +116,12 @@ def _likelihood(teacher: Any, subject: Any, windows_BL: Tensor, spec: EvaluateSp
     }
     heads = wide_heads(subject, teacher)
     size = chunk_size(heads[0], torch.device(device))
-    for ids_BL in windows_BL.split(spec.evaluation.batch_size):
+    batches = (rows.split(spec.evaluation.batch_size) for rows in (windows_BL, side.hidden_BLD))
+    for ids_BL, wanted_BLD in zip(*batches, strict=True):
         ids_BL = ids_BL.to(device)
         with autocast(spec.numerics, device):
-            own_BLD, wanted_BLD = final_hidden(subject, ids_BL), final_hidden(teacher, ids_BL)
-        for ids_L, own_LD, wanted_LD in zip(ids_BL, own_BLD, wanted_BLD, strict=True):
+            own_BLD = final_hidden(subject, ids_BL)
+        for ids_L, own_LD, wanted_LD in zip(ids_BL, own_BLD, wanted_BLD.to(device), strict=True):
             rows = (own_LD[:-1].float(), wanted_LD[:-1].float(), ids_L[1:])
             for own_PD, wanted_PD, target_P in zip(*(row.split(size) for row in rows), strict=True):
                 _compare(columns, heads[0](own_PD), heads[1](wanted_PD), target_P)
@@ -132,18 +167,26 @@ def _split(prefix: str, nll_N: Tensor, hits_N: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _generation(teacher: Any, subject: Any, windows_BL: Tensor, spec: EvaluateSpec, device: str) -> dict[str, float]:
-    settings = spec.evaluation
-    if settings.prompts == 0:
+def _generation(
+    subject: Any, side: TeacherSide, windows_BL: Tensor, spec: EvaluateSpec, device: str
+) -> dict[str, float]:
+    own = _said(subject, windows_BL, spec, device)
+    if own is None or side.said is None:
         return {}
-    length = min(settings.prompt_tokens, spec.sequence_length)
-    prompts = windows_BL[: settings.prompts, :length].to(device)
-    new = min(settings.new_tokens, teacher.config.max_position_embeddings - length)
-    with held(spec.numerics, device):
-        wanted, own = (greedy(model, prompts, new) for model in (teacher, subject))
-    same = wanted == own
+    same = side.said == own
     prefix = same.cumprod(dim=1).sum(dim=1).double()
     return {"generation_agreement": float(same.double().mean()), "generation_prefix": float(prefix.mean())}
+
+
+def _said(model: Any, windows_BL: Tensor, spec: EvaluateSpec, device: str) -> Tensor | None:
+    """What a model greedily says after the beginnings of the first windows, on the CPU; None where nothing is asked."""
+    settings = spec.evaluation
+    if settings.prompts == 0:
+        return None
+    length = min(settings.prompt_tokens, spec.sequence_length)
+    prompts = windows_BL[: settings.prompts, :length].to(device)
+    with held(spec.numerics, device):
+        return greedy(model, prompts, min(settings.new_tokens, model.config.max_position_embeddings - length)).cpu()
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from orchestrator.distill.models.swap import attention_of
 from orchestrator.distill.training.loop import DIVERGED
 
 SEQUENCES = 16
+NUMBERS = 1 << 24  # of attention's weights that are looked at together: 128 MB as float64
 SMALLEST = 1e-9  # of a weight, so that one that underflowed to 0 has a logarithm
 
 
@@ -34,8 +35,8 @@ def attention_statistics(model: Any, layers: tuple[int, ...], ids_BL: Tensor) ->
 
     def look(layer: int) -> Any:
         def keep(_: nn.Module, args: Any, given: dict[str, Any], output: Any) -> None:
-            logs_BHLL = output[1].double().clamp_min(SMALLEST).log()
-            seen_HT = torch.stack([_mean_at_lag(logs_BHLL, lag) for lag in range(logs_BHLL.shape[-1])], dim=-1)
+            heads = max(1, NUMBERS // output[1][:, 0].numel())
+            seen_HT = torch.cat([_profile(weights_BhLL) for weights_BhLL in output[1].split(heads, dim=1)])
             x_ND = (args[0] if args else given["hidden_states"]).double().flatten(0, 1)
             found = [seen_HT, x_ND.mean(0), x_ND.t() @ x_ND / len(x_ND)]
             before = sums[layer] or [torch.zeros_like(one) for one in found]
@@ -61,6 +62,12 @@ def attention_statistics(model: Any, layers: tuple[int, ...], ids_BL: Tensor) ->
 
 def _statistics(profile_HT: Tensor, mean_D: Tensor, moment_DD: Tensor) -> AttentionStatistics:
     return AttentionStatistics(profile_HT, mean_D, moment_DD - torch.outer(mean_D, mean_D))
+
+
+def _profile(weights_BhLL: Tensor) -> Tensor:
+    """Mean logarithm of some heads' weights by lag, (h, T)."""
+    logs_BhLL = weights_BhLL.to(torch.float64, copy=True).clamp_min_(SMALLEST).log_()
+    return torch.stack([_mean_at_lag(logs_BhLL, lag) for lag in range(logs_BhLL.shape[-1])], dim=-1)
 
 
 def _mean_at_lag(logs_BHLL: Tensor, lag: int) -> Tensor:
