@@ -101,7 +101,9 @@ def run(
     gpus_per_stage: Annotated[
         float | None, typer.Option(min=0, help="of each process of a stage, 0.5 for half; default: 1 on cuda, else 0")
     ] = None,
-    checkpoint_seconds: Annotated[float, typer.Option(help="seconds between checkpoints of a running stage")] = 15.0,
+    checkpoint_seconds: Annotated[
+        float, typer.Option(help="seconds between checkpoints of a running stage; more where writing one takes long")
+    ] = 15.0,
     claims: Annotated[
         Claims, typer.Option(help="how stages being computed are held: lease where flock does not reach")
     ] = Claims.flock,

@@ -20,7 +20,7 @@ class RunContext:
 
     store: str  # directory of the store
     device: str = "cpu"
-    checkpoint_seconds: float = 15.0
+    checkpoint_seconds: float = 15.0  # at least, and so long that writing takes 3 % of the time; 0: at every log step
     log_every: int = 10  # steps between journal lines; checkpoints fall on these steps
     locations: Mapping[str, Location] = dataclasses.field(default_factory=dict)
     gpus_per_stage: float = 0.0  # of each process of a stage that computes on the device

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from orchestrator.distill.training.checkpoint import load_checkpoint, save_checkpoint
+from orchestrator.distill.training import checkpoint
+from orchestrator.distill.training.checkpoint import Pace, expected_seconds, load_checkpoint, save_checkpoint
 
 Pair = tuple[nn.Module, list[torch.optim.Optimizer]]
 
@@ -71,3 +72,43 @@ def test_a_checkpoint_of_other_parameters_is_refused(tmp_path: Path) -> None:
     model.bias.requires_grad_(True)  # type: ignore[union-attr]
     with pytest.raises(ValueError, match=r"holds other parameters than the stage trains: \['model/bias'\]"):
         load_checkpoint(tmp_path, model, optimizers, print)
+
+
+@pytest.mark.parametrize("cost", [0.001, 0.5, 40.0])
+@pytest.mark.parametrize("every", [2.0, 15.0])
+def test_writing_takes_at_most_a_share_of_the_time_and_comes_as_often_as_asked_where_it_is_cheap(
+    cost: float, every: float
+) -> None:
+    """A clock that stands at a log step every tenth of a second."""
+    pace, now, spent, gaps = Pace(every, 0.0, cost), 0.0, 0.0, []
+    while now < 10_000:
+        now += 0.1
+        if pace.due(now):
+            gaps.append(now - pace.last)
+            pace.written(now, now + cost)
+            now, spent = now + cost, spent + cost
+    assert 0 < spent <= 0.03 * now
+    assert min(gaps) >= every
+    assert max(gaps) == pytest.approx(max(every, cost * 97 / 3), abs=0.2)
+
+
+def test_with_no_interval_every_time_is_due() -> None:
+    assert Pace(0.0, 5.0, 1e9).due(5.0)
+
+
+def test_the_first_is_expected_to_take_what_its_bytes_take() -> None:
+    model, _ = pair(width=1000)
+    assert expected_seconds(model) == pytest.approx(3 * 4 * 1000**2 / 5e8)  # the bias is frozen
+
+
+def test_what_is_written_is_what_trains_and_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizers = pair(steps=1)
+    given: dict[str, torch.Tensor] = {}
+    usual = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", lambda tensors, path: (given.update(tensors), usual(tensors, path)))
+    save_checkpoint(tmp_path, 1, 0.0, model, optimizers)
+    moments = {f"optimizer/0/0/{name}" for name in ("step", "exp_avg", "exp_avg_sq")}
+    assert given.keys() == {"model/weight", "random"} | moments
+    state = optimizers[0].state_dict()["state"][0]
+    kept = {"model/weight": model.weight} | {f"optimizer/0/0/{name}": value for name, value in state.items()}
+    assert {name: given[name].data_ptr() for name in kept} == {n: t.data_ptr() for n, t in kept.items()}  # type: ignore[union-attr,operator]

@@ -83,6 +83,16 @@ def test_a_checkpoint_comes_when_so_many_seconds_have_gone(
     assert [int(path.name.removeprefix("step-")) for path in made.work.glob("step-*")] == steps
 
 
+def test_a_checkpoint_that_takes_long_to_write_comes_rarely(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look at the clock is seven seconds after the one before, so that writing takes seven."""
+    monkeypatch.setattr(loop, "time", Clock())
+    written: list[int] = []
+    monkeypatch.setattr(loop, "save_checkpoint", lambda work, step, *_: written.append(step))
+    train(training(steps=100), place(checkpoint_seconds=13.0))
+    assert written[0] == 4
+    assert {b - a for a, b in itertools.pairwise(written)} == {2 * 33}  # 231 seconds, for writing to be 3 % of
+
+
 def test_what_a_step_leaves_out_does_not_move_in_it(place: Any) -> None:
     """Phases leave parameters out; neither momentum nor weight decay may move them."""
     model = nn.ParameterList([torch.ones(3), torch.ones(3)])

@@ -122,6 +122,26 @@ def test_gradients_are_averaged_in_place_and_shape_and_what_has_none_keeps_none(
     assert peers.run(work) == [wanted] * 3
 
 
+def test_few_gradients_are_copied_at_a_time_and_large_ones_not_at_all(
+    peers: Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "TOGETHER", 6)
+    shapes, copied = ((2,), (2, 2), (1,), (4, 5), (3,), (3, 2)), []
+    usual = torch.cat
+    monkeypatch.setattr(ranks.torch, "cat", lambda parts: (copied.append(sum(map(len, parts))), usual(parts))[1])
+
+    def work(rank: int) -> list[Any]:
+        parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+        for index, parameter in enumerate(parameters):
+            parameter.grad = torch.full(parameter.shape, float(rank + index))
+        parameters[-1].grad = torch.full((2, 3), rank + 5.0).t()  # not contiguous
+        average_gradients(parameters)
+        return [p.grad.unique().tolist() for p in parameters if p.grad is not None]
+
+    assert peers.run(work) == [[[index + 1.0] for index in range(6)]] * 3
+    assert sorted(copied) == [6] * 6, "two and four on each rank, and what does not lie in one piece"
+
+
 @pytest.mark.parametrize("raised", [None, 0, 2])
 def test_a_flag_of_one_is_a_flag_of_all(peers: Peers, raised: int | None) -> None:
     assert peers.run(lambda rank: on_any(rank == raised)) == [raised is not None] * 3

@@ -2,10 +2,13 @@
 
 Invariant: a checkpoint is used only if its manifest and its tensors have the digests that the manifest states, so a
 torn or flipped one leads back to the one before it.
+
+Writing takes at most `SHARE` of the time: a large state is written more rarely than the run asks for.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +24,36 @@ from orchestrator.files import published_directory, read_json, sealed, sha256_fi
 KEEP = 2
 TENSORS = "state.safetensors"
 MANIFEST = "manifest.json"
+SHARE = 0.03  # of the time may be spent on writing
+BYTES_PER_SECOND = 5e8  # digested, written and synced, until the first was timed: about what a local SSD does
+
+
+@dataclasses.dataclass
+class Pace:
+    """When the next checkpoint is due.
+
+    Attributes:
+        every: seconds between two of them where they are cheap; 0 is every time, whatever they cost.
+        last: when the last one was written, or training began.
+        cost: seconds that writing one takes, as the last one did.
+    """
+
+    every: float
+    last: float
+    cost: float
+
+    def due(self, now: float) -> bool:
+        """Whether writing one now leaves training its share of the time."""
+        return self.every == 0 or now - self.last >= max(self.every, self.cost * (1 / SHARE - 1))
+
+    def written(self, began: float, ended: float) -> None:
+        """Take note of one."""
+        self.last, self.cost = ended, ended - began
+
+
+def expected_seconds(model: nn.Module) -> float:
+    """What writing a checkpoint may take, before one was written: of each trained parameter two moments as well."""
+    return 3 * sum(p.nbytes for p in model.parameters() if p.requires_grad) / BYTES_PER_SECOND
 
 
 def save_checkpoint(
@@ -39,7 +72,7 @@ def save_checkpoint(
                     numbers[where] = value
     tensors |= {name: generator.get_state() for name, generator in _generators(model).items()}
     with published_directory(work / f"step-{step:06d}") as folder:
-        save_file({name: value.cpu().contiguous().clone() for name, value in tensors.items()}, folder / TENSORS)
+        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, folder / TENSORS)
         digest = sha256_file(folder / TENSORS)
         manifest = {"step": step, "seconds": seconds, "numbers": numbers, "tensors": digest}
         write_json(folder / MANIFEST, sealed(manifest))

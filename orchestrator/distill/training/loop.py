@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from operators import native
 from orchestrator.distill.context import Stopped, Workplace
-from orchestrator.distill.training.checkpoint import load_checkpoint, save_checkpoint
+from orchestrator.distill.training.checkpoint import Pace, expected_seconds, load_checkpoint, save_checkpoint
 from orchestrator.distill.training.journal import Journal
 from orchestrator.distill.training.memory import keep_freed_memory
 from orchestrator.distill.training.optimizers import schedule, set_learning_rate
@@ -100,7 +100,8 @@ def train(training: Training, place: Workplace) -> dict[str, Any]:
     context = place.context
     start, before = in_turn(lambda: load_checkpoint(place.work, training.model, training.optimizers, place.say))
     journal = Journal(place.journal)
-    began = saved = logged = time.monotonic()
+    began = logged = time.monotonic()
+    pace = Pace(context.checkpoint_seconds, began, expected_seconds(training.model))
     logged_step = start
     sums: dict[str, float] = {}
     try:
@@ -120,11 +121,11 @@ def train(training: Training, place: Workplace) -> dict[str, Any]:
                 _check_weights(training)
                 break
             stopping = on_any(context.stopping())
-            if is_first() and (stopping or now - saved >= context.checkpoint_seconds):
+            if is_first() and (stopping or pace.due(now)):
                 journal.sync()
                 seconds = before + now - began
                 save_checkpoint(place.work, done, seconds, training.model, training.optimizers)
-                saved = time.monotonic()
+                pace.written(now, time.monotonic())
             if stopping:
                 raise Stopped(f"stopped at step {done} of {training.steps}")
     finally:

@@ -1,9 +1,9 @@
 """What the processes of one stage do together when they share its batches; alone, every function changes nothing.
 
-Gradients are averaged by one flat all-reduce after backward. `DistributedDataParallel` would not see this training: it
-hooks the forward of the module that it wraps, and the losses call inner modules (trunk, output head, single mixers)
-and leave some parameters out, phase by phase. Invariant: parameters, optimizer states and random states are the same
-on every rank at every step, so a checkpoint of the first rank is everybody's.
+Gradients are averaged after backward, many small ones at once and large ones where they lie. `DistributedDataParallel`
+would not see this training: it hooks the forward of the module that it wraps, and the losses call inner modules (trunk,
+output head, single mixers) and leave some parameters out, phase by phase. Invariant: parameters, optimizer states and
+random states are the same on every rank at every step, so a checkpoint of the first rank is everybody's.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
+TOGETHER = 1 << 22  # numbers of gradients that are copied side by side to be averaged at once: 16 MB
 
 
 class PeerLost(RuntimeError):
@@ -41,10 +42,25 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Give every rank the mean of all ranks' gradients; what has none on one rank has none on any."""
     if world_size() == 1:
         return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = mean(torch.cat([gradient.flatten() for gradient in gradients]))
-    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    for several in _together_at_most([p.grad for p in parameters if p.grad is not None], TOGETHER):
+        if len(several) == 1 and several[0].is_contiguous():
+            mean(several[0])
+            continue
+        flat = mean(torch.cat([gradient.flatten() for gradient in several]))
+        for gradient, part in zip(several, flat.split([gradient.numel() for gradient in several]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _together_at_most(tensors: list[Tensor], numbers: int) -> Iterator[list[Tensor]]:
+    """The tensors in their order, as many at a time as have at most so many numbers; a larger one is alone."""
+    several: list[Tensor] = []
+    for tensor in tensors:
+        if several and sum(each.numel() for each in several) + tensor.numel() > numbers:
+            yield several
+            several = []
+        several.append(tensor)
+    if several:
+        yield several
 
 
 def mean(values: Tensor) -> Tensor:
