@@ -22,6 +22,7 @@ SIZES = {
     "num_hidden_layers": "block_count",
     "hidden_size": "embedding_length",
     "num_attention_heads": "attention.head_count",
+    "head_dim": "attention.value_length",
     "intermediate_size": "feed_forward_length",
     "max_position_embeddings": "context_length",
 }

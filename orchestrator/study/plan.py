@@ -153,7 +153,7 @@ def _check_operator(document: Document, point: Study, resolved: Resolved) -> Non
             f"{resolved.architecture.max_length} positions: lower it"
         )
     heads = getattr(point.operator, "heads", None)
-    width = resolved.architecture.hidden
+    width = resolved.inner
     if heads is not None and width % heads:
         near = max(number for number in range(1, heads) if width % number == 0)
         raise StudyError(

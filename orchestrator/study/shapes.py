@@ -35,6 +35,7 @@ NAMES = {  # under which configurations state a size, the usual one first
     ),
     "vocabulary": ("vocab_size",),
 }  # fmt: skip
+VALUE_WIDTHS = ("v_head_dim", "head_dim", "attention_head_dim", "dim_head", "kv_channels")  # of a head's value
 UNSAID = {  # what published folders of a type leave to the defaults of its class
     "gemma3_text": {"heads": 8, "max_length": 131_072, "vocabulary": 262_208},
 }
@@ -85,6 +86,11 @@ def sizes(config: dict[str, Any]) -> dict[str, int]:
             )
         found[size] = value
     return found
+
+
+def inner_width(config: dict[str, Any], found: dict[str, int]) -> int:
+    """Width of what lies between an attention's projections: its heads times the width of a value; `found`: `sizes`."""
+    return found["heads"] * (_stated(text_config(config), VALUE_WIDTHS) or found["hidden"] // found["heads"])
 
 
 def attention_layers(config: dict[str, Any], layers: int) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from orchestrator.study.gguf_file import gguf_config
 from orchestrator.study.loader import StudyError
 from orchestrator.study.pretrained import check_precision
 from orchestrator.study.schema import FileSource, HubSource, Pretrain, Pretrained, Source, StdlibSource, Study
-from orchestrator.study.shapes import attention_layers, sizes
+from orchestrator.study.shapes import attention_layers, inner_width, sizes
 from orchestrator.study.spec import Architecture, SourceIdentity
 
 SKIPPED_FOLDERS = {
@@ -59,6 +59,7 @@ class Resolved:
     teacher: str | None  # fingerprint of a pretrained one
     locations: dict[str, Location]  # by fingerprint
     sites: tuple[int, ...]  # the teacher's layers that have softmax attention, which can be swapped
+    inner: int  # width between the projections of its attention, and of what takes its place
 
 
 def resolve(study: Study, base: Path) -> Resolved:
@@ -76,13 +77,18 @@ def resolve(study: Study, base: Path) -> Resolved:
             layers=made.layers, hidden=made.hidden, heads=made.heads, max_length=made.max_length,
             intermediate=made.intermediate or 4 * made.hidden, vocabulary=study.data.effective_vocabulary,
         )  # fmt: skip
-        return Resolved(train, validation, architecture, None, locations, tuple(range(made.layers)))
+        return Resolved(train, validation, architecture, None, locations, tuple(range(made.layers)), made.hidden)
     if study.teacher.folder is not None:
         fingerprint, config = _teacher_folder(study.teacher, base / study.teacher.folder, locations)
     else:
         fingerprint, config = _teacher_hub(str(study.teacher.hub), study.teacher.revision, locations)
-    architecture, sites = _architecture(config, fingerprint)
-    return Resolved(train, validation, architecture, fingerprint, locations, sites)
+    found = sizes(config)
+    check_precision(config)
+    sites = attention_layers(config, found["layers"])
+    if not sites:
+        raise StudyError("teacher: by config.json no layer has softmax attention: give a model with some that have")
+    architecture = Architecture(**found, pretrained=fingerprint)
+    return Resolved(train, validation, architecture, fingerprint, locations, sites, inner_width(config, found))
 
 
 def stdlib_files() -> list[tuple[str, Path]]:
@@ -197,16 +203,6 @@ def read_config(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise StudyError(f"teacher: {path} is not JSON ({error}): save the model again with save_pretrained") from error
     return config if isinstance(config, dict) else {}
-
-
-def _architecture(config: dict[str, Any], fingerprint: str) -> tuple[Architecture, tuple[int, ...]]:
-    """The sizes of a pretrained teacher, and which of its layers can be swapped."""
-    found = sizes(config)
-    check_precision(config)
-    sites = attention_layers(config, found["layers"])
-    if not sites:
-        raise StudyError("teacher: by config.json no layer has softmax attention: give a model with some that have")
-    return Architecture(**found, pretrained=fingerprint), sites
 
 
 def _unreachable(key: str, what: str, revision: str, error: Exception) -> str:

@@ -41,6 +41,7 @@ RESOLVED = Resolved(
     teacher=None,
     locations={},
     sites=tuple(range(6)),
+    inner=128,
 )
 ALL = (0, 1, 2, 3, 4, 5)
 LEARNING = "recipe.optimizer.lr"
@@ -270,7 +271,7 @@ def test_a_scratch_control_has_the_tokens_of_the_longest_path_wherever_that_is(t
 
 
 def test_heads_that_divide_no_width_are_told_with_one_that_does() -> None:
-    odd = dataclasses.replace(RESOLVED, architecture=RESOLVED.architecture.model_copy(update={"hidden": 121}))
+    odd = dataclasses.replace(RESOLVED, inner=121)
     for heads, near in ((2, 1), (12, 11), (4, 1)):
         with pytest.raises(StudyError, match=f"{heads} must divide the teacher's width 121: .* for example {near}$"):
             planned(f"operator.heads={heads}", resolved=odd)
@@ -338,7 +339,7 @@ def test_the_teacher_trains_on_the_studys_text_or_is_imported() -> None:
     assert isinstance(made.teacher.train, TeacherSpec)
     assert made.teacher.train.tokens == made.tokens.key
     pretrained = RESOLVED.architecture.model_copy(update={"pretrained": "w"})
-    found = Resolved(RESOLVED.train, None, pretrained, "w", {}, ALL)
+    found = Resolved(RESOLVED.train, None, pretrained, "w", {}, ALL, 128)
     brought = planned("teacher={kind: pretrained, hub: a/b}", resolved=found)
     assert brought.teacher.train.parents == {}
     assert brought.tokens.teacher == brought.teacher.train.key

@@ -6,12 +6,22 @@ import json
 from typing import Any
 
 import pytest
-from transformers import CONFIG_MAPPING
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from orchestrator.study import shapes
 from orchestrator.study.loader import StudyError
-from orchestrator.study.shapes import ENCODERS, REFUSED, SIZES, UNSAID, attention_layers, causal_types, sizes
+from orchestrator.study.shapes import (
+    ENCODERS,
+    REFUSED,
+    SIZES,
+    UNSAID,
+    attention_layers,
+    causal_types,
+    inner_width,
+    sizes,
+)
 
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 # What a class asks for that makes no configuration without arguments.
@@ -140,6 +150,28 @@ HYBRIDS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 @pytest.mark.parametrize(("told", "wanted"), HYBRIDS.values(), ids=HYBRIDS)
 def test_layers_with_softmax_attention(told: dict[str, Any], wanted: tuple[int, ...]) -> None:
     assert attention_layers(told, 8) == wanted
+
+
+WIDTHS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {"head_dim": 24},
+    "gemma": {"head_dim": 16, "num_key_value_heads": 1},
+    "qwen3_next": {"head_dim": 16, "full_attention_interval": 1},
+    "zamba": {"attention_head_dim": 16},
+}
+
+
+@pytest.mark.parametrize(("kind", "more"), WIDTHS.items(), ids=WIDTHS)
+def test_the_width_between_projections_is_that_of_the_output_projection(kind: str, more: dict[str, Any]) -> None:
+    config = CONFIG_MAPPING[kind](
+        hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=32, vocab_size=64,
+        **({"layers_block_type": ["hybrid", "hybrid"]} if kind == "zamba" else {}), **more,
+    )  # fmt: skip
+    told = json.loads(config.to_json_string())
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    found = {part.in_features for name, part in model.named_modules() if name.endswith("self_attn.o_proj")}
+    assert found == {inner_width(told, sizes(told))}
 
 
 def test_a_type_of_an_entry_point_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
