@@ -227,7 +227,8 @@ def export(
         tokenizer, teacher = store.artefacts(made.tokens.key) / "tokenizer", store.artefacts(made.teacher.train.key)
         student = store.artefacts(key)
         card = model_card(made, records, key, trial, swapped_layers(student), origin_of(teacher))
-        export_student(student, teacher, tokenizer, to, card)
+        spec: Any = made.specs[key]
+        export_student(student, teacher, tokenizer, to, card, spec.numerics.teacher_dtype)
     except ValueError as error:
         _bad_input(error)
     except OSError as error:

@@ -105,7 +105,7 @@ def test_an_export_of_what_is_damaged_says_what_computes_it_again(tmp_path: Path
 
 
 def test_an_export_to_where_nothing_can_be_written_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(student: Path, teacher: Path, tokenizer: Path, target: Path, card: str) -> None:
+    def write(student: Path, teacher: Path, tokenizer: Path, target: Path, *_: str) -> None:
         with published_directory(target):
             pass
 

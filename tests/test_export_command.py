@@ -125,7 +125,7 @@ def test_an_exported_student_begins_another_study(ran: tuple[Path, Plan], folder
     values["data"] |= {"train": {"source": "jsonl", "files": [str(root / "text.jsonl")]}}
     del values["data"]["vocabulary"]
     (tmp_path / "further.yaml").write_text(yaml.safe_dump(values))
-    plan = computed(tmp_path / "further.yaml", tmp_path / "home")
+    plan = computed(tmp_path / "further.yaml", tmp_path / "home", speeds=True)
     assert [step.train.layers for step in plan.trials[0].steps] == [(1,)]
     assert [step.swapped for step in plan.controls.values()] == [(1,)]
     words = ["export", str(tmp_path / "further.yaml"), "--home", str(tmp_path / "home")]
@@ -137,7 +137,7 @@ def test_an_exported_student_begins_another_study(ran: tuple[Path, Plan], folder
     assert yaml.safe_load(text.split("---\n")[1])["license"] == "apache-2.0"
     assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "some/model"
     assert "rounded to bfloat16" in text and "# further: 3 of 3 attention layers swapped" in text
-    assert "distilled from some/model, which had such in 0,2 already." in text
+    assert "the model in the folder `half`, made from some/model, which had such in 0,2 already." in text
     store = Store(tmp_path / "home" / "store")
     student = load_student(
         store.artefacts(plan.trials[0].steps[-1].train.key), load_teacher(store.artefacts(plan.teacher.train.key))

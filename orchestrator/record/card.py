@@ -6,6 +6,7 @@ import dataclasses
 import platform
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -15,6 +16,7 @@ from orchestrator.record.plan_view import layer_ranges
 from orchestrator.record.records import Record
 from orchestrator.record.report import legend, pipe_table, table
 from orchestrator.study.plan import Plan, Trial
+from orchestrator.study.schema import Pretrain, Pretrained
 from orchestrator.study.spec import STAGE_VERSION, SourceIdentity
 from orchestrator.study.stages import Step
 
@@ -42,7 +44,7 @@ def model_card(
     path = next(each for each in plan.trials if trial in (None, each.name) and key in _keys(each))
     steps = path.steps[: _keys(path).index(key) + 1]
     before = sorted({*layers} - {*steps[-1].swapped})
-    teacher = "the model that the study trained" if plan.teacher.own_tokens else (origin.name or "a pretrained model")
+    teacher = _teacher(plan.study.teacher, origin)
     teacher += f", which had such in {layer_ranges(before)} already" if before else ""
     parts = [
         f"---\n{_metadata(origin)}\n---",
@@ -59,6 +61,16 @@ def model_card(
         _lineage(plan, path, steps),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _teacher(teacher: Pretrain | Pretrained, origin: Origin) -> str:
+    """The teacher in words."""
+    if isinstance(teacher, Pretrain):
+        return "the model that the study trained"
+    if teacher.folder is None:
+        return str(teacher.hub)
+    made_from = f", made from {origin.name}" if origin.name else ""
+    return f"the model in the folder `{Path(teacher.folder).name}`{made_from}"
 
 
 def _metadata(origin: Origin) -> str:

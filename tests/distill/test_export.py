@@ -202,6 +202,16 @@ def test_an_exported_student_decodes_from_fitted_modes_where_it_is_asked_to(tmp_
     assert torch.equal(cached, whole) and cached.shape == (1, 20)
 
 
+def test_what_did_not_train_is_as_the_stage_held_it(tmp_path: Path, student: Any) -> None:
+    places = [tmp_path / name for name in ("student", "teacher", "tokenizer", "out")]
+    export_student(places[0], places[1], places[2], places[3], held="bfloat16")
+    loaded, teacher = AutoModelForCausalLM.from_pretrained(places[3]), load_teacher(places[1])
+    kept, theirs = (model.gpt_neox.layers[1].attention.dense.weight for model in (loaded, teacher))
+    assert torch.equal(kept, theirs.bfloat16().float()) and not torch.equal(kept, theirs)
+    made, own = (attention_of(model, 2).operator.in_proj.weight for model in (loaded, student))
+    assert torch.equal(made, own) and loaded.dtype == torch.float32
+
+
 def test_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exists already"):
         export_student(tmp_path, tmp_path, tmp_path, tmp_path)

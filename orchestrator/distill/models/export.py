@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoTokenizer
@@ -13,10 +13,15 @@ from orchestrator.distill.models.origin import origin_of
 from orchestrator.distill.models.student import STUDENT, load_student, load_teacher, operators_of
 from orchestrator.files import published_directory, read_json
 
+TeacherPrecision = Literal["float32", "bfloat16"]
 
-def export_student(student: Path, teacher: Path, tokenizer: Path, target: Path, card: str = "") -> None:
+
+def export_student(
+    student: Path, teacher: Path, tokenizer: Path, target: Path, card: str = "", held: TeacherPrecision = "float32"
+) -> None:
     """Write model, code, tokenizer and `card`, as README.md, of a student into `target`, which must not exist.
 
+    `held` is the precision in which the student's stage held the teacher: what did not train is as it was measured.
     Weights are rounded to the precision of the folder that the teacher came from; filters stay in single precision,
     see `operators.filters.base`. What the teacher says of generation (end of text, sampling) holds for the student too.
 
@@ -25,7 +30,7 @@ def export_student(student: Path, teacher: Path, tokenizer: Path, target: Path, 
     if target.exists():
         raise ValueError(f"{target} exists already: give another folder, or remove it")
     swapped_layers(student)
-    model = exported(load_student(student, load_teacher(teacher)), getattr(torch, origin_of(teacher).dtype))
+    model = exported(load_student(student, load_teacher(teacher, held)), getattr(torch, origin_of(teacher).dtype))
     with published_directory(target) as folder:
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)

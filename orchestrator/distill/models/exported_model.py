@@ -39,6 +39,7 @@ AUTO_MAP = {
     "AutoConfig": "modeling_layerswap.LayerswapConfig",
     "AutoModelForCausalLM": "modeling_layerswap.LayerswapForCausalLM",
 }
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 MADE = "Layerswap"  # what the names of classes that are made begin with
 FILTERS = {"implicit": ImplicitFilterConfig, "modal": ModalFilterConfig, "fir": FirFilterConfig}
 
@@ -105,7 +106,8 @@ class LayerswapForCausalLM:
         """The model in a folder or on the hub, see `PreTrainedModel.from_pretrained`."""
         made: Any = cls
         if not issubclass(cls, torch.nn.Module):
-            config = kwargs.get("config") or LayerswapConfig.from_pretrained(pretrained_model_name_or_path)
+            where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            config = kwargs.get("config") or LayerswapConfig.from_pretrained(pretrained_model_name_or_path, **where)
             made = model_class(config)
         base: Any = super(LayerswapForCausalLM, made)
         return base.from_pretrained(pretrained_model_name_or_path, *others, **kwargs)
