@@ -74,7 +74,8 @@ def test_operators_of_the_files_compute_the_same_bits(case: str, travelled: Any)
     operators, model = travelled
     ours = make(case)
     config = model.operator_config(dataclasses.asdict(ours.config))
-    theirs = operators.registry_build(config, D, ours.max_length, ours.inner)  # there is another build, of the compiled core
+    build = operators.registry_build  # there is another one, of the compiled core
+    theirs = build(config, D, ours.max_length, ours.inner)
     theirs.load_state_dict(ours.state_dict())
     assert type(theirs) is not type(ours) and type(theirs).__name__ == type(ours).__name__
     found = []
