@@ -142,5 +142,7 @@ def test_an_exported_student_begins_another_study(ran: tuple[Path, Plan], folder
     student = load_student(
         store.artefacts(plan.trials[0].steps[-1].train.key), load_teacher(store.artefacts(plan.teacher.train.key))
     )
+    before = load_teacher(store.artefacts(plan.teacher.train.key)).gpt_neox.layers[0].attention.operator.in_proj.weight
+    assert not torch.equal(student.gpt_neox.layers[0].attention.operator.in_proj.weight, before)  # it trained on
     ids = torch.arange(20)[None]
     assert torch.equal(student.to(half)(ids).logits, loaded(ids).logits)

@@ -31,7 +31,8 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 ```
 
-The code that `trust_remote_code` runs is the three Python files of this folder; it needs torch and transformers."""
+The code that `trust_remote_code` runs is the three Python files of this folder; it needs Python 3.11 or newer, torch
+and transformers."""
 
 
 def model_card(
