@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -213,6 +214,20 @@ def test_large_students_are_saved_in_shards_and_loaded_from_a_folder_in_a_folder
         # Products on a CPU differ in the last bit where a tensor begins at another place of its cache lines.
         found, wanted = loaded(torch.arange(40)[None]).logits, student(torch.arange(40)[None]).logits
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_what_goes_to_the_hub_has_the_code(tmp_path: Path, student: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, sent = AutoModelForCausalLM.from_pretrained(export(tmp_path)), []
+
+    def send(_: Any, folder: str, repository: str, before: dict[str, float], **more: Any) -> None:
+        sent.append((repository, {path.name for path in Path(folder).iterdir()} - before.keys()))
+
+    hub = SimpleNamespace(create_repo=lambda *_, **__: SimpleNamespace(repo_id="a/b"))
+    monkeypatch.setattr("transformers.modeling_utils.hf_api", lambda: hub)
+    monkeypatch.setattr(type(loaded), "_upload_modified_files", send)
+    loaded.save_pretrained(tmp_path / "sent", push_to_hub=True)
+    ((repository, names),) = sent
+    assert repository == "a/b" and {*CODE, "config.json", "model.safetensors"} <= names
 
 
 def test_what_did_not_train_is_as_the_stage_held_it(tmp_path: Path, student: Any) -> None:

@@ -74,6 +74,12 @@ class LayerswapConfig:
         values, others = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
         return cls.from_dict(values, **others)
 
+    def save_pretrained(self, save_directory: Any, *others: Any, **kwargs: Any) -> None:
+        """Write config.json and the code that loads it; a model that is saved, or sent to the hub, calls this."""
+        super().save_pretrained(save_directory, *others, **kwargs)  # type: ignore[misc]
+        for name, text in code().items():
+            (Path(save_directory) / name).write_text(text, encoding="utf-8")
+
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
         """Nothing: what is saved names the code that travels with it anyway, see `to_dict`."""
@@ -111,12 +117,6 @@ class LayerswapForCausalLM:
             made = model_class(config)
         base: Any = super(LayerswapForCausalLM, made)
         return base.from_pretrained(pretrained_model_name_or_path, *others, **kwargs)
-
-    def save_pretrained(self, save_directory: Any, *others: Any, **kwargs: Any) -> None:
-        """Write the model and the code that loads it, see `PreTrainedModel.save_pretrained`."""
-        super().save_pretrained(save_directory, *others, **kwargs)  # type: ignore[misc]
-        for name, text in code().items():
-            (Path(save_directory) / name).write_text(text, encoding="utf-8")
 
     def fit_errors(self) -> dict[int, Tensor]:
         """Relative errors (C,) of the filters of layers that decode by modes fitted to them, see `swap.fit_errors`."""
