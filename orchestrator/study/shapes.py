@@ -57,6 +57,7 @@ ENCODERS = (
 LAYER_KINDS = ("layer_types", "layers_block_type", "hybrid_override_pattern")
 LAYER_LISTS = ("attn_layer_indices", "full_attn_idxs")
 ATTENDS = ("attention", "hybrid", "*")  # in the names of kinds of layers that have softmax attention
+BUT_NOT = ("linear", "chunked")  # in those of kinds that sound so, or look at their own chunk of the text only
 
 
 def sizes(config: dict[str, Any]) -> dict[str, int]:
@@ -186,4 +187,4 @@ def _kinds(config: dict[str, Any]) -> list[str] | None:
 
 
 def _attends(kind: str) -> bool:
-    return any(word in kind for word in ATTENDS) and "linear" not in kind
+    return any(word in kind for word in ATTENDS) and not any(word in kind for word in BUT_NOT)

@@ -134,6 +134,7 @@ def test_configurations_as_they_are_published(told: dict[str, Any], wanted: tupl
 HYBRIDS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "none tells them apart": ({}, tuple(range(8))),
     "kinds": ({"layer_types": ["linear_attention", "full_attention", "conv", "sliding_attention"] * 2}, (1, 3, 5, 7)),
+    "kinds that look at their own chunk": ({"layer_types": ["chunked_attention", "full_attention"] * 4}, (1, 3, 5, 7)),
     "kinds of more layers": ({"layer_types": ["full_attention"] * 12}, tuple(range(8))),
     "kinds in letters": ({"hybrid_override_pattern": "M-M*-M*E"}, (3, 6)),
     "both in a layer": ({"layers_block_type": ["mamba", "hybrid"] * 4}, (1, 3, 5, 7)),
