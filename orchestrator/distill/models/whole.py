@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from orchestrator.distill.boundaries import Boundaries, boundaries, configurations_in
 from orchestrator.distill.models.auto import AutoConfig, AutoModelForCausalLM
 from orchestrator.distill.models.families import family_of
+from orchestrator.study.shapes import base_type, causal_types
 
 transformers_logging.disable_progress_bar()
 NAMED = 6  # tensors, in a message
@@ -136,8 +137,19 @@ def _unquantised(model: Any) -> Any:
 def _load(given: Given, **how: Any) -> tuple[Any, Mapping[str, Any]]:
     """A model, and what its loader says of tensors that it missed or had no place for."""
     wanted = {"output_loading_info": True, "ignore_mismatched_sizes": True, **OUTPUTS, **how}
-    loaded: tuple[Any, Mapping[str, Any]] = _told(given, AutoModelForCausalLM.from_pretrained, "model", **wanted)
-    return loaded
+    model, told = _told(given, AutoModelForCausalLM.from_pretrained, "model", **wanted)
+    check_again(model)
+    return model, told
+
+
+def check_again(model: Any) -> None:
+    """ValueError for a model that would not load again, once it is saved alone: some are known within another only."""
+    kind = base_type(model.config.to_dict())
+    if kind not in causal_types():
+        raise ValueError(
+            f"its language model is of type {kind!r}, which AutoModelForCausalLM does not load without the model "
+            "around it: give another model"
+        )
 
 
 def _told(given: Given, load: Any, what: str, **how: Any) -> Any:
