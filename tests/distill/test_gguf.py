@@ -1,38 +1,23 @@
-"""Teachers in GGUF files: sizes for the plan, and weights and tokenizer as transformers' own loader reads them."""
+"""Teachers in GGUF files: weights and tokenizer as transformers' own loader reads them, brought into the store."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
-from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
-from typer.testing import CliRunner
 
-from orchestrator.cli import app
 from orchestrator.distill.data import prepare_tokens
 from orchestrator.distill.models.origin import Origin, origin_in
 from orchestrator.distill.models.student import load_teacher
 from orchestrator.distill.models.whole import Given, load_tokenizer, load_whole
 from orchestrator.study.documents import DataError
-from orchestrator.study.gguf_file import TYPES, gguf_config
-from orchestrator.study.loader import StudyError
-from orchestrator.study.shapes import causal_types, sizes
 from orchestrator.study.sources import Location
 from orchestrator.study.spec import SourceIdentity, TokensSpec
 from tests.gguf_files import small_llama, write_gguf
-
-NO_LANGUAGE_MODELS = {
-    "general",
-    "tokenizer",
-    "t5",
-    "umt5",
-    "deci",
-}  # parts of a file, encoders, a type with its own code
 
 
 @pytest.fixture(scope="module")
@@ -52,18 +37,6 @@ def imported(llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     load_tokenizer(llama[1], model.config).save_pretrained(folder)
     return folder
-
-
-def test_the_plan_knows_the_sizes_of_the_file(llama: Any) -> None:
-    assert sizes(gguf_config(Path(llama[1].name) / "small.gguf")) == {
-        "layers": 2, "hidden": 32, "heads": 4, "intermediate": 48, "max_length": 64, "vocabulary": 300,
-    }  # fmt: skip
-
-
-def test_every_decoder_that_transformers_reads_is_planned_by_its_type() -> None:
-    known = {TYPES.get(name, name) for name in set(GGUF_SUPPORTED_ARCHITECTURES) - NO_LANGUAGE_MODELS}
-    assert known <= causal_types()
-    assert {"llama", "qwen2_moe", "gemma3_text"} <= known
 
 
 def test_a_model_is_the_one_in_the_file_and_can_be_saved(llama: Any, imported: Path) -> None:
@@ -117,22 +90,3 @@ def test_a_token_that_only_the_tokenizer_has_is_told_where_a_text_holds_it(
         else:
             with pytest.raises(DataError, match=r"the text holds '<\|endoftext\|>', for which the model has no"):
                 prepare_tokens(spec, made)
-
-
-def test_without_the_package_the_extra_is_named(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(StudyError, match=r"needs the package gguf: pip install 'layerswap\[gguf\]'"):
-        gguf_config(Path(llama[1].name) / "small.gguf")
-
-
-def test_a_study_of_a_file_is_planned(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("study.yaml").write_text(
-        f"study: small\nteacher: {{kind: pretrained, folder: {llama[1].name}, gguf: small.gguf}}\n"
-        "data: {sequence_length: 32}\nevaluation: {prompts: 0}\nthroughput: {lengths: [64]}\n"
-        "recipe: {phases: [{tokens: 1024, losses: {kl: 1.0}}]}\n"
-    )
-    done = CliRunner().invoke(app, ["plan", "study.yaml", "--home", "home"])
-    assert done.exit_code == 0, done.stderr
-    assert "teacher  2 layers" in done.stdout
-    assert "note: the tokenizer has no padding token: windows are full, so a study needs none" in done.stderr
