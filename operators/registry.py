@@ -48,7 +48,7 @@ class Operator(Protocol):
         """Set every parameter, as the configuration's `init` says. ValueError if that is impossible."""
 
 
-def _hyena(config: HyenaConfig, d_model: int, max_length: int, inner: int | None) -> nn.Module:
+def _hyena(config: HyenaConfig, d_model: int, max_length: int, inner: int | None = None) -> nn.Module:
     kind = ChannelHyena if config.heads is None else HeadHyena
     return kind(config, d_model, max_length, inner)
 

@@ -20,8 +20,9 @@ from orchestrator.distill.models.auto import AutoModelForCausalLM
 from orchestrator.distill.models.export import export_student
 from orchestrator.distill.models.exported_model import CODE, LayerswapConfig, LayerswapForCausalLM, operator_config
 from orchestrator.distill.models.origin import Origin, write_origin
+from orchestrator.distill.models.sites import attention_of
 from orchestrator.distill.models.student import load_teacher, new_teacher, save_student
-from orchestrator.distill.models.swap import attention_of, swap
+from orchestrator.distill.models.swap import swap
 from orchestrator.study.spec import Architecture
 
 SHAPE = Architecture(layers=3, hidden=32, heads=2, intermediate=64, max_length=64, vocabulary=300)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from operators.config import HyenaConfig
-from orchestrator.distill.models.swap import attention_of, swap
+from orchestrator.distill.models.sites import attention_of
+from orchestrator.distill.models.swap import swap
 from orchestrator.distill.training import losses as module
 from orchestrator.distill.training.head import OutputHead, final_hidden
 from orchestrator.distill.training.losses import batch_losses, logit_losses, next_token_loss, recorded

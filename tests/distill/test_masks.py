@@ -16,7 +16,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from operators.config import FirFilterConfig, HyenaConfig, ModalFilterConfig, SkipConfig
 from orchestrator.distill.models import masks
 from orchestrator.distill.models.masks import ONE_TEXT, by_document, packed_documents, pattern_of
-from orchestrator.distill.models.swap import attention_of
+from orchestrator.distill.models.sites import attention_of
 from tests.distill.students import student_of
 
 PLACED = {

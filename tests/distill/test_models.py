@@ -27,6 +27,7 @@ from orchestrator.distill.models import whole
 from orchestrator.distill.models.auto import AutoModelForCausalLM
 from orchestrator.distill.models.export import exported
 from orchestrator.distill.models.origin import Origin, origin_of
+from orchestrator.distill.models.sites import attention_of
 from orchestrator.distill.models.student import (
     STUDENT,
     WEIGHTS,
@@ -38,7 +39,7 @@ from orchestrator.distill.models.student import (
     random_like,
     save_student,
 )
-from orchestrator.distill.models.swap import SwappedAttention, attention_of, swapped
+from orchestrator.distill.models.swap import SwappedAttention, swapped
 from orchestrator.study.sources import Location
 from orchestrator.study.spec import Architecture, ImportSpec
 from tests.distill.students import student_of

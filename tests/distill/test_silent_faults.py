@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from operators.config import HyenaConfig, ImplicitFilterConfig, ModalFilterConfig
 from orchestrator.distill import stage
+from orchestrator.distill.models.sites import attention_of
 from orchestrator.distill.models.student import load_teacher
-from orchestrator.distill.models.swap import attention_of, swap
+from orchestrator.distill.models.swap import swap
 from orchestrator.distill.stage import run_stage
 from orchestrator.distill.training.losses import batch_losses
 from orchestrator.study.schema import LogitKL, Losses, Numerics, Optimizer

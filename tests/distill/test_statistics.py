@@ -13,8 +13,9 @@ from operators.config import HyenaConfig, ImplicitFilterConfig
 from orchestrator.distill import stage
 from orchestrator.distill.measuring import statistics
 from orchestrator.distill.measuring.statistics import attention_statistics
+from orchestrator.distill.models.sites import attention_of
 from orchestrator.distill.models.student import load_teacher
-from orchestrator.distill.models.swap import attention_of, swap
+from orchestrator.distill.models.swap import swap
 from orchestrator.distill.training.losses import recorded
 from orchestrator.study.schema import Numerics, Optimizer
 from orchestrator.study.spec import DistilSpec

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, StaticCache
+from transformers import BertConfig, BertLMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, StaticCache
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
 from operators.config import HyenaConfig, ModalFilterConfig, OperatorConfig, SkipConfig
-from orchestrator.distill.models.families import family_of
+from operators.transfer.attention import AttentionWeights
+from orchestrator.distill.models.families import family_of, read
+from orchestrator.distill.models.sites import attention_of
 from orchestrator.distill.models.student import load_teacher
-from orchestrator.distill.models.swap import SwappedAttention, attention_of, decode_by, fit_errors, swap
+from orchestrator.distill.models.swap import SwappedAttention, decode_by, fit_errors, swap
 from tests.distill.students import student_of
 
 OPERATORS = {"order 2": HyenaConfig(), "order 3": HyenaConfig(order=3), "heads": HyenaConfig(heads=4)}
@@ -25,6 +27,10 @@ every_hybrid = pytest.mark.parametrize("layers", HYBRID.values(), ids=HYBRID)
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def read_of(attention: Any) -> AttentionWeights:
+    return read(attention, family_of("gpt_neox", attention))
 
 
 def placed(layers: tuple[int, ...], operator: OperatorConfig | None = None) -> dict[int, OperatorConfig]:
@@ -78,7 +84,7 @@ def test_a_swap_is_decided_by_its_seed(tiny_teacher: Path) -> None:
 def test_one_position_attends_to_itself_so_its_output_is_value_then_output_projection(teacher: Any) -> None:
     for layer in range(3):
         attention = attention_of(teacher, layer)
-        weights = family_of(teacher).read(attention)
+        weights = read_of(attention)
         x_BLD = torch.randn(5, 1, 32)
         position = teacher.gpt_neox.rotary_emb(x_BLD, torch.zeros(1, 1, dtype=torch.long))
         with torch.no_grad():
@@ -89,7 +95,7 @@ def test_one_position_attends_to_itself_so_its_output_is_value_then_output_proje
 
 def test_attention_computed_from_the_weights_that_are_read_is_the_modules_own(teacher: Any) -> None:
     attention = attention_of(teacher, 1)
-    weights = family_of(teacher).read(attention)
+    weights = read_of(attention)
     x_BLD = torch.randn(2, 9, 32)
     cos, sin = teacher.gpt_neox.rotary_emb(x_BLD, torch.arange(9)[None])
     causal = torch.ones(9, 9, dtype=torch.bool).tril()
@@ -108,7 +114,7 @@ def test_attention_computed_from_the_weights_that_are_read_is_the_modules_own(te
 def test_attention_without_biases_is_read_without(tiny_teacher: Path) -> None:
     config = GPTNeoXConfig.from_pretrained(tiny_teacher, attention_bias=False)
     model: Any = GPTNeoXForCausalLM(config)
-    weights = family_of(model).read(attention_of(model, 1))
+    weights = read_of(attention_of(model, 1))
     biases = [weights.query_bias, weights.key_bias, weights.value_bias, weights.output_bias]
     assert biases == [None] * 4
     made: Any = swap(model, [1], HyenaConfig(heads=4), generator())[0].operator
@@ -117,7 +123,7 @@ def test_attention_without_biases_is_read_without(tiny_teacher: Path) -> None:
 
 @every_operator
 def test_transfer_puts_the_attentions_projections_into_the_operator(teacher: Any, operator: HyenaConfig) -> None:
-    weights = family_of(teacher).read(attention_of(teacher, 1))
+    weights = read_of(attention_of(teacher, 1))
     made: Any = swap(teacher, [1], operator, generator())[0].operator
     copied = ["query", "key", "value"] if operator.heads else ["value"]
     for back, name in enumerate(reversed(copied), start=1):
@@ -166,7 +172,7 @@ def test_an_operator_has_the_precision_of_the_attention_it_replaces(
     single, model = load_teacher(tiny_teacher), load_teacher(tiny_teacher).to(kind)
     if kind != torch.float64:
         single.to(kind).float()
-    output = family_of(model).read(attention_of(model, 1)).output
+    output = read_of(attention_of(model, 1)).output
     made: Any = swap(model, [1], operator, generator())[0].operator
     wide = torch.float64 if kind == torch.float64 else torch.float32  # of filters, which half precision would change
     for name, parameter in made.named_parameters():
@@ -192,9 +198,9 @@ def test_weights_that_are_no_usual_numbers_are_refused(teacher: Any) -> None:
         swap(teacher, [1], HyenaConfig(), generator())
 
 
-def test_attention_without_weights_is_refused(teacher: Any) -> None:
-    family_of(teacher).layers(teacher)[1].attention = torch.nn.Identity()
-    with pytest.raises(ValueError, match=r"^the attention of layer 1 has no weights: load the model"):
+def test_a_layer_without_attention_is_refused(teacher: Any) -> None:
+    teacher.gpt_neox.layers[1].attention = torch.nn.Identity()
+    with pytest.raises(ValueError, match=r"^layer 1 cannot be swapped: it has no softmax attention .*these can: 0, 2$"):
         swap(teacher, [1], HyenaConfig(), generator())
 
 
@@ -354,7 +360,9 @@ def test_heads_that_do_not_divide_the_width_are_refused(teacher: Any) -> None:
         swap(teacher, [0], HyenaConfig(heads=5), generator())
 
 
-def test_an_unsupported_family_is_refused_by_name() -> None:
-    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16, n_positions=16))
-    with pytest.raises(ValueError, match=r"^model type 'gpt2' cannot be swapped yet; supported: gpt_neox"):
+def test_a_model_without_sites_is_refused_with_the_reason() -> None:
+    model = BertLMHeadModel(
+        BertConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, vocab_size=16, is_decoder=True)
+    )
+    with pytest.raises(ValueError, match=r"^models of type 'bert' cannot be swapped: it is a layer of an encoder"):
         swap(model, [0], HyenaConfig(), generator())

@@ -12,8 +12,9 @@ from torch import Tensor
 from operators.config import HyenaConfig, OperatorConfig, SkipConfig
 from orchestrator.distill.measuring import throughput as module
 from orchestrator.distill.measuring.throughput import measure_throughput
+from orchestrator.distill.models.sites import attention_of
 from orchestrator.distill.models.student import load_teacher
-from orchestrator.distill.models.swap import attention_of, swap, swapped
+from orchestrator.distill.models.swap import swap, swapped
 from orchestrator.distill.training.optimizers import make_optimizers
 from orchestrator.study.schema import Numerics, Optimizer, Throughput
 from orchestrator.study.spec import ThroughputSpec

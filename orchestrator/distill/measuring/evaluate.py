@@ -24,6 +24,7 @@ from torch import Tensor
 from operators.decoding.kept import frozen_filters
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.data import load_tokens, spread_windows
+from orchestrator.distill.models.sites import longest_text
 from orchestrator.distill.models.student import load_student, load_teacher, parameter_count, sharing
 from orchestrator.distill.training.head import check_output_head, final_hidden, wide_heads
 from orchestrator.distill.training.loop import DIVERGED, autocast, held, prepare
@@ -186,7 +187,7 @@ def _said(model: Any, windows_BL: Tensor, spec: EvaluateSpec, device: str) -> Te
     length = min(settings.prompt_tokens, spec.sequence_length)
     prompts = windows_BL[: settings.prompts, :length].to(device)
     with held(spec.numerics, device):
-        return greedy(model, prompts, min(settings.new_tokens, model.config.max_position_embeddings - length)).cpu()
+        return greedy(model, prompts, min(settings.new_tokens, longest_text(model.config) - length)).cpu()
 
 
 @torch.no_grad()
@@ -198,6 +199,6 @@ def greedy(model: Any, prompts_BL: Tensor, new_tokens: int) -> Tensor:
     found, cache, next_BL = [], None, prompts_BL
     for _ in range(new_tokens):
         output = model(next_BL, past_key_values=cache, use_cache=True, logits_to_keep=1, return_dict=True)
-        cache, next_BL = output.past_key_values, output.logits.argmax(-1)
+        cache, next_BL = output.past_key_values, output.logits[:, -1:].argmax(-1)
         found.append(next_BL)
     return torch.cat(found, dim=1) if found else prompts_BL[:, :0]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from operators.transfer.attention import AttentionStatistics
-from orchestrator.distill.models.swap import attention_of
+from orchestrator.distill.models.sites import Site, call_of, site_of, trunk_of
 from orchestrator.distill.training.loop import DIVERGED
 
 SEQUENCES = 16
@@ -29,29 +29,41 @@ def attention_statistics(model: Any, layers: tuple[int, ...], ids_BL: Tensor) ->
 
     Lags that the second half of the positions can all look back to are averaged over that half only: at the start of a
     text few positions share all the weight. Computed on the model's device, given on the CPU.
-    Raises ArithmeticError where a number is not finite, since the model has diverged.
+    Raises ArithmeticError where a number is not finite, since the model has diverged; ValueError for a class of
+    attention that does not tell its weights.
     """
     sums: dict[int, list[Tensor]] = {layer: [] for layer in layers}
 
-    def look(layer: int) -> Any:
-        def keep(_: nn.Module, args: Any, given: dict[str, Any], output: Any) -> None:
-            heads = max(1, NUMBERS // output[1][:, 0].numel())
-            seen_HT = torch.cat([_profile(weights_BhLL) for weights_BhLL in output[1].split(heads, dim=1)])
-            x_ND = (args[0] if args else given["hidden_states"]).double().flatten(0, 1)
+    def look(site: Site) -> Any:
+        layer, call = site.layer, call_of(site)
+
+        def keep(attention: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            weights = output[1] if len(output) > 1 else None
+            if not isinstance(weights, Tensor) or weights.dim() != 4:
+                raise ValueError(
+                    f"{type(attention).__name__} of layer {layer} does not tell its weights, which init: transfer of "
+                    "this operator needs: use init: random"
+                )
+            heads = max(1, NUMBERS // weights[:, 0].numel())
+            seen_HT = torch.cat([_profile(weights_BhLL) for weights_BhLL in weights.split(heads, dim=1)])
+            x_ND = call.by_name(args, kwargs)["hidden_states"].double().flatten(0, 1)
             found = [seen_HT, x_ND.mean(0), x_ND.t() @ x_ND / len(x_ND)]
             before = sums[layer] or [torch.zeros_like(one) for one in found]
             sums[layer] = [a + b for a, b in zip(before, found, strict=True)]
 
         return keep
 
-    handles = [attention_of(model, layer).register_forward_hook(look(layer), with_kwargs=True) for layer in layers]
+    found = [site_of(model, layer) for layer in layers]
+    handles = [site.attention.register_forward_hook(look(site), with_kwargs=True) for site in found]
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")  # the one that makes the weights
+    model.config._attn_implementation = "eager"  # of classes that cannot be told by that, too
     try:
         for ids_L in ids_BL:
-            model.base_model(input_ids=ids_L[None], use_cache=False)
+            trunk_of(model)(input_ids=ids_L[None], use_cache=False)
     finally:
         model.set_attn_implementation(implementation)
+        model.config._attn_implementation = implementation
         for handle in handles:
             handle.remove()
     for layer, total in sums.items():

@@ -19,9 +19,9 @@ from torch import nn
 from operators import native
 from operators.decoding.kept import frozen_filters
 from orchestrator.distill.context import Workplace
-from orchestrator.distill.models.families import family_of
+from orchestrator.distill.models.sites import attention_of, decoder_layers, longest_text
 from orchestrator.distill.models.student import load_teacher, own_what_trains, sharing
-from orchestrator.distill.models.swap import attention_of, swap, swapped
+from orchestrator.distill.models.swap import swap, swapped
 from orchestrator.distill.training.loop import autocast, prepare
 from orchestrator.distill.training.losses import next_token_loss, train_operators_only
 from orchestrator.distill.training.memory import give_back_freed_memory
@@ -50,7 +50,7 @@ def measure_throughput(spec: ThroughputSpec, place: Workplace) -> dict[str, Any]
         own_what_trains(model, teacher)
     settings = spec.throughput
     result: dict[str, Any] = {"core": core}
-    longest = teacher.config.max_position_embeddings
+    longest = longest_text(teacher.config)
     batch, size = settings.batch_size, (spec.train_batch_size, spec.sequence_length)
     for length in settings.lengths:
         if length > longest or length <= settings.decode_tokens:
@@ -119,7 +119,7 @@ def _choose_gradients(model: Any, spec: ThroughputSpec) -> None:
     mixers = [parameter for layer in spec.layers for parameter in attention_of(model, layer).parameters()]
     set_trainable(model, spec.rest_trains, spec.freeze, mixers if not swapped(model) else ())
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        lowest = family_of(model).layers(model)[min(spec.layers, default=0)]
+        lowest = decoder_layers(model)[min(spec.layers, default=0)]
         lowest.register_forward_pre_hook(_with_gradient)
 
 

@@ -7,11 +7,12 @@ Shapes: B batch, L new positions.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, StaticLayer
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin, LinearAttentionLayer, StaticLayer
 
 from operators.decoding.state import State
 from orchestrator.distill.models.masks import Pattern
@@ -20,19 +21,33 @@ from orchestrator.distill.models.masks import Pattern
 class OperatorCacheLayer(CacheLayerMixin):
     """An operator's state in the place of a layer's keys and values.
 
-    One model makes one mask for all layers, from what the first layer's cache says of its size and every layer's of
-    being compileable. So in a static cache this layer says what the layer it replaces would.
+    One model makes one mask for all layers of a kind, from what the first such layer's cache says of its size and every
+    layer's of being compileable. So this layer says what the layer it replaces would.
     """
 
     is_sliding = False
 
     def __init__(self, state: State, replaced: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.state, self.is_croppable = state, state.croppable
+        self.state = state
         self.fixed: int | None = replaced.max_cache_len if isinstance(replaced, StaticLayer) else None
+        self.is_sliding = getattr(replaced, "is_sliding", False)
+        self.window = copy.copy(replaced) if self.is_sliding else None  # without keys and values: asked for sizes only
         self.is_compileable = self.fixed is not None
         self.is_initialized = True
+        self.keys = self.values = torch.empty(0)  # who counts them finds none
         self.padded_B: Tensor | None = None  # sequences of which only padding was seen; None: there is none
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether positions can be forgotten."""
+        return self.state.croppable
+
+    def hidden(self, mask: Any, new: int) -> int:
+        """Positions seen that a mask for `new` ones has no columns for: those that left a sliding window."""
+        seen = self.state.length + new
+        shown = mask.shape[-1] if self.is_sliding and isinstance(mask, Tensor) else seen
+        return max(0, seen - shown)
 
     def check(self, pattern: Pattern) -> None:
         """ValueError where the new positions are of several documents, or of another one than those seen."""
@@ -56,8 +71,12 @@ class OperatorCacheLayer(CacheLayerMixin):
         raise ValueError("this cache was filled by a model whose layer is swapped: start a new one for another model")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the mask that covers all positions seen and the new ones, or all that a static cache
-        has room for."""
+        """Length and offset of the mask that covers all positions seen and the new ones, or all that a static cache has
+        room for, or those that a sliding window still shows."""
+        if self.window is not None:
+            self.window.cumulative_length = self.window.cumulative_length_int = self.state.length
+            lengths: tuple[int, int] = self.window.get_mask_sizes(query_length)
+            return lengths
         return self.fixed or self.state.length + query_length, 0
 
     def get_seq_length(self) -> int:
@@ -106,3 +125,40 @@ class OperatorCacheLayer(CacheLayerMixin):
     def _choose(self, indices: Tensor) -> None:
         if self.padded_B is not None:
             self.padded_B = self.padded_B.index_select(0, indices.to(self.padded_B.device))
+
+
+class OperatorAndLinearCacheLayer(OperatorCacheLayer, LinearAttentionLayer):
+    """The same in a layer that has linear attention beside its attention, whose states go on as they are."""
+
+    def __init__(self, state: State, replaced: Any) -> None:
+        LinearAttentionLayer.__init__(self, replaced.number_of_states)
+        linear = set(vars(self))
+        OperatorCacheLayer.__init__(self, state, replaced)
+        vars(self).update({name: value for name, value in vars(replaced).items() if name in linear})
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether positions can be forgotten by both."""
+        return self.state.croppable and bool(LinearAttentionLayer.is_croppable.fget(self))  # type: ignore[attr-defined]
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """What linear attention asks for, by name."""
+        LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        OperatorCacheLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]
+        OperatorCacheLayer.reorder_cache(self, beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        OperatorCacheLayer.crop(self, tokens_to_remove)
+
+
+def layer_for(state: State, replaced: Any) -> OperatorCacheLayer:
+    """The layer of a cache that takes the place of `replaced`, of which nothing was used but its linear attention."""
+    kind = OperatorAndLinearCacheLayer if isinstance(replaced, LinearAttentionCacheLayerMixin) else OperatorCacheLayer
+    return kind(state, replaced)

@@ -19,9 +19,9 @@ from transformers import GPTNeoXConfig
 from operators.config import OperatorConfig
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.models.auto import AutoConfig, AutoModelForCausalLM
-from orchestrator.distill.models.families import family_of
 from orchestrator.distill.models.origin import origin_in, write_origin
 from orchestrator.distill.models.swap import swap, swapped
+from orchestrator.distill.models.verify import check_reading
 from orchestrator.distill.models.whole import OUTPUTS, Given, load_tokenizer, load_whole
 from orchestrator.files import read_json, write_json
 from orchestrator.study.spec import Architecture, ImportSpec
@@ -59,7 +59,7 @@ def random_like(folder: Path, seed: int) -> Any:
     """A model of the configuration in `folder` with random weights drawn from `seed`."""
     torch.manual_seed(seed)
     config = AutoConfig.from_pretrained(folder, **OUTPUTS)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def load_teacher(folder: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> Any:
@@ -70,7 +70,7 @@ def load_teacher(folder: Path, dtype: Literal["float32", "bfloat16"] = "float32"
     bfloat16 its outputs have the bits of the same teacher in float32.
     """
     held = torch.float32 if dtype == "float32" else torch.bfloat16
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=held, attn_implementation="sdpa", **OUTPUTS)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=held, **OUTPUTS)
     if held != torch.float32:
         for parameter in model.parameters():
             if parameter.ndim < 2:
@@ -112,7 +112,7 @@ def import_teacher(spec: ImportSpec, place: Workplace) -> dict[str, Any]:
     location = place.context.locations[spec.fingerprint]
     given = Given(location.hub or location.files[0], location.revision, location.gguf)
     model = load_whole(given)
-    family_of(model)
+    check_reading(model.eval())
     tokenizer = load_tokenizer(given, model.config)
     model.save_pretrained(place.out)
     tokenizer.save_pretrained(place.out)

@@ -8,65 +8,90 @@ Shapes: B batch, L positions, D model width.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from operators.config import OperatorConfig
 from operators.decoding.state import State
 from operators.registry import build
 from operators.skip import Skip
 from operators.transfer.attention import AttentionStatistics, AttentionWeights
-from orchestrator.distill.models.cache import OperatorCacheLayer
-from orchestrator.distill.models.families import family_of
+from orchestrator.distill.models.cache import OperatorCacheLayer, layer_for
+from orchestrator.distill.models.families import Family, read, widths
 from orchestrator.distill.models.masks import by_document, packed_documents, pattern_of
+from orchestrator.distill.models.sites import (
+    Call,
+    Replacement,
+    call_of,
+    decoder_layers,
+    longest_text,
+    site_of,
+    sites,
+    trunk_of,
+)
 
 PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class SwappedAttention(nn.Module):
+class SwappedAttention(Replacement):
     """An operator with the call signature of the attention it replaces.
 
     Attributes:
-        config: the model's configuration, which says how its attention is computed.
+        layer: index of the layer it is in.
+        call: how that layer calls it.
+        family: what the layer expects back.
+        config: the language model's configuration, which says how its attention is computed.
         step_mode, croppable: the states that decoding starts from, see `Hyena.init_state`.
     """
 
-    def __init__(self, operator: Any, layer: int, cache_argument: str, config: Any) -> None:
+    def __init__(self, operator: Any, layer: int, call: Call, family: Family, config: Any) -> None:
         super().__init__()
         self.operator = operator
         self.layer = layer
-        self.cache_argument = cache_argument
+        self.call = call
+        self.family = family
         self.config = config
         self.step_mode: str | None = None
         self.croppable = True
 
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **others: Any
-    ) -> tuple[Tensor, None]:
-        """(B, L, D) -> (B, L, D) and no attention weights; with a cache, continues from what it has seen.
+    def forward(self, *positional: Any, **others: Any) -> Any:
+        """As the attention it replaces: (B, L, D) -> what the layer expects back of (B, L, D), usually a pair of it and
+        None; with a cache, continues from what it has seen.
 
         Padding and packed documents are honoured as `masks` says; with a cache, packed documents are a ValueError.
         """
-        cache: Any = others.get(self.cache_argument)
-        batch, new, _ = hidden_states.shape
+        given = self.call.by_name(positional, others)
+        y_BLD = self._mixed(given)
+        return self.family.answer(y_BLD if self.family.any_strides else y_BLD.contiguous(), given)
+
+    def _mixed(self, given: Mapping[str, Any]) -> Tensor:
+        x_BLD: Tensor = given["hidden_states"]
+        mask = given.get("attention_mask")
+        if self.family.true_blocks and mask is not None and mask.dtype == torch.bool:
+            mask = ~mask
+        cache: Any = given.get(self.call.cache)
+        cache = getattr(cache, "self_attention_cache", cache)
+        batch, new, _ = x_BLD.shape
         held = None if cache is None else self._held(cache, batch)
-        pattern = pattern_of(attention_mask, batch, 0 if held is None else held.state.length, new)
-        if attention_mask is None and new > 1 and not torch.compiler.is_compiling():
+        seen, hidden = (0, 0) if held is None else (held.state.length, held.hidden(mask, new))
+        pattern = pattern_of(mask, batch, seen - hidden, new)
+        if mask is None and new > 1 and not torch.compiler.is_compiling():
             in_mask = held is None and self.config._attn_implementation in ("sdpa", "eager")  # if there are several
-            position_ids = None if in_mask else others.get("position_ids")
-            pattern = packed_documents(position_ids, others.get("cu_seq_lens_q"), batch, new)
+            position_ids = None if in_mask else given.get("position_ids")
+            pattern = packed_documents(position_ids, given.get("cu_seq_lens_q"), batch, new)
         if held is not None:
             held.check(pattern)
             if cache.offloading:
-                self._bring_the_next(cache, hidden_states.device)
-            return self.operator.extend(hidden_states, held.state, pattern.real_BL)[0], None
+                self._bring_the_next(cache, x_BLD.device)
+            return self.operator.extend(x_BLD, held.state, pattern.real_BL)[0]  # type: ignore[no-any-return]
         if pattern.document_BL is not None:
-            return by_document(self.operator, hidden_states, pattern.document_BL), None
-        return self.operator(hidden_states, pattern.real_BL), None
+            return by_document(self.operator, x_BLD, pattern.document_BL)
+        return self.operator(x_BLD, pattern.real_BL)  # type: ignore[no-any-return]
 
     def new_state(self, batch: int) -> State:
         """The state of `batch` sequences of which nothing was seen. ValueError for a mode that the operator lacks."""
@@ -77,20 +102,21 @@ class SwappedAttention(nn.Module):
         """What attention does in a cache that lies on the CPU: copy the next layer's keys and values meanwhile."""
         if device.type == "cuda":
             cache.prefetch_stream.wait_stream(torch.cuda.default_stream(device))
-        cache.prefetch(self.layer + 1, cache.only_non_sliding)
+        cache.prefetch(self.call.index + 1, cache.only_non_sliding)
 
     def _held(self, cache: Cache, batch: int) -> OperatorCacheLayer:
-        while len(cache.layers) <= self.layer:
+        index = self.call.index
+        while len(cache.layers) <= index:
             cache.layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]
-        found: Any = cache.layers[self.layer]
+        found: Any = cache.layers[index]
         if isinstance(found, OperatorCacheLayer):
             held = found
-        elif found.get_seq_length() > 0:
+        elif isinstance(found, CacheLayerMixin) and found.get_seq_length() > 0:
             raise ValueError(
                 f"the cache has keys and values of layer {self.layer}, which is swapped: start a new cache"
             )
         else:
-            held = cache.layers[self.layer] = OperatorCacheLayer(self.new_state(batch), found)
+            held = cache.layers[index] = layer_for(self.new_state(batch), found)
         if held.state.length == 0 and held.state.batch != batch:
             held.state = self.new_state(batch)
         return held
@@ -113,55 +139,54 @@ def swap(
     are those of the attention they replace, or `dtype`.
     Raises `ValueError` for an unsupported family, weights that are no usual numbers, or an impossible transfer.
     """
-    family = family_of(model)
-    blocks = family.layers(model)
+    there, told = sites(model), model.config.get_text_config(decoder=True)
     placed = []
     if not swapped(model):
-        model.base_model.register_forward_hook(_attentions_by_layer)
+        by_layer = functools.partial(_attentions_by_layer, layers=tuple(there))
+        trunk_of(model).register_forward_hook(by_layer)
     for layer in layers:
-        block = blocks[layer]
-        attention = getattr(block, family.attribute)
-        if isinstance(attention, SwappedAttention):
+        site = there[layer] if layer in there else site_of(model, layer)
+        attention = site.attention
+        if isinstance(attention, Replacement):
             raise ValueError(f"layer {layer} is swapped already")
         like = _precision_of(attention, layer)
-        operator: Any = build(config, model.config.hidden_size, model.config.max_position_embeddings)
+        width, inner = widths(attention, site.family)
+        operator: Any = build(config, width, longest_text(model.config), inner)
         if initialise:
             operator.to(torch.promote_types(like.dtype, torch.float32))
             transfer = getattr(config, "init", "random") == "transfer"
-            read = family.read(attention) if transfer else None
-            if read is not None and statistics and layer in statistics:
-                read = dataclasses.replace(read, statistics=statistics[layer])
-            operator.initialise(None if read is None else _to_read(read), generator)
+            seen = (statistics or {}).get(layer)
+            operator.initialise(_in_single(read(attention, site.family, seen)) if transfer else None, generator)
         operator.to(like.device, dtype or like.dtype)
-        replacement = SwappedAttention(operator, layer, family.cache_argument, model.config)
-        setattr(block, family.attribute, replacement)
+        replacement = SwappedAttention(operator, layer, call_of(site), site.family, told)
+        setattr(site.parent, site.name, replacement)
         placed.append(replacement)
     return placed
 
 
-def _attentions_by_layer(trunk: Any, _: Any, output: Any) -> None:
-    """Where attention weights are asked for, None in the place of layers that have none."""
+def _attentions_by_layer(trunk: Any, _: Any, output: Any, *, layers: tuple[int, ...]) -> None:
+    """Where attention weights are asked for, None in the place of layers that have none; `layers` have a site."""
     weights = getattr(output, "attentions", None)
     if weights is not None:
         without = {module.layer for module in trunk.modules() if isinstance(module, SwappedAttention)}
-        layers, left = trunk.config.num_hidden_layers, iter(weights)
-        if len(weights) == layers - len(without):
-            output["attentions"] = tuple(None if layer in without else next(left) for layer in range(layers))
+        left = iter(weights)
+        if len(weights) == len(layers) - len(without):
+            output["attentions"] = tuple(None if layer in without else next(left) for layer in layers)
 
 
 def _precision_of(attention: nn.Module, layer: int) -> Tensor:
     """A parameter of the attention, of whose device and precision the operator is to be."""
     found = [parameter.detach() for parameter in attention.parameters()]
     odd = [parameter.dtype for parameter in found if parameter.dtype not in PRECISIONS]
-    if odd or not found:
-        what = f"weights of {odd[0]}" if odd else "no weights"
+    if odd:
         raise ValueError(
-            f"the attention of layer {layer} has {what}: load the model with dtype=torch.bfloat16 or float32"
+            f"the attention of layer {layer} has weights of {odd[0]}: load the model with dtype=torch.bfloat16 or "
+            "float32"
         )
     return found[0]
 
 
-def _to_read(read: AttentionWeights) -> AttentionWeights:
+def _in_single(read: AttentionWeights) -> AttentionWeights:
     """The same on the CPU, where operators are set, and in no less than single precision."""
     tensors: dict[str, Any] = {
         name: value.to("cpu", torch.promote_types(value.dtype, torch.float32))
@@ -197,12 +222,5 @@ def fit_errors(model: Any) -> dict[int, Tensor]:
 
 def swapped(model: Any) -> list[SwappedAttention]:
     """What took the place of attention, by layer."""
-    found = [attention_of(model, layer) for layer in range(len(family_of(model).layers(model)))]
+    found = (module for layer in decoder_layers(model) for module in layer.modules())
     return [module for module in found if isinstance(module, SwappedAttention)]
-
-
-def attention_of(model: Any, layer: int) -> nn.Module:
-    """The module that mixes positions in a layer, swapped or not."""
-    family = family_of(model)
-    module: nn.Module = getattr(family.layers(model)[layer], family.attribute)
-    return module

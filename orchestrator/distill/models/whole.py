@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from orchestrator.distill.boundaries import Boundaries, boundaries, configurations_in
 from orchestrator.distill.models.auto import AutoConfig, AutoModelForCausalLM
-from orchestrator.distill.models.families import family_of
+from orchestrator.distill.models.sites import sites
 from orchestrator.study.shapes import base_type, causal_types
 
 transformers_logging.disable_progress_bar()
@@ -55,7 +55,7 @@ def look(given: Given) -> Boundaries:
     if given.gguf is None:
         model, told = _load(given, device_map="meta")
         check_tensors(given.name, model, told)
-        family_of(model)
+        sites(model)
     tokenizer = load_tokenizer(given, config)
     return boundaries(tokenizer, {**configurations_in(Path(given.name)), "config.json": config.to_dict()})
 

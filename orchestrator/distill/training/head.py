@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from orchestrator.distill.models.sites import trunk_of
+
 PROBE = 8  # tokens that a model's logits are compared on
 REMEDY = ": models of this class cannot be distilled or evaluated; take one whose forward is a trunk and a head"
 
@@ -28,10 +30,10 @@ class OutputHead:
     """
 
     def __init__(self, model: Any) -> None:
-        trunk = model.base_model
+        trunk = trunk_of(model)
         self.model = copy.copy(model)
         self.model._modules = {
-            name: _GivenStates() if module is trunk else module for name, module in model._modules.items()
+            name: _GivenStates(trunk) if module is trunk else module for name, module in model._modules.items()
         }
         self.vocabulary = int(model.get_output_embeddings().weight.shape[0])
 
@@ -58,8 +60,23 @@ def wide_heads(*models: Any) -> list[OutputHead]:
     return heads
 
 
+class _LastState(BaseModelOutputWithPast):
+    """A trunk's output of which only the last hidden state is told: of router logits and the like there are none."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 class _GivenStates(nn.Module):
-    """A trunk whose last hidden state is its input."""
+    """A trunk whose last hidden state is its input; else it is like the one that it stands for."""
+
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "trunk", trunk)  # not one of its modules
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "trunk"), name)
 
     @property
     def decoder(self) -> _GivenStates:
@@ -67,12 +84,12 @@ class _GivenStates(nn.Module):
         return self
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+        return _LastState(last_hidden_state=inputs_embeds)
 
 
 def final_hidden(model: Any, ids_BL: Tensor) -> Tensor:
     """The last hidden state, (B, L, D), without making logits."""
-    hidden: Tensor = model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
+    hidden: Tensor = trunk_of(model)(input_ids=ids_BL, use_cache=False).last_hidden_state
     return hidden
 
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from orchestrator.distill.models.families import family_of
-from orchestrator.distill.models.swap import attention_of, swapped
+from orchestrator.distill.models.sites import Site, attention_of, call_of, decoder_layers, site_of
+from orchestrator.distill.models.swap import swapped
 from orchestrator.distill.training.head import OutputHead, final_hidden
 from orchestrator.study.schema import LogitKL, Losses
 
@@ -44,10 +44,13 @@ def recorded(model: Any, mixers: tuple[int, ...], streams: tuple[int, ...]) -> I
     seen = Activations()
     handles = []
 
-    def keep_mixer(layer: int) -> Any:
+    def keep_mixer(site: Site) -> Any:
+        call = call_of(site)
+
         def keep(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            seen.mixer_in[layer] = args[0] if args else kwargs["hidden_states"]
-            seen.mixer_out[layer] = output[0]
+            given = call.by_name(args, kwargs)
+            seen.mixer_in[site.layer] = given["hidden_states"]
+            seen.mixer_out[site.layer] = site.family.mixed(output, given)
 
         return keep
 
@@ -58,9 +61,10 @@ def recorded(model: Any, mixers: tuple[int, ...], streams: tuple[int, ...]) -> I
         return keep
 
     for layer in mixers:
-        handles.append(attention_of(model, layer).register_forward_hook(keep_mixer(layer), with_kwargs=True))
+        site = site_of(model, layer)
+        handles.append(site.attention.register_forward_hook(keep_mixer(site), with_kwargs=True))
     for layer in streams:
-        handles.append(family_of(model).layers(model)[layer].register_forward_hook(keep_stream(layer)))
+        handles.append(decoder_layers(model)[layer].register_forward_hook(keep_stream(layer)))
     try:
         yield seen
     finally:

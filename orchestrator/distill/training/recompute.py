@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from orchestrator.distill.models.families import family_of
+from orchestrator.distill.models.sites import decoder_layers
 
 
 def recompute_layers(model: Any) -> None:
     """Let every layer of a model, operator or attention in it, keep its input only, whenever gradients are taken."""
-    for block in family_of(model).layers(model):
+    for block in decoder_layers(model):
         block.forward = partial(_again, block.forward)
 
 
