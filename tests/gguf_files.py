@@ -21,12 +21,12 @@ NAMES = {
 def small_llama(**more: Any) -> LlamaForCausalLM:
     """A random Llama of 2 layers, width 32, 4 query and 2 key heads, 64 positions and 300 entries."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, rope_theta=1000.0, bos_token_id=1, eos_token_id=2,
-        initializer_range=0.2, **more,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    told = {
+        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64, "rope_theta": 1000.0, "bos_token_id": 1,
+        "eos_token_id": 2, "initializer_range": 0.2,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**(told | more))).eval()
 
 
 def _pairs(weight_DD: Tensor, heads: int) -> Tensor:

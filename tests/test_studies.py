@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from orchestrator.study.loader import read_document, validate
+from orchestrator.study.loader import StudyError, read_document, validate
 from orchestrator.study.plan import make_plan
 from orchestrator.study.sources import resolve
+from tests.gguf_files import small_llama, write_gguf
 from tests.texts import save_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,15 +54,38 @@ def local(hub: Path) -> list[str]:
     ]
 
 
+@pytest.fixture(scope="module")
+def fetched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a GGUF file of as many layers as the one that `make teacher-smollm2` fetches."""
+    root = tmp_path_factory.mktemp("fetched")
+    heads = {"hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3}
+    write_gguf(root / "small.gguf", small_llama(num_hidden_layers=30, max_position_embeddings=8192, **heads))
+    return root
+
+
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_study_parses_plans_and_asks_its_question(path: Path, hub: Path) -> None:
-    document = read_document(path, tuple(local(hub)) if path.stem == "pythia-70m" else ())
+def test_study_parses_plans_and_asks_its_question(path: Path, hub: Path, fetched: Path) -> None:
+    elsewhere = {"pythia-70m": local(hub), "smollm2": [f"teacher.folder={fetched}", "teacher.gguf=small.gguf"]}
+    document = read_document(path, tuple(elsewhere.get(path.stem, ())))
     study = validate(document)
     plan = make_plan(document, study, resolve(study, path.parent))
     assert study.study == path.stem
     assert study.question.endswith("?")
     assert plan.trials
     assert len(path.read_text().splitlines()) <= 90
+
+
+def test_a_teacher_that_is_not_fetched_yet_is_told_with_the_target_that_brings_it(tmp_path: Path) -> None:
+    study = shutil.copytree(ROOT / "studies", tmp_path / "studies") / "smollm2.yaml"
+    with pytest.raises(StudyError, match=r"holds no SmolLM2-[\w.-]+gguf: run `make teacher-smollm2`"):
+        resolve(validate(read_document(study)), study.parent)
+    told = validate(read_document(study)).teacher
+    target = Path(told.folder).relative_to("..") / str(told.gguf)  # type: ignore[union-attr,arg-type]
+    done = subprocess.run(
+        ["make", "--dry-run", "teacher-smollm2", "SMOLLM2=gone"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert f"gone/{target.name}" in done.stdout, done.stderr
+    assert f"SMOLLM2 := {target.parent}\n" in (ROOT / "Makefile").read_text()
 
 
 def test_default_study_sweeps_what_it_promises() -> None:
