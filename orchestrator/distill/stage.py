@@ -7,6 +7,7 @@ Invariant: a result depends on the specification and the parents' artefacts only
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -47,11 +48,13 @@ STUDENT_ORDER = 1  # added to the seed: students and their control read the text
 def run_stage(spec: Any, place: Workplace) -> Result:
     """Compute what `spec` names into `place.out` and return its result, JSON values only.
 
-    The memory that was kept meanwhile is given back: the process may stay, and wait for the next stage.
+    The memory that was kept meanwhile is given back, models that refer to themselves included: the process may stay,
+    and wait for the next stage.
     """
     try:
         return STAGES[spec.kind](spec, place)
     finally:
+        gc.collect()
         give_back_freed_memory()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from orchestrator.distill.models.student import (
     save_student,
     sharing,
 )
-from orchestrator.distill.stage import run_stage
+from orchestrator.distill.stage import STAGES, run_stage
 from orchestrator.distill.training import loop
 from orchestrator.distill.training.journal import read_journal
 from orchestrator.study.schema import Evaluation, Losses, Numerics, Optimizer
@@ -195,3 +196,18 @@ def test_of_a_layer_only_its_input_is_kept(place: Any, tiny_teacher: Path, tmp_p
             run_stage(spec.model_copy(update={"checkpoint_activations": again}), place(f"{kind} {again}", inputs))
         kept.append(total)
     assert kept[1] < kept[0] / 3
+
+
+def test_what_a_stage_held_is_gone_with_it(monkeypatch: pytest.MonkeyPatch, place: Any) -> None:
+    """Models refer to themselves, by hooks and layers called otherwise, so that counting references is not enough."""
+    held: list[weakref.ref[Tensor]] = []
+
+    def stage(spec: Any, at: Any) -> dict[str, Any]:
+        model = torch.nn.Linear(2, 2)
+        model.itself = [model]  # type: ignore[assignment]
+        held.append(weakref.ref(model.weight))
+        return {}
+
+    monkeypatch.setitem(STAGES, "distil", stage)
+    run_stage(spec_of(Optimizer()), place())
+    assert held[0]() is None

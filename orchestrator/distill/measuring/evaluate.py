@@ -151,7 +151,8 @@ def _compare(columns: dict[str, list[Tensor]], own_PV: Tensor, wanted_PV: Tensor
     columns["right"].append(own_top == target_P)
     columns["teacher_right"].append(wanted_top == target_P)
     columns["same"].append(own_top == wanted_top)
-    columns["kl"].append((wanted_PV.exp() * (wanted_PV - own_PV)).sum(-1))
+    apart_PV = torch.sub(wanted_PV, own_PV, out=own_PV)  # in the place of what is not needed any more
+    columns["kl"].append(wanted_PV.exp_().mul_(apart_PV).sum(-1))
 
 
 def _exp(nats: float) -> float:
