@@ -43,6 +43,7 @@ mutants: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.operators
+	$(BIN)/python -m tests.benchmarks.memory
 
 bench-tree: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.tree --scale $(SCALE) --late-scale $(LATE_SCALE)

@@ -124,7 +124,7 @@ def run(
         from orchestrator.record.driver import run_study
         from orchestrator.run.cluster import Cluster, ClusterError
         from orchestrator.run.mirror import Mirror, MirrorError
-        from orchestrator.run.preflight import check_run, idle_gpus
+        from orchestrator.run.preflight import check_memory, check_run, idle_gpus
 
         root = job.home.store.resolve()
         stop = root / f"stop-{uuid.uuid4().hex[:8]}"
@@ -138,6 +138,8 @@ def run(
         try:
             copies = Mirror(mirror) if mirror is not None else None
             check_run(made, context, cluster)
+            known = _store(study, home)
+            check_memory(made, job.speeds, context, cluster, {key for key in known.all_keys() if known.finished(key)})
             if not asked and (idle := idle_gpus(context, cluster)):
                 print(f"note: GPUs of this machine that stay idle: {idle}; --device cuda uses them", file=sys.stderr)
             store = _store(study, home, write=True)

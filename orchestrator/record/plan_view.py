@@ -6,7 +6,7 @@ Invariant: looking changes nothing on disk.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from orchestrator.distill.training.journal import read_journal
@@ -14,7 +14,7 @@ from orchestrator.record.estimate import estimate
 from orchestrator.record.progress import distinct_steps
 from orchestrator.record.records import trial_words
 from orchestrator.run.store import Store, tree_bytes
-from orchestrator.study.plan import Plan, Trial, operator_name
+from orchestrator.study.plan import Plan, Trial, operator_name, stage_memory
 from orchestrator.study.spec import ThroughputSpec, short
 
 Node = dict[str, Any]  # a stage of the tree: key, swapped layers, state, trials that end here, children
@@ -42,6 +42,10 @@ def plan_summary(plan: Plan, store: Store, speeds: dict[str, ThroughputSpec]) ->
         "all_done": sum(store.finished(key) and store.finished(step.evaluate.key) for key, (_, step) in steps.items()),
         "tokens_to_train": sum(tokens for key, tokens in own.items() if not store.finished(key)),
         "estimate": estimate(plan, store, speeds, len(os.sched_getaffinity(0))),
+        "memory": {
+            key: {"kind": memory.spec.model_dump()["kind"], "name": memory.name, "megabytes": round(memory.bytes / 1e6)}
+            for key, memory in stage_memory(plan, speeds, "cpu").items()
+        },
         "controls": list(plan.controls),
         "values": {trial.name: trial.values for trial in plan.trials},
         "words": trial_words(plan),
@@ -70,6 +74,7 @@ def plan_text(plan: Plan, store: Store, speeds: dict[str, ThroughputSpec]) -> st
         f"factor {summary['sharing']:.2f} in stages, {summary['sharing_tokens']:.2f} in tokens",
         f"in the store: {summary['done']} of them; with teacher and controls {summary['all_done']} of "
         f"{summary['all_stages']}",
+        *_memory_lines(told for key, told in summary["memory"].items() if not store.finished(key)),
         _cost_text(summary),
     ]
     return "\n".join(lines)
@@ -164,6 +169,23 @@ def _rows(nodes: list[Node], indent: str, operator: str, words: dict[str, str]) 
         tokens = _tokens(sum(stage["tokens"] for stage in stretch))
         yield f"{indent}{'└─' if last else '├─'} {own}{told}", tokens, ", ".join(ends), tried
         yield from _rows(stretch[-1]["children"], indent + ("   " if last else "│  "), node["operator"], words)
+
+
+def _memory_lines(memory: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """What the process of a stage takes on a CPU, by kind of stage, from the least to the most."""
+    kinds: dict[str, list[int]] = {}
+    for told in memory:
+        kinds.setdefault(told["kind"], []).append(told["megabytes"])
+    parts = []
+    for kind, each in kinds.items():
+        least = "" if min(each) == max(each) else f"{min(each)}-"
+        parts.append(f"{kind} {least}{_megabytes(max(each))}")
+    if parts:
+        yield f"memory of a stage: {', '.join(parts)}"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count} MB" if count < 10_000 else f"{count / 1e3:.1f} GB"
 
 
 def _cost_text(summary: dict[str, Any]) -> str:

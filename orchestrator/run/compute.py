@@ -7,6 +7,7 @@ inputs that are not what their stages published, or in part.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import platform
@@ -21,6 +22,7 @@ from typing import Any
 from orchestrator.distill.context import RunContext, Stopped, Workplace
 from orchestrator.files import fsync_tree, sealed, sha256_file, write_json, write_text
 from orchestrator.run.claims import Claim, claim_of
+from orchestrator.run.cluster import uses_device
 from orchestrator.run.mirror import Mirror
 from orchestrator.run.store import ATTEMPT, DONE, FAILURE, Store, StoreError, clear_torn, tree_bytes
 from orchestrator.study.spec import short, spec_from_json
@@ -70,6 +72,7 @@ def _attempt(spec: Any, spec_json: str, store: Store, folder: Path, context: Run
         raise Stopped("the run was asked to stop before this stage began")
     _check_inputs(spec, store)
     from orchestrator.distill.stage import run_stage  # torch: only where a stage is computed
+    from orchestrator.distill.training.memory import peak_mb, reset_peak
     from orchestrator.run.distributed import run_on_ranks
 
     out, work = folder / f"out-{uuid.uuid4().hex[:8]}", folder / "work"  # `out` is this attempt's alone
@@ -88,10 +91,13 @@ def _attempt(spec: Any, spec_json: str, store: Store, folder: Path, context: Run
         work.mkdir(exist_ok=True)
         inputs = {role: store.artefacts(key) for role, key in spec.parents.items()}
         run = run_stage if spec.world_size == 1 else run_on_ranks
+        device = context.device if uses_device(spec) else "cpu"
+        reset_peak(device)
         result = run(spec, Workplace(inputs, work, folder, out, context, partial(store.say, spec.key)))
         if claim.lost():
             raise ClaimLost(f"stage {short(spec.key)} was taken over by another process")
-        _publish(spec, folder, out, result, began, busy)
+        peak = peak_mb(device) if spec.world_size == 1 else None
+        _publish(spec, folder, out, result, Cost(began, busy, peak))
     except (Stopped, Disturbed, ClaimLost):
         raise
     except Exception as error:
@@ -144,7 +150,16 @@ def _storage_trouble(error: BaseException, store: Store) -> str | None:
     return None
 
 
-def _publish(spec: Any, folder: Path, out: Path, result: dict[str, Any], began: float, busy: float) -> None:
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """When an attempt began, by the clock and in seconds of its process, and the most memory that one process took."""
+
+    began: float
+    busy: float
+    peak_mb: float | None
+
+
+def _publish(spec: Any, folder: Path, out: Path, result: dict[str, Any], cost: Cost) -> None:
     if not (folder / ATTEMPT).is_file():
         raise Disturbed(f"the directory of stage {short(spec.key)} was deleted under it")
     fsync_tree(out)
@@ -156,8 +171,9 @@ def _publish(spec: Any, folder: Path, out: Path, result: dict[str, Any], began: 
         "key": spec.key,
         "kind": spec.kind,
         "result": result,
-        "seconds": time.monotonic() - began,
-        "core_seconds": time.process_time() - busy,
+        "seconds": time.monotonic() - cost.began,
+        "core_seconds": time.process_time() - cost.busy,
+        "peak_mb": cost.peak_mb,
         "finished": time.time(),
         "files": {path.relative_to(artefacts).as_posix(): sha256_file(path) for path in files},
     }

@@ -1,5 +1,5 @@
-"""What would stop a run is told before it writes anything: an unknown device, an absent cluster, too few cores. And
-what it leaves unused.
+"""What would stop a run is told before it writes anything: an unknown device, an absent cluster, too few cores, too
+little memory. And what it leaves unused.
 
 Place in the flow: between the plan and the sweep. Invariant: no answer takes long, and nothing is created but the
 store where the nodes of a cluster have to show that they see it.
@@ -11,12 +11,22 @@ import contextlib
 import math
 import os
 import socket
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
 
 from orchestrator.distill.context import RunContext
 from orchestrator.run.cluster import Cluster, ClusterError, absent, check_before_start
 from orchestrator.run.temporary import TemporaryError, temporary_root
-from orchestrator.study.plan import Plan
+from orchestrator.study.plan import Plan, stage_memory
+from orchestrator.study.spec import DistilSpec, EvaluateSpec, ScratchSpec, TeacherSpec, ThroughputSpec, short
 
+LIMITS = (  # of the control group, version 2 and 1, and what is used of it
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 DEVICES = ("cpu", "cuda")
 ANSWER_SECONDS = 5.0
 HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # of HTTP/2, which Ray's head speaks
@@ -45,6 +55,53 @@ def check_run(plan: Plan, context: RunContext, cluster: Cluster) -> None:
     else:
         _knock(cluster.address)
     check_before_start(plan.specs.values(), context, cluster)
+
+
+def check_memory(
+    plan: Plan, speeds: Mapping[str, ThroughputSpec], context: RunContext, cluster: Cluster, done: Collection[str]
+) -> None:
+    """Raise `ClusterError` where a stage outside `done`, by its key, cannot fit the memory of this machine or its GPU.
+
+    A cluster's nodes are not asked: their memory is not this machine's.
+    """
+    if cluster.address is not None:
+        return
+    free, what = available_bytes(context), "of the GPU " if context.device == "cuda" else ""
+    for key, memory in stage_memory(plan, speeds, context.device).items():
+        if key not in done and memory.bytes > free:
+            raise ClusterError(
+                f"stage {short(key)} ({memory.name}) needs about {memory.bytes / 1e9:.1f} GB {what}and "
+                f"{free / 1e9:.1f} GB are free: {', '.join(_remedies(memory.spec))}"
+            )
+
+
+def available_bytes(context: RunContext) -> int:
+    """The memory that one process of a stage may have: of the machine and its control group, or of a GPU's share."""
+    if context.device == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0] * min(1.0, context.gpus_per_stage or 1.0))
+    free = int(psutil.virtual_memory().available)
+    for most, used in LIMITS:
+        try:
+            free = min(free, int(Path(most).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such group, or "max": no limit
+            continue
+    return free
+
+
+def _remedies(spec: Any) -> list[str]:
+    """What would make a stage smaller, and is not done already."""
+    alone = isinstance(spec, TeacherSpec | ScratchSpec)
+    found = {
+        "set recipe.checkpoint_activations": not getattr(spec, "checkpoint_activations", True),
+        "lower recipe.batch_size": isinstance(spec, DistilSpec | ScratchSpec) and spec.batch_size > 1,
+        "lower teacher.batch_size": isinstance(spec, TeacherSpec) and spec.batch_size > 1,
+        "lower evaluation.batch_size": isinstance(spec, EvaluateSpec) and spec.evaluation.batch_size > 1,
+        "set numerics.dtype and teacher_dtype to bfloat16": not alone and spec.numerics.teacher_dtype == "float32",
+        "set recipe.optimizer.rest_scale to 0": isinstance(spec, DistilSpec) and spec.optimizer.rest_scale > 0,
+    }
+    return [*(remedy for remedy, helps in found.items() if helps), "or take a machine that has as much"]
 
 
 def idle_gpus(context: RunContext, cluster: Cluster) -> int:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from operators.config import HyenaConfig, SkipConfig
 from orchestrator.study.explain import steps_of
 from orchestrator.study.loader import Document, StudyError, with_values
+from orchestrator.study.memory import Sizes, sizes_of, stage_bytes
 from orchestrator.study.schema import Study
 from orchestrator.study.search import sample
 from orchestrator.study.sources import Resolved
@@ -40,6 +41,15 @@ class Trial:
 
 
 @dataclasses.dataclass(frozen=True)
+class Memory:
+    """What a process of a stage takes at most, in bytes."""
+
+    name: str  # for people
+    spec: Spec
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """Everything a study asks for, before anything runs."""
 
@@ -49,6 +59,7 @@ class Plan:
     controls: dict[str, Step]  # by name
     trials: tuple[Trial, ...]
     total_layers: int
+    sizes: Sizes
 
     @property
     def steps(self) -> Iterator[Step]:
@@ -95,7 +106,7 @@ def make_plan(document: Document, study: Study, resolved: Resolved) -> Plan:
         trials.append(Trial(f"trial-{index:02d}", values, point, steps))
     root = Step(teacher, evaluation_of(study, tokens, teacher, teacher.key), (), 0)
     controls = dict(_controls(study, resolved, tokens, teacher, trials))
-    return Plan(study, tokens, root, controls, tuple(trials), layers)
+    return Plan(study, tokens, root, controls, tuple(trials), layers, resolved.sizes or sizes_of(resolved.architecture))
 
 
 def throughput_specs(plan: Plan, hardware: str) -> dict[str, ThroughputSpec]:
@@ -121,6 +132,21 @@ def throughput_specs(plan: Plan, hardware: str) -> dict[str, ThroughputSpec]:
             rest_trains=rest_scale > 0 or not step.swapped,
             freeze=tuple(sorted(set(freeze))) if step.swapped else (),
         )
+    return found
+
+
+def stage_memory(plan: Plan, speeds: Mapping[str, ThroughputSpec], device: str) -> dict[str, Memory]:
+    """By key, what the stages of a plan that hold a model take; `speeds` are the measurements of its steps."""
+    names = {plan.teacher.train.key: "the teacher", **{step.train.key: name for name, step in plan.controls.items()}}
+    found: dict[str, Memory] = {}
+    for step in plan.steps:
+        operator = operator_name(getattr(step.train, "operator", SkipConfig()))
+        name = names.get(step.train.key, f"{operator} in layers {', '.join(map(str, step.swapped))}")
+        asked = {"": step.train, "evaluation of ": step.evaluate, "speed of ": speeds.get(step.train.key)}
+        for prefix, spec in asked.items():
+            taken = None if spec is None else stage_bytes(spec, plan.sizes, step.swapped, device, step.train)
+            if spec is not None and taken is not None:
+                found.setdefault(spec.key, Memory(f"{prefix}{name}", spec, taken))
     return found
 
 

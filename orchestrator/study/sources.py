@@ -19,9 +19,10 @@ from typing import Any
 from orchestrator.files import canonical_json, sha256_file
 from orchestrator.study.gguf_file import gguf_config
 from orchestrator.study.loader import StudyError
+from orchestrator.study.memory import Sizes, sizes_of
 from orchestrator.study.pretrained import check_precision
 from orchestrator.study.schema import FileSource, HubSource, Pretrain, Pretrained, Source, StdlibSource, Study
-from orchestrator.study.shapes import attention_layers, inner_width, sizes
+from orchestrator.study.shapes import attention_layers, inner_width, sizes, text_config
 from orchestrator.study.spec import Architecture, SourceIdentity
 
 SKIPPED_FOLDERS = {
@@ -60,6 +61,7 @@ class Resolved:
     locations: dict[str, Location]  # by fingerprint
     sites: tuple[int, ...]  # the teacher's layers that have softmax attention, which can be swapped
     inner: int  # width between the projections of its attention, and of what takes its place
+    sizes: Sizes | None = None  # of a pretrained teacher, which the memory of its stages follows from
 
 
 def resolve(study: Study, base: Path) -> Resolved:
@@ -88,7 +90,8 @@ def resolve(study: Study, base: Path) -> Resolved:
     if not sites:
         raise StudyError("teacher: by config.json no layer has softmax attention: give a model with some that have")
     architecture = Architecture(**found, pretrained=fingerprint)
-    return Resolved(train, validation, architecture, fingerprint, locations, sites, inner_width(config, found))
+    inner, described = inner_width(config, found), sizes_of(architecture, text_config(config))
+    return Resolved(train, validation, architecture, fingerprint, locations, sites, inner, described)
 
 
 def stdlib_files() -> list[tuple[str, Path]]:

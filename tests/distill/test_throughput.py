@@ -15,6 +15,7 @@ from orchestrator.distill.measuring.throughput import measure_throughput
 from orchestrator.distill.models.sites import attention_of
 from orchestrator.distill.models.student import load_teacher
 from orchestrator.distill.models.swap import swap, swapped
+from orchestrator.distill.training import memory
 from orchestrator.distill.training.optimizers import make_optimizers
 from orchestrator.study.schema import Numerics, Optimizer, Throughput
 from orchestrator.study.spec import ThroughputSpec
@@ -135,9 +136,9 @@ def test_the_peak_of_a_gpu_is_what_its_allocator_tells(monkeypatch: pytest.Monke
     peak = [5 * 2**20]
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 2**20))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
-    assert module._peak_mb("cuda") == 5.0
-    module._reset_peak("cuda")
-    assert module._peak_mb("cuda") == 1.0
+    assert memory.peak_mb("cuda") == 5.0
+    memory.reset_peak("cuda")
+    assert memory.peak_mb("cuda") == 1.0
 
 
 def test_the_peak_of_a_process_is_told_in_megabytes_since_it_was_forgotten() -> None:
@@ -146,10 +147,10 @@ def test_the_peak_of_a_process_is_told_in_megabytes_since_it_was_forgotten() -> 
     except OSError:
         pytest.skip("the system does not let a process forget its peak")
     torch.ones(100 * 2**18)
-    module._reset_peak("cpu")
-    before = module._peak_mb("cpu")
+    memory.reset_peak("cpu")
+    before = memory.peak_mb("cpu")
     held = torch.ones(50 * 2**18)  # of 4 bytes
-    after = module._peak_mb("cpu")
+    after = memory.peak_mb("cpu")
     assert 45 <= after - before <= 60 and len(held)
     del held
-    assert module._peak_mb("cpu") == pytest.approx(after, abs=5)  # a peak, not what is held now; Linux counts roughly
+    assert memory.peak_mb("cpu") == pytest.approx(after, abs=5)  # a peak, not what is held now; Linux counts roughly

@@ -24,6 +24,7 @@ controls: scratch hyena-2, scratch hyena-4h, skip (4)
 
 3 trials ask for 9 stages, 7 distinct: sharing factor 1.29 in stages, 1.25 in tokens
 in the store: 0 of them; with teacher and controls 0 of 14
+memory of a stage: teacher 597 MB, evaluate 583-584 MB, throughput 577-583 MB, scratch 581-583 MB, distil 566-589 MB
 to do: 174 k tokens to train; time and disk are not known yet: no stage was measured in this store
 """
 
@@ -35,8 +36,8 @@ def plan(home: Path, *given: str, study: str = "smoke") -> str:
     return result.stdout
 
 
-def summary(home: Path, *given: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(plan(home, "--json", *given))
+def summary(home: Path, *given: str, study: str = "smoke") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(plan(home, "--json", *given, study=study))
     return found
 
 
@@ -53,6 +54,15 @@ def test_the_default_study_fits_a_screen(tmp_path: Path) -> None:
     assert len(lines) <= 30
     assert max(map(len, lines)) <= 120
     assert sum("trial-" in line for line in lines) == 18
+
+
+def test_memory_is_told_for_every_stage_that_holds_a_model(tmp_path: Path) -> None:
+    found = summary(tmp_path / "home", study="layerwise")["memory"]
+    kinds = {told["kind"] for told in found.values()}
+    assert kinds == {"teacher", "evaluate", "throughput", "scratch", "distil"}
+    named = {told["name"]: told["megabytes"] for told in found.values()}
+    assert named["skip 0"] < named["hyena-2 in layers 0, 1"] < named["hyena-3 in layers 0, 1, 2, 3, 4, 5"] < 750
+    assert {f"{before}the teacher" for before in ("", "evaluation of ", "speed of ")} < named.keys()
 
 
 def test_operators_are_told_by_name_and_by_what_tells_those_of_one_name_apart(tmp_path: Path) -> None:

@@ -84,6 +84,13 @@ def family(text: Small, monkeypatch: pytest.MonkeyPatch) -> tuple[Small, TokensS
     return (spec, context, store), child
 
 
+def test_a_finished_stage_tells_the_peak_of_its_process(text: Small) -> None:
+    spec, context, store = text
+    compute(spec.model_dump_json(), context)
+    here = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
+    assert 50 < store.done(spec.key)["peak_mb"] <= int(here) / 1024
+
+
 def test_a_full_disk_fails_the_stage_clearly_and_room_lets_it_go_on(
     tmp_path: Path, mount: Callable[[str], Path]
 ) -> None:

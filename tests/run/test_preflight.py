@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from orchestrator.cli import app
 from orchestrator.distill.context import RunContext
-from orchestrator.run.preflight import idle_gpus
+from orchestrator.run import preflight
+from orchestrator.run.cluster import ClusterError
+from orchestrator.run.preflight import check_memory, idle_gpus
 from orchestrator.run.sweep import Cluster, connected
+from orchestrator.study.plan import stage_memory
+from orchestrator.study.schema import Numerics, Optimizer
+from orchestrator.study.spec import short
+from tests.record.handmade import Hand
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = "study: s\nrecipe: {phases: [{tokens: 1024, losses: {kl: 1.0}}]}\n"
@@ -47,3 +56,58 @@ def test_a_plan_that_does_not_fit_a_running_cluster_is_told_and_nothing_is_writt
 def test_gpus_that_nobody_asked_for_are_counted(address: str | None, gpus: int, device: str, idle: int) -> None:
     context = RunContext(store="s", device=device)
     assert idle_gpus(context, Cluster(address, cpus=2, gpus=gpus)) == idle
+
+
+def test_a_stage_that_cannot_fit_this_machine_ends_the_run_before_it_begins(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(STUDY)
+    words = ["run", str(tmp_path / "s.yaml"), "--home", str(tmp_path / "home")]
+    large = [
+        "teacher.kind=pretrain",
+        "teacher.layers=80",
+        "teacher.hidden=16384",
+        "teacher.heads=128",
+        "teacher.optimizer.method=adamw",
+    ]
+    done = CliRunner().invoke(app, [*words, *(word for each in large for word in ("--set", each))])
+    assert done.exit_code == 2, done.output
+    wanted = r"stage [0-9a-f]{16} \(the teacher\) needs about (\d+)\.\d GB and (\d+)\.\d GB are free: "
+    told = re.fullmatch(wanted + "lower teacher.batch_size, or take a machine that has as much\n", done.stderr)
+    assert told and int(told[1]) > 3000 > int(told[2])
+    assert [path.name for path in tmp_path.iterdir()] == ["s.yaml"]
+
+
+def test_only_what_is_left_to_do_has_to_fit_and_only_on_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hand = Hand(tmp_path)
+    needed = {key: memory.bytes for key, memory in stage_memory(hand.plan, hand.speeds, "cpu").items()}
+    largest = max(needed, key=lambda key: needed[key])
+    monkeypatch.setattr(preflight, "available_bytes", lambda context: needed[largest] - 1)
+    context, here = RunContext(store="s"), Cluster(cpus=1, gpus=0)
+    with pytest.raises(ClusterError, match=f"stage {short(largest)} "):
+        check_memory(hand.plan, hand.speeds, context, here, ())
+    rest = {key for key, taken in needed.items() if taken == needed[largest]}
+    check_memory(hand.plan, hand.speeds, context, here, rest)
+    check_memory(hand.plan, hand.speeds, context, Cluster("10.0.0.1:6379", cpus=1, gpus=0), ())
+
+
+def test_remedies_are_those_that_a_stage_has_not_taken_yet(tmp_path: Path) -> None:
+    student = Hand(tmp_path).steps["two 0"].train
+    tight = student.model_copy(update={
+        "checkpoint_activations": True, "batch_size": 1, "optimizer": Optimizer(rest_scale=0.0),
+        "numerics": Numerics(dtype="bfloat16", teacher_dtype="bfloat16"),
+    })  # fmt: skip
+    assert preflight._remedies(tight) == ["or take a machine that has as much"]
+    assert preflight._remedies(student)[:-1] == [
+        "set recipe.checkpoint_activations", "lower recipe.batch_size",
+        "set numerics.dtype and teacher_dtype to bfloat16", "set recipe.optimizer.rest_scale to 0",
+    ]  # fmt: skip
+
+
+def test_a_control_group_may_have_less_than_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "max").write_text("5000000\n")
+    (tmp_path / "current").write_text("2000000\n")
+    monkeypatch.setattr(preflight, "LIMITS", ((tmp_path / "max", tmp_path / "current"), (tmp_path / "no", "such")))
+    assert preflight.available_bytes(RunContext(store="s")) == 3_000_000
+    (tmp_path / "max").write_text("max\n")
+    assert preflight.available_bytes(RunContext(store="s")) > 3_000_000

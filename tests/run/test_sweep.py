@@ -154,7 +154,7 @@ def test_a_trial_wants_its_stages_in_turn_and_reports_after_each(hand: Hand, tun
 
 def test_a_plan_without_trials_starts_no_tuner(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "Tuner", None)
-    empty = Plan(hand.plan.study, hand.plan.tokens, hand.plan.teacher, {}, (), 2)
+    empty = Plan(hand.plan.study, hand.plan.tokens, hand.plan.teacher, {}, (), 2, hand.plan.sizes)
     module._run_trials(empty, Broker(), Outcome(), NODES)
 
 

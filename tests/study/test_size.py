@@ -19,7 +19,7 @@ recipe: {phases: [{tokens: 640, losses: {kl: 1}}]}
 throughput: {lengths: [64, 128]}
 """
 SHAPE = Architecture(layers=2, hidden=128, heads=4, intermediate=512, max_length=1024, vocabulary=2048)
-RESOLVED = Resolved(SourceIdentity(source="text", fingerprint="f"), None, SHAPE, None, {}, (0, 1))
+RESOLVED = Resolved(SourceIdentity(source="text", fingerprint="f"), None, SHAPE, None, {}, (0, 1), 128)
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from orchestrator.distill.models.student import load_teacher, own_what_trains, s
 from orchestrator.distill.models.swap import swap, swapped
 from orchestrator.distill.training.loop import autocast, prepare
 from orchestrator.distill.training.losses import next_token_loss, train_operators_only
-from orchestrator.distill.training.memory import give_back_freed_memory
+from orchestrator.distill.training.memory import peak_mb, reset_peak
 from orchestrator.distill.training.optimizers import set_trainable
 from orchestrator.study.spec import ThroughputSpec
 
@@ -72,9 +71,9 @@ def measure_throughput(spec: ThroughputSpec, place: Workplace) -> dict[str, Any]
     native.use(spec.numerics.core == "native")
     train = _compare(lambda m: _train(m, *size, spec, device), size[0] * size[1], teacher, student, settings.repeats)
     result |= {key.format("train"): value for key, value in train.items()}
-    _reset_peak(device)
+    reset_peak(device)
     _train(student, *size, spec, device)
-    return {**result, "train_peak_mb": _peak_mb(device)}
+    return {**result, "train_peak_mb": peak_mb(device)}
 
 
 def _compare(timed: Timed, tokens: int, teacher: Any, student: Any, repeats: int) -> dict[str, float]:
@@ -164,27 +163,3 @@ class _clock:
     def _wait(self) -> None:
         if self.device.startswith("cuda"):
             torch.cuda.synchronize()
-
-
-def _reset_peak(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        return
-    give_back_freed_memory()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the high-water mark of this process
-    except OSError:
-        return
-
-
-def _peak_mb(device: str) -> float:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) / 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

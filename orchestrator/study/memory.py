@@ -1,0 +1,292 @@
+"""The memory of a stage before it runs: what it holds, what its activations take, what its process takes.
+
+Place in the flow: `plan` tells it for every stage, and a run whose stages cannot fit ends before it begins. Arithmetic
+only, without torch. Invariant: what a stage holds is counted exactly (tests build the modules), its activations are
+about what torch keeps for gradients (`tests/study/test_stage_memory.py` measures it again), and the whole is held
+against measured peaks in `tests/benchmarks/memory.md`.
+
+Numbers are float32 and of 4 bytes where nothing else is said. D is the model's width, I that of its feed-forward block,
+E the rows of an operator's projection.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+from operators.config import FirFilterConfig, HyenaConfig, ImplicitFilterConfig, ModalFilterConfig
+from orchestrator.study.spec import (
+    Architecture,
+    DistilSpec,
+    EvaluateSpec,
+    ImportSpec,
+    ScratchSpec,
+    TeacherSpec,
+    ThroughputSpec,
+)
+
+PROCESS = {"cpu": 565e6, "cuda": 0.6e9}  # a worker of Ray with torch and transformers; on a GPU context and libraries
+SLACK = 1.05  # of what is allocated: pieces that are free but too small
+LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # numbers of one chunk, as `losses` has it
+EVALUATION = 1.3  # of what an evaluation computes with: small results lie between what is free again
+OF_LOGITS = {"kl": 8, "ce": 4, "evaluate": 5}  # tensors as large as a chunk at once
+NARROW, NARROW_HEADS = 0.58, 0.34  # of activations under bfloat16 autocast: norms, filters and FFTs stay float32
+GATED = ("silu", "swish", "swiglu")  # activations of blocks that multiply two maps of their input
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+TIED = ("gpt2", "gpt_bigcode", "gemma", "opt", "bloom", "falcon", "mpt")  # types whose head is the embedding, unsaid
+HEAD_NAMES = ("lm_head.weight", "embed_out.weight")
+TABLE_NAMES = ("model.embed_tokens.weight", "gpt_neox.embed_in.weight", "transformer.wte.weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What the memory of a teacher's stages follows from.
+
+    Attributes:
+        parameters: all of them, a tied head once.
+        embedding, head: of the embedding, and of an output head of its own, 0 where it is tied.
+        attention: of one layer's attention.
+        between: the width between its projections, and those of what takes its place.
+        gated: whether the feed-forward block multiplies two maps of its input.
+    """
+
+    shape: Architecture
+    parameters: int
+    embedding: int
+    head: int
+    attention: int
+    between: int
+    gated: bool
+
+    @property
+    def blocks(self) -> int:
+        """Parameters outside embedding and head."""
+        return self.parameters - self.embedding - self.head
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """Parameters of an operator: matrices that Muon takes, what else trains, what stays as it is."""
+
+    matrices: int = 0
+    others: int = 0
+    fixed: int = 0
+
+    @property
+    def trained(self) -> int:
+        return self.matrices + self.others
+
+
+def sizes_of(shape: Architecture, config: Mapping[str, Any] | None = None) -> Sizes:
+    """The sizes of a GPT-NeoX that is made here, exactly, or of the model that a config.json describes.
+
+    Those are exact but for norms and biases where its blocks are a dense attention and feed-forward block of the usual
+    kinds, and about right for others.
+    """
+    width, inner, table = shape.hidden, shape.intermediate, shape.vocabulary * shape.hidden
+    if config is None:
+        attention = 4 * width * width + 4 * width
+        block = attention + 2 * width * inner + inner + width + 4 * width
+        return Sizes(shape, 2 * table + shape.layers * block + 2 * width, table, table, attention, width, False)
+    head_size = config.get("head_dim") or width // shape.heads
+    groups = config.get("num_key_value_heads") or (1 if config.get("multi_query") else shape.heads)
+    attention = 2 * width * head_size * (shape.heads + groups)
+    kind = str(config.get("model_type"))
+    gated = _activation(config) in GATED or kind.startswith("gemma")
+    experts = next((config[name] for name in EXPERTS if isinstance(config.get(name), int)), 1)
+    block = attention + (3 if gated else 2) * width * inner * max(1, experts)
+    tied = config.get("tie_word_embeddings", kind.startswith(TIED))
+    head = 0 if tied else table
+    return Sizes(shape, table + head + shape.layers * block, table, head, attention, head_size * shape.heads, gated)
+
+
+def _activation(config: Mapping[str, Any]) -> Any:
+    names = ("hidden_act", "hidden_activation", "activation_function")
+    return next((config[name] for name in names if config.get(name)), None)
+
+
+def operator_parameters(config: Any, width: int, longest: int, between: int | None = None) -> Operator:
+    """Of an operator in a model of that width and longest text, `between` wide between its projections (as the model
+    where nothing is said); none of what is skipped."""
+    if not isinstance(config, HyenaConfig):
+        return Operator()
+    between = between or width
+    rows = _rows(config, between)
+    filters, direct = (config.heads, between) if config.heads else ((config.order - 1) * between,) * 2
+    mapped = config.heads * _key_width(config, between) ** 2 if config.heads and config.feature_map == "hedgehog" else 0
+    trained, fixed = _filter_parameters(config.filter, filters, longest)
+    others = rows + width + rows * config.short_taps + rows + direct + mapped + trained
+    return Operator(width * rows + between * width, others, fixed)
+
+
+def stage_bytes(
+    spec: Any, sizes: Sizes, swapped: tuple[int, ...], device: str = "cpu", subject: Any = None
+) -> int | None:
+    """The most memory that a process of the stage takes, in bytes; None for one that holds no model.
+
+    Args:
+        swapped: the layers that are operators in it.
+        device: "cpu": of the process; "cuda": of the device.
+        subject: the stage whose model is evaluated, of an evaluation.
+    """
+    kind = "cuda" if device.startswith("cuda") else "cpu"
+    held = held_bytes(spec, sizes, swapped, subject)
+    if held is None:
+        return None
+    most = SLACK * (held + passing_bytes(spec, sizes, swapped, kind))
+    if kind == "cpu" and _narrow(spec):  # at its beginning, when the teacher's file in float32 is read
+        most = max(most, 6.0 * sizes.parameters)
+    return round(PROCESS[kind] + most)
+
+
+def held_bytes(spec: Any, sizes: Sizes, swapped: tuple[int, ...], subject: Any = None) -> int | None:
+    """Of weights, gradients and the optimizer's state in a step of the stage; None for one that holds no model."""
+    if isinstance(spec, ImportSpec):
+        return 4 * sizes.parameters
+    if not hasattr(spec, "numerics"):
+        return None
+    shape, config = sizes.shape, getattr(subject or spec, "operator", None)
+    placed = [operator_parameters(config, shape.hidden, shape.max_length, sizes.between)] * len(swapped)
+    matrices, others = sum(each.matrices for each in placed), sum(each.others for each in placed)
+    operator = 4 * (matrices + others + sum(each.fixed for each in placed))
+    alone = isinstance(spec, TeacherSpec | ScratchSpec)  # no frozen teacher beside it
+    weights = (2 if _narrow(spec) else 4) * sizes.parameters + operator
+    if isinstance(spec, EvaluateSpec):  # the subject, where it is no teacher, has of its own what it trained
+        moved = isinstance(subject, ScratchSpec) or bool(getattr(subject, "phases", ()))
+        return weights + (4 * sum(_trained_rest(subject, sizes, swapped)) if moved else 0)
+    body, tables = _trained_rest(spec, sizes, swapped)
+    trained = matrices + others + body + tables
+    if isinstance(spec, ThroughputSpec):  # gradients of one model at a time
+        return weights + 4 * (body + tables) + 4 * trained
+    if isinstance(spec, DistilSpec) and not spec.phases:
+        return weights
+    moments = 8 * trained - (4 * (matrices + body) if spec.optimizer.method == "muon" else 0)
+    own = -4 * len(swapped) * sizes.attention if alone else 4 * (body + tables)
+    return weights + own + 4 * trained + moments
+
+
+def _narrow(spec: Any) -> bool:
+    """Whether the stage has a frozen teacher, in bfloat16."""
+    return isinstance(spec, DistilSpec | EvaluateSpec | ThroughputSpec) and spec.numerics.teacher_dtype == "bfloat16"
+
+
+def passing_bytes(spec: Any, sizes: Sizes, swapped: tuple[int, ...], device: str = "cpu") -> int:
+    """Of what comes and goes in a step: activations kept for gradients, logits, statistics of attention."""
+    if isinstance(spec, ImportSpec):
+        return 0
+    length: int = spec.sequence_length
+    if isinstance(spec, EvaluateSpec):
+        settings = spec.evaluation
+        batch = min(settings.batch_size * length, settings.tokens)
+        hidden = 8 * settings.tokens * sizes.shape.hidden
+        layer, logits = _layer_bytes(sizes, batch, None, True), _logits(sizes, length, "evaluate", device)
+        return round(EVALUATION * (hidden + layer + logits))
+    size: int = spec.train_batch_size if isinstance(spec, ThroughputSpec) else spec.batch_size
+    tokens = size * length // spec.numerics.world_size
+    phases = [phase.losses for phase in getattr(spec, "phases", ())]
+    if not phases and isinstance(spec, DistilSpec):
+        return _statistics(spec, sizes)
+    kl = any(losses.logit_kl.weight > 0 for losses in phases)
+    seen = max((2 * (losses.mixer_mse > 0) + (losses.hidden_mse > 0) for losses in phases), default=0)
+    teachers: int = 4 * seen * len(getattr(spec, "layers", ())) * tokens * sizes.shape.hidden
+    step: float = (
+        _activations(spec, sizes, swapped, tokens) + teachers + _logits(sizes, tokens, "kl" if kl else "ce", device)
+    )
+    return max(round(step), _statistics(spec, sizes))
+
+
+def _activations(spec: Any, sizes: Sizes, swapped: tuple[int, ...], tokens: int) -> float:
+    """What the layers keep for gradients, and the gradients of one of them on their way."""
+    each = kept_by_layers(spec, sizes, swapped, tokens)
+    largest = max(each, default=0.0)
+    if getattr(spec, "checkpoint_activations", False):
+        return 4 * len(each) * tokens * sizes.shape.hidden + 2 * largest
+    return sum(each) + largest
+
+
+def kept_by_layers(spec: Any, sizes: Sizes, swapped: tuple[int, ...], tokens: int) -> list[float]:
+    """Bytes that each layer keeps for gradients, from the lowest that takes any."""
+    body, _ = _trained_rest(spec, sizes, swapped)
+    lowest = 0 if body or not swapped else min(swapped)
+    narrow = spec.numerics.dtype == "bfloat16"
+    copied = narrow and (body > 0 or spec.numerics.teacher_dtype == "float32")  # weights, for products in bfloat16
+    found = []
+    for layer in range(lowest, sizes.shape.layers):
+        weights = sizes.blocks // sizes.shape.layers - (sizes.attention if layer in swapped else 0)
+        operator = getattr(spec, "operator", None) if layer in swapped else None
+        kept = _layer_bytes(sizes, tokens, operator, body > 0, narrow)
+        found.append(kept + (2 * weights if copied else 0))
+    return found
+
+
+def _layer_bytes(sizes: Sizes, tokens: int, operator: Any, rest_trains: bool, narrow: bool = False) -> float:
+    """Of what one layer keeps for gradients, counted in torch 2.13."""
+    width, inner = sizes.shape.hidden, sizes.shape.intermediate
+    if sizes.gated:
+        block = 2.0 * width + 4 * inner if rest_trains else 3.0 * inner
+    else:
+        block = 2.0 * width + 2 * inner if rest_trains else 1.0 * width + inner
+    mixer: float = (8 if rest_trains else 6) * width
+    if isinstance(operator, HyenaConfig):
+        rows = _rows(operator, sizes.between)
+        mixer = 4.8 * width + 1.5 * rows if operator.heads else 1.5 * width + 1.5 * rows
+    elif operator is not None:
+        mixer = 0
+    heads = isinstance(operator, HyenaConfig) and operator.heads is not None
+    block, mixer = (block * NARROW, mixer * (NARROW_HEADS if heads else NARROW)) if narrow else (block, mixer)
+    return 4.0 * tokens * (block + mixer)
+
+
+def _logits(sizes: Sizes, tokens: int, use: str, device: str) -> int:
+    return 4 * OF_LOGITS[use] * min(tokens * sizes.shape.vocabulary, max(LOGITS[device], sizes.shape.vocabulary))
+
+
+def _statistics(spec: Any, sizes: Sizes) -> int:
+    """Of looking at attention before it is replaced: its weights a few times, and moments of its inputs."""
+    new, operator = getattr(spec, "new_layers", ()), getattr(spec, "operator", None)
+    if not new or not getattr(operator, "needs_statistics", False):
+        return 0
+    weights: int = sizes.shape.heads * spec.sequence_length**2
+    return 16 * weights + 8 * min(weights, 1 << 24) + 24 * len(new) * sizes.shape.hidden**2
+
+
+def _trained_rest(spec: Any, sizes: Sizes, swapped: tuple[int, ...]) -> tuple[int, int]:
+    """Parameters that train outside of operators: of blocks, and of embedding and head."""
+    trains = spec.rest_trains if isinstance(spec, ThroughputSpec) else spec.optimizer.rest_scale > 0
+    freeze = getattr(spec, "freeze", ())
+    if not trains:
+        return 0, 0
+    frozen = [any(fnmatch.filter(names, glob) for glob in freeze) for names in (TABLE_NAMES, HEAD_NAMES)]
+    tables = (0 if frozen[0] else sizes.embedding) + (0 if frozen[1] else sizes.head)
+    return sizes.blocks - len(swapped) * sizes.attention, tables
+
+
+def _rows(config: HyenaConfig, between: int) -> int:
+    """E: of the projection into queries, keys, values and gates."""
+    if not config.heads:
+        return (config.order + 1) * between
+    return 2 * config.heads * _key_width(config, between) + between + (config.heads if config.key_gate else 0)
+
+
+def _key_width(config: HyenaConfig, between: int) -> int:
+    return config.key_dim or between // (config.heads or 1)
+
+
+def _filter_parameters(config: Any, filters: int, longest: int) -> tuple[int, int]:
+    """Of so many filters: what trains, and what does not."""
+    match config:
+        case ModalFilterConfig():
+            return filters * config.modes * (2 if config.positive else 4), 0
+        case FirFilterConfig():
+            return filters * config.taps, 0
+        case ImplicitFilterConfig():
+            network = config.features * config.width + config.width + config.depth * (config.width**2 + config.width)
+            table, readout = longest * config.features, filters * config.width
+            if config.positive:
+                return readout + filters, table + network + config.width
+            frequency = (config.width, 0) if config.train_frequency else (0, config.width)
+            grid = (table, 0) if config.train_features else (0, table)
+            return network + readout + frequency[0] + grid[0], frequency[1] + grid[1]
+    raise AssertionError(config)
