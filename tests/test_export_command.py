@@ -23,6 +23,8 @@ from orchestrator.study.loader import read_document, validate
 from orchestrator.study.plan import Plan, make_plan, throughput_specs
 from orchestrator.study.sources import resolve
 from tests.conftest import TEXT
+from tests.distill.students import gpt2, llama
+from tests.texts import save_tokenizer
 
 STUDY = """\
 study: exported
@@ -146,3 +148,28 @@ def test_an_exported_student_begins_another_study(ran: tuple[Path, Plan], folder
     assert not torch.equal(student.gpt_neox.layers[0].attention.operator.in_proj.weight, before)  # it trained on
     ids = torch.arange(20)[None]
     assert torch.equal(student.to(half)(ids).logits, loaded(ids).logits)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_other_families_go_out_and_in(make: Any, tmp_path: Path) -> None:
+    """Swapped in two of three stages, exported, and in another study swapped to the end."""
+    save_tokenizer(tmp_path / "teacher", TEXT, 300)
+    torch.manual_seed(0)
+    make().to(torch.bfloat16).save_pretrained(tmp_path / "teacher")
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXT))
+    values = yaml.safe_load(STUDY)
+    del values["data"]["vocabulary"]
+    for name, study, words in (("teacher", "first", ["--trial", "trial-00", "--stage", "1"]), ("first", "second", [])):
+        values |= {"study": study, "teacher": {"kind": "pretrained", "folder": name}}
+        values["schedule"] = {"layer_order": "bottom_up", "layers_per_stage": 2}
+        (tmp_path / f"{study}.yaml").write_text(yaml.safe_dump(values))
+        plan = computed(tmp_path / f"{study}.yaml", tmp_path / "home")
+        place = [str(tmp_path / f"{study}.yaml"), "--home", str(tmp_path / "home")]
+        layerswap("export", *place, "--to", str(tmp_path / study), *words)
+    assert [step.train.layers for step in plan.trials[0].steps] == [(2,)]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "second")
+    assert isinstance(loaded, type(make())) and loaded.dtype == torch.bfloat16
+    assert [placed.layer for placed in swapped(loaded)] == [0, 1, 2]
+    new: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones(1, 9)}
+    cached, plain = (loaded.generate(torch.arange(9)[None], use_cache=cache, **new) for cache in (True, False))
+    assert torch.equal(cached, plain)

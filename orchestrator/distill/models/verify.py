@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from operators.transfer.attention import AttentionStatistics
 from orchestrator.distill.models.families import read
-from orchestrator.distill.models.sites import REMEDY, Site, call_of, sites
+from orchestrator.distill.models.sites import REMEDY, Replacement, Site, call_of, sites
 
 FAR = 0.02  # of the output's size, which bfloat16 keeps within
 CLIPS = ("clip_qkv",)
@@ -26,7 +26,8 @@ CLIPS = ("clip_qkv",)
 def check_reading(model: Any) -> None:
     """Compare what was read of every attention of a model in evaluation mode with what it does.
 
-    Left out are those with sinks, which take weight from the first token too, and those that clip their projections.
+    Left out are those with sinks, which take weight from the first token too, those that clip their projections, and
+    what is swapped already, in a teacher that is a student.
     Raises ValueError where they differ.
     """
     there = {layer: site for layer, site in sites(model).items() if _comparable(site.attention)}
@@ -53,7 +54,8 @@ def check_reading(model: Any) -> None:
 def _comparable(attention: Any) -> bool:
     config = getattr(attention, "config", None)
     clipped = any(getattr(where, name, None) is not None for where in (attention, config) for name in CLIPS)
-    return isinstance(attention, nn.Module) and getattr(attention, "sinks", None) is None and not clipped
+    readable = isinstance(attention, nn.Module) and not isinstance(attention, Replacement)
+    return readable and getattr(attention, "sinks", None) is None and not clipped
 
 
 def _look(site: Site, found: dict[int, tuple[Tensor, Tensor]]) -> Callable[..., None]:
