@@ -328,9 +328,9 @@ def _look(teacher: Location) -> None:
     """Ask the loader whether a local teacher is whole, and say what stands in for what its tokenizer lacks."""
     if teacher.hub is not None:
         return  # the stage that imports it looks
-    from orchestrator.distill.models.whole import Given, look
-
     try:
+        from orchestrator.distill.models.whole import Given, look  # and installed families, which may be wrong
+
         found = look(Given(teacher.files[0], gguf=teacher.gguf))
     except ValueError as error:
         raise StudyError(f"teacher.folder: {error}") from None

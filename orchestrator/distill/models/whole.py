@@ -78,7 +78,7 @@ def load_tokenizer(given: Given, config: Any) -> Any:
     """
     tokenizer = _told(given, AutoTokenizer.from_pretrained, "tokenizer")
     text = config.get_text_config(decoder=True)
-    count, ends = text.vocab_size, text.eos_token_id
+    count, ends = text.vocab_size, getattr(text, "eos_token_id", None)
     for end in ends if isinstance(ends, list) else [ends]:
         if isinstance(end, int) and end >= count:
             raise ValueError(f"eos_token_id {end} in config.json is outside of the model's {count} entries: correct it")
