@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from operators.config import HyenaConfig
+from operators.config import HyenaConfig, SkipConfig
 from orchestrator.distill.measuring.statistics import attention_statistics
 from orchestrator.distill.models.families import read
-from orchestrator.distill.models.sites import decoder_layers, sites
+from orchestrator.distill.models.sites import Site, call_of, decoder_layers, sites
 from orchestrator.distill.models.swap import SwappedAttention, swap, swapped
 from orchestrator.distill.training.head import check_output_head
 from orchestrator.distill.training.losses import batch_losses, train_operators_only
@@ -37,6 +37,28 @@ def identity(name: str) -> str:
     assert torch.equal(logits(other, text()), logits(teacher, text()))
     check_output_head(teacher)
     return ""
+
+
+def place(name: str) -> str:
+    """Operators that give what attention gave make the model that it was, whatever its layers expect back."""
+    teacher, student = teacher_of(name), teacher_of(name)
+    seen: dict[int, Tensor] = {}
+    for site in sites(teacher).values():
+        site.attention.register_forward_hook(_mixed_by(site, seen), with_kwargs=True)
+    wanted = logits(teacher, text())
+    for placed in swap(student, sites(student), SkipConfig(), torch.Generator()):
+        placed.operator.register_forward_hook(lambda _, __, ___, layer=placed.layer: seen[layer])
+    assert near(logits(student, text()), wanted)
+    return ""
+
+
+def _mixed_by(site: Site, seen: dict[int, Tensor]) -> Callable[..., None]:
+    call = call_of(site)
+
+    def keep(_: nn.Module, given: Any, named: Any, answer: Any) -> None:
+        seen[site.layer] = site.family.mixed(answer, call.by_name(given, named))
+
+    return keep
 
 
 def initialisation(name: str) -> str:
@@ -192,7 +214,7 @@ def packing(name: str) -> str:
 
 
 CHECKS: dict[str, Callable[[str], str]] = {
-    "identity": identity, "reading": reading, "initialisation": initialisation, "losses": losses,
+    "identity": identity, "place": place, "reading": reading, "initialisation": initialisation, "losses": losses,
     "gradients": gradients, "bfloat16": half, "padding": padding, "packing": packing, "decoding": decoding,
     "chunks": chunks, "beams": beams, "static cache": static, "prefix": prefix,
 }  # fmt: skip

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.distill.models.sites import longest_text
 from orchestrator.distill.models.verify import check_reading
+from orchestrator.study.shapes import sizes
 from tests.models.checks import AS_TEACHER, CHECKS
 from tests.models.exporting import export, loaded_alone
 from tests.models.models import teacher_of
 from tests.models.outcomes import refusal
+from tests.models.tiny import config_of
 
 COMMON = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox", "opt", "bloom", "qwen3_next")
 LIMITS = {"packing": ("opt", "bloom", "qwen3_next"), "prefix": ("qwen3_next",)}  # as their teachers have
@@ -21,6 +24,12 @@ LIMITS = {"packing": ("opt", "bloom", "qwen3_next"), "prefix": ("qwen3_next",)} 
 def test_a_common_family_passes(name: str, check: str) -> None:
     told = CHECKS[check](name)
     assert (AS_TEACHER in told) == (name in LIMITS.get(check, ())), told
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_its_longest_text_is_what_the_plan_says(name: str) -> None:
+    config = config_of(name)
+    assert longest_text(config) == sizes(config.to_dict())["max_length"]
 
 
 @pytest.mark.parametrize("name", COMMON)

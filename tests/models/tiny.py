@@ -102,12 +102,26 @@ NOT_MADE = {  # types of which no tiny model is made, and why
     "dots3_note": "its language model is dots3_note_text",
     "gemma3n": "its language model is gemma3n_text; the whole needs the package timm",
 }
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # of types whose attention has several forms
+    "falcon, in groups": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": GROUPS}),
+    "falcon, alibi": ("falcon", {"alibi": True, "multi_query": False, "num_kv_heads": HEADS}),
+    "falcon_h1, keys scaled": ("falcon_h1", {"key_multiplier": 0.5}),
+    "gpt_bigcode, many keys": ("gpt_bigcode", {"multi_query": False}),
+    "gpt2, scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    "cohere, normed": ("cohere", {"use_qk_norm": True}),
+    "stablelm, normed": ("stablelm", {"qk_layernorm": True}),
+    "phi, normed": ("phi", {"qk_layernorm": True}),
+    "qwen3, wide heads": ("qwen3", {"head_dim": 2 * SIZE}),
+    "llama, biased": ("llama", {"attention_bias": True}),
+    "gemma4, values from keys": ("gemma4_text", {"attention_k_eq_v": True}),
+}
 
 
 def config_of(name: str) -> Any:
-    """A tiny configuration of a type."""
+    """A tiny configuration of a type, or of a variant of one."""
+    name, variant = VARIANTS.get(name, (name, {}))
     kind = CONFIG_MAPPING[name]
-    own = DEFAULTS.get(name, {})
+    own = DEFAULTS.get(name, {}) | variant
     small = _small(kind())
     nested = "text_config" in small and name.removesuffix("_text") + "_text" in DEFAULTS
     if nested:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from operators.transfer.attention import AttentionStatistics, AttentionWeights, QueryKeyNorm
+from orchestrator.distill.models.masks import BLOCKED
 
 GROUP = "layerswap.families"
 QUERIES, KEYS, VALUES = ("q_proj",), ("k_proj",), ("v_proj",)
@@ -67,7 +68,7 @@ class Family:
             the output and attention weights, of which there are none.
         mixed: the other way round: what an attention answers, and the arguments -> its output.
         gate: what the gate's rows go through.
-        true_blocks: whether a mask of bool is True where a query must not look.
+        visible: a mask as the attention gets it -> one of the usual kinds, see `masks.pattern_of`.
         any_strides: whether the layer takes an output whose positions lie last in memory; else it gets a copy.
     """
 
@@ -78,7 +79,7 @@ class Family:
     answer: Callable[[Tensor, Mapping[str, Any]], Any] = _pair
     mixed: Callable[[Any, Mapping[str, Any]], Tensor] = _first
     gate: Callable[[Tensor], Tensor] = torch.sigmoid
-    true_blocks: bool = False
+    visible: Callable[[Tensor], Tensor] | None = None
     any_strides: bool = False
 
 
@@ -330,6 +331,11 @@ def _without_residual(answer: Any, given: Mapping[str, Any]) -> Tensor:
     return _first(answer, given) if residual is None else _first(answer, given) - residual
 
 
+def _without_bias(mask: Tensor) -> Tensor:
+    """Falcon's mask has its bias by distance in it; what is blocked is far below."""
+    return mask > BLOCKED if mask.is_floating_point() else mask
+
+
 def _with_no_bias(output: Tensor, _: Mapping[str, Any]) -> Any:
     """What the layer adds a bias to, and none, for the operator's output has it."""
     return output, None, None
@@ -344,13 +350,13 @@ FAMILIES: dict[str, Family] = {
     "BloomAttention": Family(_heads_with_three, answer=_with_residual, mixed=_without_residual),
     "CodeGenAttention": Family(_code_gen),
     "DbrxAttention": Family(_queries_then_groups),
-    "FalconAttention": Family(_groups_then_two),
+    "FalconAttention": Family(_groups_then_two, visible=_without_bias),
     "GPT2Attention": Family(_queries_then_groups),
     "GPTBigCodeAttention": Family(_big_code),
     "GPTNeoXAttention": Family(_heads_with_three, any_strides=True),
     "GPTNeoXJapaneseAttention": Family(_heads_with_three, answer=_with_no_bias, mixed=_with_its_bias),
     "LagunaAttention": Family(gate=nn.functional.softplus),
-    "MptAttention": Family(_queries_then_groups, true_blocks=True),
+    "MptAttention": Family(_queries_then_groups, visible=torch.logical_not),
     "PersimmonAttention": Family(_heads_with_three),
     "Phi3Attention": Family(_queries_then_groups),
     "Phi4MultimodalAttention": Family(_queries_then_groups),

@@ -72,8 +72,8 @@ class SwappedAttention(Replacement):
     def _mixed(self, given: Mapping[str, Any]) -> Tensor:
         x_BLD: Tensor = given["hidden_states"]
         mask = given.get("attention_mask")
-        if self.family.true_blocks and mask is not None and mask.dtype == torch.bool:
-            mask = ~mask
+        if self.family.visible is not None and isinstance(mask, Tensor):
+            mask = self.family.visible(mask)
         cache: Any = given.get(self.call.cache)
         cache = getattr(cache, "self_attention_cache", cache)
         batch, new, _ = x_BLD.shape
