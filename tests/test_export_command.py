@@ -150,6 +150,7 @@ def test_an_exported_student_begins_another_study(ran: tuple[Path, Plan], folder
     assert torch.equal(student.to(half)(ids).logits, loaded(ids).logits)
 
 
+@pytest.mark.slow  # tests/test_real_folders.py goes the same way with models of these families as people have them
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_other_families_go_out_and_in(make: Any, tmp_path: Path) -> None:
     """Swapped in two of three stages, exported, and in another study swapped to the end."""

@@ -217,6 +217,7 @@ def test_large_students_are_saved_in_shards_and_loaded_from_a_folder_in_a_folder
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow  # loads in a process of its own, as other tests of this file do
 def test_what_goes_to_the_hub_has_the_code(tmp_path: Path, student: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, sent = AutoModelForCausalLM.from_pretrained(export(tmp_path)), []
 
