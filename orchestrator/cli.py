@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import socket
 import sqlite3
 import sys
@@ -17,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from orchestrator.run.environment import own_process
+from orchestrator.run.hardware import hardware
 from orchestrator.study.loader import Document, StudyError, read_document, validate
 from orchestrator.study.peek import check_files
 from orchestrator.study.plan import Plan, make_plan, throughput_specs
@@ -84,7 +84,7 @@ def plan(
 
     made, _ = _load(study, overrides, look=True)
     store = _store(study, home)
-    speeds = throughput_specs(made, _hardware())
+    speeds = throughput_specs(made, hardware())
     print(json.dumps(plan_summary(made, store, speeds), indent=1) if as_json else plan_text(made, store, speeds))
 
 
@@ -339,7 +339,7 @@ def _look(teacher: Location) -> None:
 
 
 def _needed(made: Plan) -> set[str]:
-    return made.specs.keys() | {spec.key for spec in throughput_specs(made, _hardware()).values()}
+    return made.specs.keys() | {spec.key for spec in throughput_specs(made, hardware()).values()}
 
 
 def _bad_input(error: object) -> NoReturn:
@@ -374,20 +374,7 @@ def _job(command: typer.Context, study: Path, home: Path | None, made: Plan, tra
     place = Home(_home(study, home).root, tracking_uri)
     if tracking_uri is not None and "://" not in tracking_uri:
         _bad_input(f"--tracking-uri {tracking_uri}: no URI; write http://HOST:PORT, or sqlite:////FILE for a database")
-    return Job(made, place, throughput_specs(made, _hardware()), commands_of(command))
-
-
-def _hardware() -> str:
-    """What throughput figures belong to: processor, cores, accelerator and torch."""
-    import torch
-
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return (
-        f"{(models or [platform.machine()])[0]} x{os.cpu_count()}, accelerator {accelerator}, torch {torch.__version__}"
-    )
+    return Job(made, place, throughput_specs(made, hardware()), commands_of(command))
 
 
 if __name__ == "__main__":

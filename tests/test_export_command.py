@@ -12,12 +12,13 @@ import yaml
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from orchestrator.cli import _hardware, app
+from orchestrator.cli import app
 from orchestrator.distill.context import RunContext
 from orchestrator.distill.models.auto import AutoModelForCausalLM
 from orchestrator.distill.models.student import load_student, load_teacher
 from orchestrator.distill.models.swap import swapped
 from orchestrator.run.compute import compute
+from orchestrator.run.hardware import hardware
 from orchestrator.run.store import Store
 from orchestrator.study.loader import read_document, validate
 from orchestrator.study.plan import Plan, make_plan, throughput_specs
@@ -50,7 +51,7 @@ def computed(file: Path, home: Path, *, speeds: bool = False) -> Plan:
     plan = make_plan(document, study, resolved)
     Store(home / "store")
     context = RunContext(str(home / "store"), locations=resolved.locations)
-    measured = throughput_specs(plan, _hardware()).values() if speeds else ()
+    measured = throughput_specs(plan, hardware()).values() if speeds else ()
     for spec in [*plan.specs.values(), *measured]:
         compute(spec.model_dump_json(), context)
     return plan

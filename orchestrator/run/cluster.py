@@ -20,6 +20,7 @@ from typing import Any
 from orchestrator.distill.context import RunContext
 from orchestrator.run.environment import own_instance, paths_of_workers
 from orchestrator.run.guard import guarded, watched
+from orchestrator.run.hardware import accelerators
 from orchestrator.run.store import Store
 from orchestrator.run.temporary import temporary_directory
 from orchestrator.study.spec import Spec
@@ -46,19 +47,13 @@ class ClusterError(ValueError):
     """A cluster that cannot be reached, or cannot hold a stage of the plan."""
 
 
-def _gpus_here() -> int:
-    import torch  # not for a command that starts nothing
-
-    return torch.cuda.device_count()
-
-
 @dataclasses.dataclass(frozen=True)
 class Cluster:
     """What to run on: an address of a Ray cluster, or none to start one on this machine."""
 
     address: str | None = None
     cpus: int = dataclasses.field(default_factory=lambda: len(os.sched_getaffinity(0)))
-    gpus: int = dataclasses.field(default_factory=_gpus_here)
+    gpus: int = dataclasses.field(default_factory=accelerators)
 
 
 @dataclasses.dataclass(frozen=True)
