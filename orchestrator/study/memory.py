@@ -30,6 +30,7 @@ from orchestrator.study.spec import (
 PROCESS = {"cpu": 565e6, "cuda": 0.6e9}  # a worker of Ray with torch and transformers; on a GPU context and libraries
 SLACK = 1.05  # of what is allocated: pieces that are free but too small
 LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # numbers of one chunk, as `losses` has it
+WEIGHTS = 1 << 24  # numbers of attention's weights looked at together, as `statistics` has it
 EVALUATION = 1.3  # of what an evaluation computes with: small results lie between what is free again
 OF_LOGITS = {"kl": 8, "ce": 4, "evaluate": 5}  # tensors as large as a chunk at once
 NARROW, NARROW_HEADS = 0.58, 0.34  # of activations under bfloat16 autocast: norms, filters and FFTs stay float32
@@ -249,7 +250,7 @@ def _statistics(spec: Any, sizes: Sizes) -> int:
     if not new or not getattr(operator, "needs_statistics", False):
         return 0
     weights: int = sizes.shape.heads * spec.sequence_length**2
-    return 16 * weights + 8 * min(weights, 1 << 24) + 24 * len(new) * sizes.shape.hidden**2
+    return 16 * weights + 8 * min(weights, WEIGHTS) + 24 * len(new) * sizes.shape.hidden**2
 
 
 def _trained_rest(spec: Any, sizes: Sizes, swapped: tuple[int, ...]) -> tuple[int, int]:

@@ -94,10 +94,11 @@ def test_alone_nothing_changes() -> None:
 
 def test_alone_no_gradient_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """One flat copy of all gradients would be a second model's memory."""
-    parameter = nn.Parameter(torch.zeros(2))
-    parameter.grad = torch.ones(2)
+    parameters = [nn.Parameter(torch.zeros(2)) for _ in range(2)]  # one alone is never copied
+    for parameter in parameters:
+        parameter.grad = torch.ones(2)
     monkeypatch.setattr(ranks.torch, "cat", lambda *_: pytest.fail("copied"))
-    average_gradients([parameter])
+    average_gradients(parameters)
 
 
 def test_parts_of_a_batch_are_equal_and_follow_each_other(peers: Peers) -> None:

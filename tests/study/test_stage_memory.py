@@ -19,9 +19,10 @@ from operators.config import (
     SkipConfig,
 )
 from operators.registry import build
+from orchestrator.distill.measuring.statistics import NUMBERS
 from orchestrator.distill.models.student import new_teacher, parameter_count
 from orchestrator.distill.models.swap import swap
-from orchestrator.distill.training.losses import train_operators_only
+from orchestrator.distill.training.losses import LOGITS_ELSEWHERE, LOGITS_PER_CHUNK, train_operators_only
 from orchestrator.distill.training.optimizers import set_trainable
 from orchestrator.study import memory
 from orchestrator.study.memory import Operator, kept_by_layers, operator_parameters, passing_bytes, sizes_of
@@ -156,6 +157,12 @@ def test_activations_made_again_grow_with_a_layer_only() -> None:
     )
     assert again[1] - again[0] == 36 * 4 * 4 * 128 * 64, "the residual stream"
     assert again[1] - again[0] < (kept[1] - kept[0]) / 10
+
+
+def test_pieces_are_as_large_as_the_stages_take_them() -> None:
+    """The plan must not import what they are stated by: it imports torch."""
+    assert {"cpu": LOGITS_PER_CHUNK, "cuda": LOGITS_ELSEWHERE} == memory.LOGITS
+    assert memory.WEIGHTS == NUMBERS
 
 
 LARGER = Architecture(layers=6, hidden=384, heads=4, intermediate=1536, max_length=512, vocabulary=12_000)
