@@ -23,10 +23,15 @@ from orchestrator.run.temporary import TemporaryError, temporary_root
 from orchestrator.study.plan import Plan, stage_memory
 from orchestrator.study.spec import DistilSpec, EvaluateSpec, ScratchSpec, TeacherSpec, ThroughputSpec, short
 
-LIMITS = (  # of the control group, version 2 and 1, and what is used of it
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+LIMITS = (  # of the control group, version 2 and 1: its limit, what is used of it, and how much of that are files
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+    ),
 )
+CACHED = ("inactive_file ", "total_inactive_file ")  # pages of files that the kernel drops when memory is wanted
 DEVICES = ("cpu", "cuda")
 ANSWER_SECONDS = 5.0
 HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # of HTTP/2, which Ray's head speaks
@@ -82,11 +87,14 @@ def available_bytes(context: RunContext) -> int:
 
         return int(torch.cuda.mem_get_info()[0] * min(1.0, context.gpus_per_stage or 1.0))
     free = int(psutil.virtual_memory().available)
-    for most, used in LIMITS:
+    for most, used, statistics in LIMITS:
         try:
-            free = min(free, int(Path(most).read_text()) - int(Path(used).read_text()))
+            left = int(Path(most).read_text()) - int(Path(used).read_text())
+            lines = Path(statistics).read_text().splitlines()
         except (OSError, ValueError):  # no such group, or "max": no limit
             continue
+        # Version 1 counts a group alone and, in the line that begins with total, with the groups below it.
+        free = min(free, left + max((int(line.split()[1]) for line in lines if line.startswith(CACHED)), default=0))
     return free
 
 

@@ -105,9 +105,14 @@ def test_remedies_are_those_that_a_stage_has_not_taken_yet(tmp_path: Path) -> No
 
 
 def test_a_control_group_may_have_less_than_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "max").write_text("5000000\n")
-    (tmp_path / "current").write_text("2000000\n")
-    monkeypatch.setattr(preflight, "LIMITS", ((tmp_path / "max", tmp_path / "current"), (tmp_path / "no", "such")))
+    files = most, _, statistics = tmp_path / "max", tmp_path / "current", tmp_path / "stat"
+    for file, text in zip(files, ("5000000\n", "2000000\n", "anon 1\nactive_file 7\n"), strict=True):
+        file.write_text(text)
+    monkeypatch.setattr(preflight, "LIMITS", (files, (tmp_path / "no",) * 3))
     assert preflight.available_bytes(RunContext(store="s")) == 3_000_000
-    (tmp_path / "max").write_text("max\n")
-    assert preflight.available_bytes(RunContext(store="s")) > 3_000_000
+    statistics.write_text("anon 1\ninactive_file 600000\nactive_file 7\n")  # read once: dropped when memory is wanted
+    assert preflight.available_bytes(RunContext(store="s")) == 3_600_000
+    statistics.write_text("inactive_file 600000\ntotal_inactive_file 800000\n")  # version 1: alone, with those below
+    assert preflight.available_bytes(RunContext(store="s")) == 3_800_000
+    most.write_text("max\n")
+    assert preflight.available_bytes(RunContext(store="s")) > 5_000_000
