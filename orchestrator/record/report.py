@@ -15,11 +15,13 @@ from orchestrator.files import write_json, write_text
 from orchestrator.record.records import Record, best_path, pareto_front
 from orchestrator.study.plan import Plan
 
-COLUMNS = ["row", "swapped", "tokens", "perplexity", "ratio", "agree", "hit", "miss", "copied", "prefill", "decode"]
+COLUMNS = ["row", "swapped", "tokens", "perplexity", "ratio", "agree", "hit", "miss"]
+COLUMNS += ["copied", "greedy", "sampled", "prefill", "decode"]
 LEGEND = (
     "swapped: attention layers replaced. tokens: trained by the student so far. ratio: perplexity over the teacher's.\n"
     "agree: top-1 equal to the teacher's. hit, miss: nats per token on tokens that complete a trigram already in the\n"
-    "window, and on the others. copied: greedy tokens equal to the teacher's. prefill, decode: speed over the\n"
+    "window, and on the others. copied: greedy tokens equal to the teacher's. greedy, sampled: the teacher's\n"
+    "perplexity of what the row's model says so; near the teacher's own is good. prefill, decode: speed over the\n"
     "teacher's at {length} tokens, one sequence{core}; the teacher's own row shows the noise of that measurement."
 )
 
@@ -123,6 +125,8 @@ def table(rows: list[Record], length: str, name: str = "name") -> pd.DataFrame:
                 "hit": _number(metrics.get("hit_nll"), 3),
                 "miss": _number(metrics.get("miss_nll"), 3),
                 "copied": _number(metrics.get("generation_agreement"), 2),
+                "greedy": _number(metrics.get("greedy_generation_perplexity"), 2),
+                "sampled": _number(metrics.get("sampled_generation_perplexity"), 2),
                 "prefill": _number(metrics.get("prefill_ratio", {}).get(length), 2, "x"),
                 "decode": _number(metrics.get("decode_ratio", {}).get(length), 2, "x"),
             }

@@ -29,6 +29,8 @@ SUMMARY = (
     "hit_nll",
     "miss_nll",
     "generation_agreement",
+    "greedy_generation_perplexity",
+    "sampled_generation_perplexity",
 )
 
 

@@ -269,9 +269,10 @@ class Evaluation(Model):
 
     tokens: Positive = 32_768
     batch_size: Positive = 16
-    prompts: NonNegative = 16  # greedy generations compared with the teacher's
+    prompts: NonNegative = 16  # begun texts that model and teacher go on with, greedily and by sampling
     prompt_tokens: Positive = 64
     new_tokens: Positive = 32
+    seed: NonNegative = 0  # of the samples
 
 
 class Throughput(Model):

@@ -15,7 +15,9 @@ import torch
 from operators.config import HyenaConfig
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.measuring import evaluate as module
-from orchestrator.distill.measuring.evaluate import evaluate, greedy, trigram_hits
+from orchestrator.distill.measuring import generation
+from orchestrator.distill.measuring.evaluate import evaluate, trigram_hits
+from orchestrator.distill.measuring.generation import WAYS, compare, continued
 from orchestrator.distill.models.student import load_teacher, parameter_count, save_student
 from orchestrator.distill.models.swap import swap, swapped
 from orchestrator.study.schema import Evaluation, Numerics
@@ -71,7 +73,7 @@ def test_the_teacher_beside_itself_is_perfect(place: Any, tiny_teacher: Path, te
     found = evaluated(place, tiny_teacher, tiny_teacher, tokens)
     assert (found["perplexity_ratio"], found["kl"], found["agreement"]) == (1.0, 0.0, 1.0)
     assert (found["generation_agreement"], found["generation_prefix"]) == (1.0, 5.0)
-    for name in ("perplexity", "accuracy", "hit_nll", "miss_nll"):
+    for name in ("perplexity", "accuracy", "hit_nll", "miss_nll", *(f"{way}_generation_perplexity" for way in WAYS)):
         assert found[name] == found[f"teacher_{name}"]
     assert found["parameters"] == parameter_count(teacher)
 
@@ -127,16 +129,38 @@ def test_generation_counts_equal_tokens_and_the_prefix_before_the_first_differen
     assert found["generation_prefix"] == pytest.approx(sum(prefixes) / 3)
 
 
-def test_tokens_that_are_equal_again_after_a_difference_are_no_prefix(
-    place: Any, tiny_teacher: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wanted = torch.tensor([[1, 2, 3, 4, 5]] * 3)
-    own = torch.tensor([[1, 2, 9, 4, 5], [9, 2, 3, 4, 5], [1, 2, 3, 4, 5]])
-    answers = iter([wanted, own])
-    monkeypatch.setattr(module, "greedy", lambda *_: next(answers))
-    found = evaluated(place, tiny_teacher, tiny_teacher, tokens)
+def test_tokens_that_are_equal_again_after_a_difference_are_no_prefix() -> None:
+    def said(rows: list[list[int]]) -> dict[str, torch.Tensor]:
+        return {way: torch.tensor(rows) for way in WAYS} | {f"{way}_nll": torch.zeros(3, 5) for way in WAYS}
+
+    found = compare(said([[1, 2, 9, 4, 5], [9, 2, 3, 4, 5], [1, 2, 3, 4, 5]]), said([[1, 2, 3, 4, 5]] * 3))
     assert found["generation_agreement"] == pytest.approx(13 / 15)
     assert found["generation_prefix"] == pytest.approx((2 + 0 + 5) / 3)
+
+
+@torch.no_grad()
+def test_samples_come_as_often_as_the_model_says(teacher: Any) -> None:
+    """Chi-squared of the second of two tokens after a prompt, over those that are expected ten times or more."""
+    count, prompt = 20_000, torch.tensor([[5, 6, 7]])
+    first, second = continued(teacher, prompt.expand(count, -1), 2, torch.Generator().manual_seed(3)).T
+    begun = int(first.mode().values)
+    chances = teacher(torch.cat([prompt, torch.tensor([[begun]])], dim=1)).logits[0, -1].double().softmax(-1)
+    found = torch.bincount(second[first == begun], minlength=len(chances)).double()
+    wanted = chances * found.sum()
+    often = wanted >= 10
+    assert often.sum() > 10
+    freedom = int(often.sum()) - 1
+    apart = float(((found - wanted)[often] ** 2 / wanted[often]).sum())
+    assert apart < freedom + 4 * math.sqrt(2 * freedom)
+
+
+def test_a_text_as_long_as_the_teacher_takes_has_nothing_to_go_on_with(
+    place: Any, tiny_teacher: Path, tokens: Path
+) -> None:
+    spec = SPEC.model_copy(update={"sequence_length": 96})
+    spec = spec.model_copy(update={"evaluation": SPEC.evaluation.model_copy(update={"prompt_tokens": 96})})
+    found = evaluated(place, tiny_teacher, tiny_teacher, tokens, spec)
+    assert not any("generation" in name for name in found)
 
 
 def naive_greedy(model: Any, prompts: torch.Tensor, new: int) -> list[list[int]]:
@@ -154,7 +178,7 @@ def test_greedy_goes_on_past_the_end_of_text(teacher: Any) -> None:
         teacher.gpt_neox.final_layer_norm.weight.zero_()
         teacher.gpt_neox.final_layer_norm.bias.fill_(1.0)
     assert naive_greedy(teacher, torch.tensor([[5, 6]]), 1) == [[0]]
-    assert greedy(teacher, torch.tensor([[5, 6]]), 4).tolist() == [[0] * 4]
+    assert continued(teacher, torch.tensor([[5, 6]]), 4).tolist() == [[0] * 4]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +201,7 @@ def test_greedy_is_greedy_whatever_the_teachers_settings_of_generation_are(
     (tmp_path / "teacher" / "generation_config.json").write_text(json.dumps({**told, **settings}))
     model, prompts = load_teacher(tmp_path / "teacher"), torch.randint(1, 300, (3, 8))
     assert all(getattr(model.generation_config, name) == value for name, value in settings.items())
-    assert greedy(model, prompts, 6).tolist() == naive_greedy(load_teacher(tiny_teacher), prompts, 6)
+    assert continued(model, prompts, 6).tolist() == naive_greedy(load_teacher(tiny_teacher), prompts, 6)
 
 
 @pytest.mark.parametrize("settings", [{"return_dict": False}, {"output_attentions": True}, {"use_cache": False}])
@@ -215,9 +239,9 @@ def test_with_the_teachers_own_evaluation_at_hand_the_teacher_does_not_run_again
     own = place("own", inputs)
     evaluate(spec, own)
     ran: list[int] = []
-    for name in ("final_hidden", "greedy"):
-        usual = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda m, *a, usual=usual: (ran.append(len(swapped(m))), usual(m, *a))[1])
+    for room, name in ((module, "final_hidden"), (generation, "continued")):
+        usual = getattr(room, name)
+        monkeypatch.setattr(room, name, lambda m, *a, usual=usual: (ran.append(len(swapped(m))), usual(m, *a))[1])
     found = evaluate(spec, place("other", {**inputs, "subject": tmp_path / "student", "reference": own.out}))
     assert found == wanted
     assert set(ran) == {2}, "layers that are swapped in what ran"
@@ -262,4 +286,4 @@ def test_a_teacher_that_diverged_is_not_blamed_on_the_student(
 
 
 def test_no_new_tokens_are_none(teacher: Any) -> None:
-    assert greedy(teacher, torch.tensor([[5, 6, 7], [1, 2, 3]]), 0).shape == (2, 0)
+    assert continued(teacher, torch.tensor([[5, 6, 7], [1, 2, 3]]), 0).shape == (2, 0)

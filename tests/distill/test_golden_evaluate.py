@@ -61,12 +61,26 @@ def repeats(ids: list[int], at: int) -> bool:
     return at >= 2 and any(ids[i - 2 : i + 1] == ids[at - 2 : at + 1] for i in range(2, at))
 
 
-def continued(model: Plain, ids_L: Tensor) -> list[int]:
-    """The likeliest token after all that was said so far, again and again."""
+def continued(model: Plain, prompts: Tensor, seed: int | None = None) -> list[list[int]]:
+    """The likeliest token after all that was said so far, again and again; with a seed, a sample: of tokens that each
+    wait for an exponential time at the rate of their probability, the first."""
+    noise = None if seed is None else torch.Generator().manual_seed(seed)
     for _ in range(NEW):
-        likeliest = plain.run(model, ids_L[None]).logits_BLV[0, -1].argmax()
-        ids_L = torch.cat([ids_L, likeliest[None]])
-    return ids_L[-NEW:].tolist()  # type: ignore[no-any-return]
+        chances_BV = plain.run(model, prompts).logits_BLV[:, -1].double().softmax(-1)
+        if noise is not None:
+            chances_BV /= torch.empty(chances_BV.shape, dtype=torch.float64).exponential_(generator=noise)
+        prompts = torch.cat([prompts, chances_BV.argmax(-1)[:, None]], dim=1)
+    return prompts[:, -NEW:].tolist()  # type: ignore[no-any-return]
+
+
+def perplexity(reader: Plain, prompts: Tensor, said: list[list[int]]) -> float:
+    """That of what was said after the prompts, token by token, to a model that reads it."""
+    losses = []
+    for prompt, words in zip(prompts.tolist(), said, strict=True):
+        for at, word in enumerate(words):
+            seen = torch.tensor([[*prompt, *words[:at]]])
+            losses.append(-math.log(plain.run(reader, seen).logits_BLV[0, -1].double().softmax(-1)[word]))
+    return math.exp(fmean(losses))
 
 
 @torch.no_grad()
@@ -76,7 +90,7 @@ def test_every_metric_is_what_plain_torch_gives(place: Any, tiny_teacher: Path, 
     spec = EvaluateSpec(
         tokens="t", teacher="r", subject="s", sequence_length=LENGTH, numerics=Numerics(),
         evaluation=Evaluation(
-            tokens=LENGTH * WINDOWS + 3, batch_size=3, prompts=PROMPTS, prompt_tokens=PROMPT, new_tokens=NEW
+            tokens=LENGTH * WINDOWS + 3, batch_size=3, prompts=PROMPTS, prompt_tokens=PROMPT, new_tokens=NEW, seed=6
         ),
     )  # fmt: skip
     found = run_stage(spec, place("evaluation", inputs))
@@ -92,13 +106,15 @@ def test_every_metric_is_what_plain_torch_gives(place: Any, tiny_teacher: Path, 
                 "same": float(p.argmax() == q.argmax()), "hit": float(repeats(ids_L.tolist(), at)),
             })  # fmt: skip
     hits, misses = ([row for row in rows if row["hit"] == hit] for hit in (1.0, 0.0))
-    perplexity, teachers = (math.exp(fmean(row[name] for row in rows)) for name in ("own", "wanted"))
-    pairs = [(continued(teacher, ids_L[:PROMPT]), continued(student, ids_L[:PROMPT])) for ids_L in text[:PROMPTS]]
-    equal = [[a == b for a, b in zip(*pair, strict=True)] for pair in pairs]
+    own, teachers = (math.exp(fmean(row[name] for row in rows)) for name in ("own", "wanted"))
+    prompts = text[:PROMPTS, :PROMPT]
+    likeliest, samples = ([continued(m, prompts, seed) for m in (teacher, student)] for seed in (None, 6))
+    equal = [[a == b for a, b in zip(*pair, strict=True)] for pair in zip(*likeliest, strict=True)]
+    read = [perplexity(teacher, prompts, said) for said in (*likeliest, *samples)]
     assert found == pytest.approx(
         {
-            "perplexity": perplexity,
-            "perplexity_ratio": perplexity / teachers,
+            "perplexity": own,
+            "perplexity_ratio": own / teachers,
             "teacher_perplexity": teachers,
             "accuracy": fmean(row["right"] for row in rows),
             "teacher_accuracy": fmean(row["wanted_right"] for row in rows),
@@ -112,9 +128,14 @@ def test_every_metric_is_what_plain_torch_gives(place: Any, tiny_teacher: Path, 
             "tokens": WINDOWS * (LENGTH - 1),
             "generation_agreement": fmean(float(same) for row in equal for same in row),
             "generation_prefix": fmean([*row, False].index(False) for row in equal),
+            "teacher_greedy_generation_perplexity": read[0],
+            "greedy_generation_perplexity": read[1],
+            "teacher_sampled_generation_perplexity": read[2],
+            "sampled_generation_perplexity": read[3],
             "parameters": sum(tensor.numel() for tensor in student.weights.values()),
         },
         rel=1e-5,
     )
     assert 0 < found["generation_prefix"] < NEW * found["generation_agreement"]  # equal again after a difference
     assert 0 < found["agreement"] < 1 and found["accuracy"] > found["teacher_accuracy"] > 0
+    assert samples[0] != samples[1] and len({round(value, 3) for value in read}) == 4

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from operators.config import FirFilterConfig, HyenaConfig, ImplicitFilterConfig, ModalFilterConfig
-from orchestrator.distill.measuring.evaluate import greedy
+from orchestrator.distill.measuring.generation import continued
 from orchestrator.distill.models.student import WEIGHTS, load_student, load_teacher
 from orchestrator.distill.models.swap import swap
 from orchestrator.distill.stage import run_stage
@@ -114,7 +114,7 @@ def test_a_student_repeats_to_the_bit_and_decodes_as_it_reads(
     assert history(whole) == history(again)
     student = load_student(whole.out, load_teacher(taught.out)).to("cuda").eval()
     prompts_BL = torch.randint(1, 300, (2, 40), device="cuda")
-    written_BL = greedy(student, prompts_BL, 24)
+    written_BL = continued(student, prompts_BL, 24)
     with torch.no_grad():
         logits = student(input_ids=torch.cat([prompts_BL, written_BL], 1), use_cache=False).logits[:, 39:-1]
     assert (logits.argmax(-1) == written_BL).float().mean() > 0.95

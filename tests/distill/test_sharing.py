@@ -155,8 +155,8 @@ def test_a_teacher_of_narrow_numbers_gives_the_same_bits_in_half_the_memory(
             evaluation=Evaluation(tokens=LENGTH * 4, prompts=2, prompt_tokens=4, new_tokens=3),
         )  # fmt: skip
         metrics = run_stage(evaluation, place(f"{dtype} evaluated", {**inputs, "subject": after["parent"]}))
-        likelihood = {name: value for name, value in metrics.items() if not name.startswith("generation_")}
-        assert metrics.keys() - likelihood.keys() == {"generation_agreement", "generation_prefix"}
+        likelihood = {name: value for name, value in metrics.items() if "generation_" not in name}
+        assert {"generation_agreement", "generation_prefix"} < metrics.keys() - likelihood.keys()
         found.append((first[0], second[0], likelihood))
         tensors = {**first[1], **{f"second {name}": tensor for name, tensor in second[1].items()}}
         assert all(tensor.dtype == torch.float32 for tensor in tensors.values())

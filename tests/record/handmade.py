@@ -182,6 +182,8 @@ def quality(ratio: float) -> dict[str, Any]:
         "hit_nll": 1.5 * ratio,
         "miss_nll": 2.5 * ratio,
         "generation_agreement": 0.5 / ratio,
+        "greedy_generation_perplexity": 4.0 * ratio,
+        "sampled_generation_perplexity": 12.0 * ratio,
         "parameters": 6_000,
     }
 

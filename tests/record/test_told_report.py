@@ -15,20 +15,20 @@ from orchestrator.record.report import answer, draw_pareto, markdown, resources,
 from tests.record.handmade import Hand
 
 RUN = {"seconds": 90.0, "trained": ["a", "b"], "reused": 3, "peak_rss_mb": 1_536.0, "disk_mb": 768.0}
-HEAD = "row swapped tokens perplexity ratio agree hit miss copied prefill decode"
-CELLS = {  # of the table, by the name of the row: 8, 1.5 and 2.5 times the ratio, 0.75 and 0.5 over the ratio
-    "teacher": "0/2 0 8.00 1.000 0.750 1.500 2.500 0.50 1.00x 0.98x",
-    "scratch hyena-2": "2/2 640 32.00 4.000 0.188 6.000 10.000 0.12 1.50x 2.00x",
-    "skip 0": "1/2 0 12.00 1.500 0.500 2.250 3.750 0.33 1.20x 1.25x",
-    "skip 1": "1/2 0 10.00 1.250 0.600 1.875 3.125 0.40 1.20x 1.25x",
-    "skip all": "2/2 0 64.00 8.000 0.094 12.000 20.000 0.06 2.00x 2.50x",
-    "trial-00 stage 1": "1/2 160 8.40 1.050 0.714 1.575 2.625 0.48 1.10x 1.20x",
-    "trial-00 stage 2": "2/2 320 10.00 1.250 0.600 1.875 3.125 0.40 1.50x 2.00x",
-    "trial-00 joint": "2/2 640 8.80 1.100 0.682 1.650 2.750 0.45 1.50x 2.00x",
-    "trial-01 joint": "2/2 640 9.20 1.150 0.652 1.725 2.875 0.43 1.50x 2.00x",
-    "trial-02 stage 1": "1/2 160 9.60 1.200 0.625 1.800 3.000 0.42 1.30x 1.30x",
-    "trial-02 stage 2": "2/2 320 10.40 1.300 0.577 1.950 3.250 0.38 1.60x 1.90x",
-    "trial-02 joint": "2/2 640 8.96 1.120 0.670 1.680 2.800 0.45 1.60x 1.90x",
+HEAD = "row swapped tokens perplexity ratio agree hit miss copied greedy sampled prefill decode"
+CELLS = {  # of the table, by the row's name: 8, 1.5 and 2.5 times the ratio, 0.75 and 0.5 over it, 4 and 12 times it
+    "teacher": "0/2 0 8.00 1.000 0.750 1.500 2.500 0.50 4.00 12.00 1.00x 0.98x",
+    "scratch hyena-2": "2/2 640 32.00 4.000 0.188 6.000 10.000 0.12 16.00 48.00 1.50x 2.00x",
+    "skip 0": "1/2 0 12.00 1.500 0.500 2.250 3.750 0.33 6.00 18.00 1.20x 1.25x",
+    "skip 1": "1/2 0 10.00 1.250 0.600 1.875 3.125 0.40 5.00 15.00 1.20x 1.25x",
+    "skip all": "2/2 0 64.00 8.000 0.094 12.000 20.000 0.06 32.00 96.00 2.00x 2.50x",
+    "trial-00 stage 1": "1/2 160 8.40 1.050 0.714 1.575 2.625 0.48 4.20 12.60 1.10x 1.20x",
+    "trial-00 stage 2": "2/2 320 10.00 1.250 0.600 1.875 3.125 0.40 5.00 15.00 1.50x 2.00x",
+    "trial-00 joint": "2/2 640 8.80 1.100 0.682 1.650 2.750 0.45 4.40 13.20 1.50x 2.00x",
+    "trial-01 joint": "2/2 640 9.20 1.150 0.652 1.725 2.875 0.43 4.60 13.80 1.50x 2.00x",
+    "trial-02 stage 1": "1/2 160 9.60 1.200 0.625 1.800 3.000 0.42 4.80 14.40 1.30x 1.30x",
+    "trial-02 stage 2": "2/2 320 10.40 1.300 0.577 1.950 3.250 0.38 5.20 15.60 1.60x 1.90x",
+    "trial-02 joint": "2/2 640 8.96 1.120 0.670 1.680 2.800 0.45 4.48 13.44 1.60x 1.90x",
 }
 CELLS |= {f"trial-01 stage {n}": CELLS[f"trial-00 stage {n}"] for n in (1, 2)}
 VERDICT = (
@@ -54,7 +54,7 @@ def lines(names: list[str] | dict[str, str]) -> list[list[str]]:
 
 def piped(names: list[str] | dict[str, str]) -> str:
     head, *rows = ["| " + " | ".join(line) + " |" for line in lines(names)]
-    return "\n".join([head, "|---|" + "---:|" * 10, *rows])
+    return "\n".join([head, "|---|" + "---:|" * 12, *rows])
 
 
 def aligned(names: list[str] | dict[str, str]) -> str:
@@ -65,7 +65,7 @@ def aligned(names: list[str] | dict[str, str]) -> str:
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
         for line in found
     ]
-    return "\n".join([told[0], "-" * (sum(widths) + 20), *told[1:]])
+    return "\n".join([told[0], "-" * (sum(widths) + 24), *told[1:]])
 
 
 def records_of(hand: Hand) -> list[Record]:
@@ -88,10 +88,10 @@ def test_the_table_is_the_measured_numbers(rows: list[Record]) -> None:
 def test_what_was_not_measured_is_a_dash(hand: Hand) -> None:
     hand.finish("heads 0")
     [row] = records_of(hand)
-    for name in ("hit_nll", "miss_nll", "generation_agreement"):
+    for name in ("hit_nll", "miss_nll", *(name for name in row["metrics"] if "generation_" in name)):
         del row["metrics"][name]
     assert table([row], "32").to_numpy().tolist() == [
-        ["trial-02 stage 1", "1/2", "160", "9.60", "1.200", "0.625", "-", "-", "-", "-", "-"]
+        ["trial-02 stage 1", "1/2", "160", "9.60", "1.200", "0.625", *["-"] * 7]
     ]
 
 
@@ -188,8 +188,9 @@ def test_files_have_every_number(hand: Hand, rows: list[Record], tmp_path: Path)
     assert list(frame.columns) == [
         "kind", "name", "trial", "stage_index", "stage_count", "operator", "swapped_layers", "total_layers", "words",
         "stage_key", "run_id", "reused", "metrics.accuracy", "metrics.agreement", "metrics.generation_agreement",
-        "metrics.hit_nll", "metrics.kl", "metrics.miss_nll", "metrics.parameters", "metrics.perplexity",
-        "metrics.perplexity_ratio", "metrics.student_tokens", "metrics.core", "metrics.decode_ratio.16",
+        "metrics.greedy_generation_perplexity", "metrics.hit_nll", "metrics.kl", "metrics.miss_nll",
+        "metrics.parameters", "metrics.perplexity", "metrics.perplexity_ratio",
+        "metrics.sampled_generation_perplexity", "metrics.student_tokens", "metrics.core", "metrics.decode_ratio.16",
         "metrics.decode_ratio.32", "metrics.prefill_ratio.16", "metrics.prefill_ratio.32", "metrics.train_ratio",
         "metrics.stage_tokens_per_s", "metrics.stage_seconds", "metrics.teacher_tokens", "joint",
         "values.recipe.joint.0.losses.kl", "values.recipe.joint.0.losses.ce", "values.operator.kind",
@@ -202,6 +203,7 @@ def test_files_have_every_number(hand: Hand, rows: list[Record], tmp_path: Path)
         "operator": "hyena-2", "swapped_layers": "[0, 1]", "total_layers": 2, "words": "losses=kl:1.0,ce:0.5",
         "stage_key": hand.key("two mixed"), "run_id": "run", "reused": True, "metrics.accuracy": 0.375,
         "metrics.agreement": 0.75 / 1.15, "metrics.generation_agreement": 0.5 / 1.15, "metrics.hit_nll": 1.725,
+        "metrics.greedy_generation_perplexity": 4.6, "metrics.sampled_generation_perplexity": 13.8,
         "metrics.kl": 0.15, "metrics.miss_nll": 2.875, "metrics.parameters": 6_000, "metrics.perplexity": 9.2,
         "metrics.perplexity_ratio": 1.15, "metrics.student_tokens": 640, "metrics.core": "torch",
         "metrics.decode_ratio.16": 1.0, "metrics.decode_ratio.32": 2.0, "metrics.prefill_ratio.16": 0.75,

@@ -24,7 +24,7 @@ from torch import Tensor
 from operators.decoding.kept import frozen_filters
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.data import load_tokens, spread_windows
-from orchestrator.distill.models.sites import longest_text
+from orchestrator.distill.measuring.generation import compare, perplexity, speak
 from orchestrator.distill.models.student import load_student, load_teacher, parameter_count, sharing
 from orchestrator.distill.training.head import check_output_head, final_hidden, wide_heads
 from orchestrator.distill.training.loop import DIVERGED, autocast, held, prepare
@@ -36,10 +36,10 @@ TEACHER = "teacher.safetensors"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TeacherSide:
-    """What the teacher makes of the text: hidden states (B, L, D), and generated tokens by prompt, if there are any."""
+    """What the teacher makes of the text: hidden states (B, L, D), and what it says itself, see `speak`."""
 
     hidden_BLD: Tensor
-    said: Tensor | None
+    said: dict[str, Tensor]
 
 
 def evaluate(spec: EvaluateSpec, place: Workplace) -> dict[str, Any]:
@@ -49,7 +49,8 @@ def evaluate(spec: EvaluateSpec, place: Workplace) -> dict[str, Any]:
         perplexity, accuracy, hit_nll, miss_nll (nats per token) of the subject and, as `teacher_*`, of the teacher;
         perplexity_ratio; agreement (share of positions with the teacher's top-1); kl (teacher || subject, nats per
         token); generation_agreement (share of greedily generated tokens equal to the teacher's) and generation_prefix
-        (tokens before the first difference); parameters; tokens evaluated.
+        (tokens before the first difference); greedy_ and sampled_generation_perplexity (the teacher's, of what the
+        subject generates) and, as `teacher_*`, the same of what the teacher generates; parameters; tokens evaluated.
 
     Raises:
         ArithmeticError: a metric is not finite, since the student (or the teacher) has diverged.
@@ -65,12 +66,17 @@ def evaluate(spec: EvaluateSpec, place: Workplace) -> dict[str, Any]:
     with frozen_filters(subject):
         side = _teacher_side(teacher, windows_BL, spec, place)
         result = _likelihood(teacher, subject, side, windows_BL, spec, device)
-        bad = [name for name, value in result.items() if not math.isfinite(value)]
-        if bad:
-            role = "teacher" if "teacher_perplexity" in bad else "student"
-            raise ArithmeticError(f"evaluation gave no finite {', '.join(bad)}: {DIVERGED[role]}")
-        result |= _generation(subject, side, windows_BL, spec, device)
+        _check_finite(result)
+        result |= compare(speak(subject, teacher, windows_BL, spec, device), side.said)
+        _check_finite(result)
     return {**result, "parameters": parameter_count(subject)}
+
+
+def _check_finite(result: dict[str, float]) -> None:
+    bad = [name for name, value in result.items() if not math.isfinite(value)]
+    if bad:
+        role = "teacher" if any(name.startswith("teacher_") for name in bad) else "student"
+        raise ArithmeticError(f"evaluation gave no finite {', '.join(bad)}: {DIVERGED[role]}")
 
 
 def trigram_hits(window_L: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -90,14 +96,13 @@ def _teacher_side(teacher: Any, windows_BL: Tensor, spec: EvaluateSpec, place: W
     """Read from the teacher's own evaluation, or computed and left beside this one's result."""
     if "reference" in place.inputs:
         kept = load_file(place.inputs["reference"] / TEACHER)
-        return TeacherSide(kept["hidden"], kept.get("said"))
+        return TeacherSide(kept.pop("hidden"), kept)
     device, hidden = place.context.device, []
     for ids_BL in windows_BL.split(spec.evaluation.batch_size):
         with autocast(spec.numerics, device):
             hidden.append(final_hidden(teacher, ids_BL.to(device)).cpu())
-    side = TeacherSide(torch.cat(hidden), _said(teacher, windows_BL, spec, device))
-    kept = {"hidden": side.hidden_BLD} | ({} if side.said is None else {"said": side.said})
-    save_file(kept, place.out / TEACHER)
+    side = TeacherSide(torch.cat(hidden), speak(teacher, teacher, windows_BL, spec, device))
+    save_file({"hidden": side.hidden_BLD, **side.said}, place.out / TEACHER)
     return side
 
 
@@ -127,16 +132,16 @@ def _likelihood(
             for own_PD, wanted_PD, target_P in zip(*(row.split(size) for row in rows), strict=True):
                 _compare(columns, heads[0](own_PD), heads[1](wanted_PD), target_P)
     table = {name: torch.cat(parts).cpu().double() for name, parts in columns.items()}
-    perplexity, teacher_perplexity = (_exp(float(table[name].mean())) for name in ("nll", "teacher_nll"))
+    own, teachers = (perplexity(table[name]) for name in ("nll", "teacher_nll"))
     return {
-        "perplexity": perplexity,
-        "perplexity_ratio": perplexity / teacher_perplexity,
+        "perplexity": own,
+        "perplexity_ratio": own / teachers,
         "accuracy": float(table["right"].mean()),
         "agreement": float(table["same"].mean()),
         "kl": float(table["kl"].mean()),
         "hit_share": float(hits_N.double().mean()),
         **_split("", table["nll"], hits_N),
-        "teacher_perplexity": teacher_perplexity,
+        "teacher_perplexity": teachers,
         "teacher_accuracy": float(table["teacher_right"].mean()),
         **_split("teacher_", table["teacher_nll"], hits_N),
         "tokens": float(len(hits_N)),
@@ -155,51 +160,7 @@ def _compare(columns: dict[str, list[Tensor]], own_PV: Tensor, wanted_PV: Tensor
     columns["kl"].append(wanted_PV.exp_().mul_(apart_PV).sum(-1))
 
 
-def _exp(nats: float) -> float:
-    try:
-        return math.exp(nats)
-    except OverflowError:  # above 709 nats
-        return math.inf
-
-
 def _split(prefix: str, nll_N: Tensor, hits_N: Tensor) -> dict[str, float]:
     """Mean loss on hits and on misses; a class without tokens has no entry, for no number would be true."""
     chosen = {"hit_nll": nll_N[hits_N], "miss_nll": nll_N[~hits_N]}
     return {prefix + name: float(values.mean()) for name, values in chosen.items() if len(values)}
-
-
-@torch.no_grad()
-def _generation(
-    subject: Any, side: TeacherSide, windows_BL: Tensor, spec: EvaluateSpec, device: str
-) -> dict[str, float]:
-    own = _said(subject, windows_BL, spec, device)
-    if own is None or side.said is None:
-        return {}
-    same = side.said == own
-    prefix = same.cumprod(dim=1).sum(dim=1).double()
-    return {"generation_agreement": float(same.double().mean()), "generation_prefix": float(prefix.mean())}
-
-
-def _said(model: Any, windows_BL: Tensor, spec: EvaluateSpec, device: str) -> Tensor | None:
-    """What a model greedily says after the beginnings of the first windows, on the CPU; None where nothing is asked."""
-    settings = spec.evaluation
-    if settings.prompts == 0:
-        return None
-    length = min(settings.prompt_tokens, spec.sequence_length)
-    prompts = windows_BL[: settings.prompts, :length].to(device)
-    with held(spec.numerics, device):
-        return greedy(model, prompts, min(settings.new_tokens, longest_text(model.config) - length)).cpu()
-
-
-@torch.no_grad()
-def greedy(model: Any, prompts_BL: Tensor, new_tokens: int) -> Tensor:
-    """The likeliest token again and again, (B, new_tokens), whatever the model's own settings of generation say.
-
-    The end of text is a token like others and does not end them.
-    """
-    found, cache, next_BL = [], None, prompts_BL
-    for _ in range(new_tokens):
-        output = model(next_BL, past_key_values=cache, use_cache=True, logits_to_keep=1, return_dict=True)
-        cache, next_BL = output.past_key_values, output.logits[:, -1:].argmax(-1)
-        found.append(next_BL)
-    return torch.cat(found, dim=1) if found else prompts_BL[:, :0]
