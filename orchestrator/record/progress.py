@@ -6,8 +6,11 @@ only; before the first one it says so.
 
 from __future__ import annotations
 
+import contextlib
+import statistics
 import sys
 import time
+from collections.abc import Iterable
 from typing import TextIO
 
 from orchestrator.distill.training.journal import read_journal
@@ -17,6 +20,8 @@ from orchestrator.study.spec import ThroughputSpec
 from orchestrator.study.stages import Step
 
 EVERY = 20.0  # seconds between lines when nothing happens
+EVALUATION, SPEED = 2.0, 5.0  # seconds of an evaluation and of a measurement of speed, before the first of them
+BEGINNING = 1.0  # seconds from a stage's start to its first step
 
 
 class Progress:
@@ -116,33 +121,46 @@ class Progress:
 
     def _time_left(self) -> str:
         """Work left over the cores, never less than the longest chain of stages that is left."""
-        work, chains = 0.0, {}
-        for key, (_, step) in self.steps.items():
-            if key in self.finished:
-                continue
-            seconds = self._seconds(key, step)
-            if seconds is None:
-                return "time left: known once the first steps are measured"
-            work += seconds * step.train.cores
-            chains[key] = seconds
+        unfinished = {key: step for key, (_, step) in self.steps.items() if key not in self.finished}
+        done = {key: self._measure(key, step) for key, step in unfinished.items()}
+        if not self.rates and any(step.own_tokens for step in unfinished.values()):
+            return "time left: known once the first steps are measured"
+        fixed = self._median(spec.evaluate.key for _, spec in self.steps.values()) or EVALUATION
+        chains = {key: fixed + self._seconds(step, done[key]) for key, step in unfinished.items()}
+        work = sum(seconds * unfinished[key].train.cores for key, seconds in chains.items())
         longest = max((sum(chains.get(s.train.key, 0.0) for s in t.steps) for t in self.plan.trials), default=0.0)
         longest += chains.get(self.plan.teacher.train.key, 0.0)
-        speeds = 5.0 * (len(self.speeds) - len(self.measured))
+        speeds = (self._median(self.measured) or SPEED) * (len(self.speeds) - len(self.measured))
         left = max(work / self.cores, longest) + speeds
-        return f"about {left / 60:.0f} min left" if left >= 90 else f"about {max(5, round(left / 5) * 5):.0f} s left"
+        kinds = {kind for key, step in unfinished.items() for kind, tokens in _rest(step, done[key]) if tokens}
+        about = "about" if kinds <= self.rates.keys() else "at least"
+        return (
+            f"{about} {left / 60:.0f} min left" if left >= 90 else f"{about} {max(5, round(left / 5) * 5):.0f} s left"
+        )
 
-    def _seconds(self, key: str, step: Step) -> float | None:
-        budget = step.own_tokens
-        if not budget:
-            return 2.0
-        lines = read_journal(self.store.folder(key))
-        kind = step.train.kind  # type: ignore[attr-defined]
-        done = lines[-1]["tokens"] if lines else 0
-        if lines:
-            recent = sorted(line["metrics"]["tokens_per_s"] for line in lines[-9:])
-            self.rates[kind] = recent[len(recent) // 2]
-        rate = self.rates.get(kind) or next(iter(self.rates.values()), None)
-        return None if rate is None else (budget - done) / rate + 3.0
+    def _measure(self, key: str, step: Step) -> int:
+        """The tokens that a stage has trained; what its journal says of the rates is kept."""
+        lines, begun = read_journal(self.store.folder(key)), 0
+        for kind, tokens in step.stretches:
+            rates = [e["metrics"]["tokens_per_s"] for e in lines if begun < e["tokens"] <= begun + tokens][-9:]
+            if rates:
+                self.rates[kind] = sorted(rates)[len(rates) // 2]
+            begun += tokens
+        return int(lines[-1]["tokens"]) if lines else 0
+
+    def _seconds(self, step: Step, done: int) -> float:
+        """Of training what is left of a stage; a kind that nothing has measured is taken for as slow as the slowest."""
+        slowest = min(self.rates.values(), default=1.0)
+        left = [tokens / self.rates.get(kind, slowest) for kind, tokens in _rest(step, done)]
+        return sum(left) + (BEGINNING if step.own_tokens else 0.0)
+
+    def _median(self, keys: Iterable[str]) -> float | None:
+        """Of the seconds that finished stages took."""
+        times = []
+        for key in keys:
+            with contextlib.suppress(OSError, ValueError):  # not finished, or damaged
+                times.append(float(self.store.done(key)["seconds"]))
+        return statistics.median(times) if times else None
 
     def _done_line(self, name: str, step: Step) -> str:
         quality = self.store.result(step.evaluate.key)
@@ -160,6 +178,15 @@ class Progress:
         self.told = time.monotonic()
         passed = int(self.told - self.began)
         print(f"[{passed // 60:3d}:{passed % 60:02d}] {text}", file=self.out, flush=True)
+
+
+def _rest(step: Step, done: int) -> list[tuple[str, int]]:
+    """The stretches of a stage without the tokens that it has trained."""
+    left, begun = [], 0
+    for kind, tokens in step.stretches:
+        left.append((kind, max(0, min(tokens, begun + tokens - done))))
+        begun += tokens
+    return left
 
 
 def distinct_steps(plan: Plan) -> dict[str, tuple[str, Step]]:

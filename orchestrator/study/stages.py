@@ -30,11 +30,22 @@ class Step:
     @property
     def own_tokens(self) -> int:
         """Tokens that this stage itself trains on."""
+        return sum(tokens for _, tokens in self.stretches)
+
+    @property
+    def stretches(self) -> list[tuple[str, int]]:
+        """Its tokens in order, by what makes them cost alike: one model, a teacher beside it, both without logits."""
         spec: Any = self.train
         if hasattr(spec, "token_budget"):
-            return int(spec.token_budget)
-        steps = sum(phase.steps for phase in getattr(spec, "phases", ()))
-        return int(steps * spec.batch_size * spec.sequence_length) if steps else 0
+            return [("alone", int(spec.token_budget))]
+        each = [(phase.losses, phase.steps) for phase in getattr(spec, "phases", ())]
+        return [
+            (
+                "beside" if losses.ce + losses.logit_kl.weight > 0 else "layers",
+                steps * spec.batch_size * spec.sequence_length,
+            )
+            for losses, steps in each
+        ]
 
 
 def roots(study: Study, resolved: Resolved) -> tuple[TokensSpec, TeacherSpec | ImportSpec]:

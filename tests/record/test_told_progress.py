@@ -123,13 +123,13 @@ def test_a_summary_when_nothing_happens(hand: Hand, monkeypatch: pytest.MonkeyPa
     hand.attempt(hand.key("skip 0"), pid=2)
     assert len(terminal.tick()) == 2  # starts
     assert terminal.tick(after=20.0) == [
-        "[  0:40] 1 of 12 stages done, about 55 s left",  # 31.8 s of work on two cores, 40 s of measurements
+        "[  0:40] 1 of 12 stages done, at least 55 s left",  # 31.8 s of work on two cores, 40 s of measurements
         "          trial-00 stage 1/3 layers 0:  50%  kl 0.500 ce 2.250  1,234 tokens/s",
     ]
 
 
 def test_the_time_left_is_the_work_over_the_cores(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At 20 tokens/s, three seconds beside each stage and two for each that trains nothing:
+    """At 20 tokens/s, three seconds beside each stage and two for each that trains nothing, and no rate of scratch yet:
 
     two 0 has 80 of 160 tokens: 7 s; two 1, heads 0 and heads 1: 11 s each; the three joint ones 19 s each;
     scratch 35 s; the skips 6 s: 138 s of work. The measurements of eight architectures: 40 s.
@@ -137,13 +137,13 @@ def test_the_time_left_is_the_work_over_the_cores(hand: Hand, monkeypatch: pytes
     hand.finish("teacher")
     terminal = Terminal(hand, monkeypatch, cores=2)
     rate_of(hand, "two 0", 80, 20.0)
-    assert left(terminal) == "about 2 min left"  # 138 / 2 + 40 = 109 s
+    assert left(terminal) == "at least 2 min left"  # 138 / 2 + 40 = 109 s
     one = Terminal(hand, monkeypatch, cores=1)
     hand.attempt(hand.key("two 0"), pid=3)
-    assert left(one) == "about 3 min left"  # 178 s
+    assert left(one) == "at least 3 min left"  # 178 s
     hand.measure("teacher", "two 0", "two 1", "heads 0", "heads 1", "skip 0", "skip 1", "skip all")
-    assert left(terminal) == "about 70 s left"  # 69 s, told in steps of five
-    assert left(one) == "about 2 min left"  # 138 s
+    assert left(terminal) == "at least 70 s left"  # 69 s, told in steps of five
+    assert left(one) == "at least 2 min left"  # 138 s
 
 
 def test_the_time_left_is_never_less_than_the_longest_path(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,11 +152,11 @@ def test_the_time_left_is_never_less_than_the_longest_path(hand: Hand, monkeypat
     terminal = Terminal(hand, monkeypatch, cores=8)
     rate_of(hand, "two 0", 80, 20.0)
     hand.measure("teacher", "two 0", "two 1", "heads 0", "heads 1", "skip 0", "skip 1", "skip all")
-    assert left(terminal) == "about 40 s left"
+    assert left(terminal) == "at least 40 s left"
     hand.finish("heads 0", "heads 1")
-    assert left(terminal) == "about 35 s left"  # trial-00: 7 + 11 + 19 = 37 s
+    assert left(terminal) == "at least 35 s left"  # trial-00: 7 + 11 + 19 = 37 s
     rate_of(hand, "two 0", 159, 20.0)
-    assert left(terminal) == "about 35 s left"  # 0.05 + 3 + 11 + 19 = 33 s
+    assert left(terminal) == "at least 35 s left"  # 0.05 + 3 + 11 + 19 = 33 s
     hand.finish("two 0", "two 1", "two joint", "two mixed", "scratch", "skip 0", "skip 1", "skip all")
     rate_of(hand, "heads joint", 319, 200.0)
     assert left(terminal) == "about 5 s left"
@@ -169,7 +169,7 @@ def test_every_path_waits_for_the_teacher(hand: Hand, monkeypatch: pytest.Monkey
     hand.measure("teacher", "two 0", "two 1", "heads 0", "heads 1", "skip 0", "skip 1", "skip all")
     terminal = Terminal(hand, monkeypatch, cores=100)
     rate_of(hand, "teacher", 800, 10.0)
-    assert left(terminal) == "about 3 min left"  # 156 s
+    assert left(terminal) == "at least 3 min left"  # 156 s
 
 
 def test_each_kind_has_the_middle_of_its_last_nine_rates(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +182,41 @@ def test_each_kind_has_the_middle_of_its_last_nine_rates(hand: Hand, monkeypatch
     assert left(terminal) == "about 40 s left"  # 240 / 10 + 3 and 320 / 40 + 3, together 38 s
     rate_of(hand, "scratch", 320, 10.0)
     assert left(terminal) == "about 60 s left"  # 27 + 35 = 62 s
+
+
+def test_phases_without_logits_have_a_rate_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers first: 80 tokens of 160 after the teacher's layers, 80 after its next tokens; then 320 jointly, thrice."""
+    phases = "[{tokens: 80, losses: {mixer_mse: 1.0, hidden_mse: 1.0}}, {tokens: 80, losses: {ce: 1.0}}]"
+    hand = Hand(tmp_path, "controls={skip: false, scratch: none}", f"recipe.phases={phases}")
+    hand.measure("teacher", "two 0", "two 1", "heads 0", "heads 1")
+    hand.finish("teacher", "two 0", "two 1", "two joint")
+    terminal = Terminal(hand, monkeypatch, cores=1)
+    rate_of(hand, "heads 0", 64, 16.0)
+    assert left(terminal) == "at least 70 s left"  # 96 + 160 + 320 + 320 tokens at 16 a second, 3 s beside each: 68 s
+    rate_of(hand, "heads 0", 96, 16.0, 16.0, 4.0)  # 32 and 64 tokens without logits, the next with
+    assert left(terminal) == "about 4 min left"  # 64 / 4, 80 / 16 + 80 / 4, 640 / 4, 12: 213 s
+    hand.finish("heads 0", "heads 1")
+    assert left(terminal) == "about 3 min left"  # 166 s
+
+
+def test_evaluations_and_speeds_take_as_long_as_those_before(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
+    hand.finish(*(name for name in hand.steps if name != "two mixed"))
+    for name, seconds in {"teacher": 50.0, "two 0": 30.0}.items():
+        hand.evaluate(name, seconds=seconds)
+    hand.measure("teacher", "two 0", "two 1", "heads 0", "heads 1")
+    for name in ("skip 0", "skip 1", "skip all"):
+        hand.write(hand.speeds[hand.key(name)], {}, seconds=20.0)
+    terminal = Terminal(hand, monkeypatch, cores=1)
+    rate_of(hand, "two mixed", 160, 16.0)
+    assert left(terminal) == "about 15 s left"  # 160 / 16 and 1 of training, the median of 50, 30 and nine of 2 seconds
+    for name in ("skip 0", "skip 1", "skip all", "two 1", "heads 0", "heads 1"):
+        hand.evaluate(name, seconds=40.0)
+    assert left(terminal) == "about 50 s left"  # 11 and 40 s
+    for name in ("heads 0", "heads 1"):
+        (hand.store.folder(hand.speeds[hand.key(name)].key) / "DONE.json").unlink()
+    fresh = Terminal(hand, monkeypatch, cores=1)
+    hand.attempt(hand.key("two mixed"), pid=3)
+    assert left(fresh) == "about 75 s left"  # and two of 12.5 s, the median of three of 5 and three of 20
 
 
 def test_a_stage_that_takes_two_cores_takes_twice_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
