@@ -9,12 +9,21 @@ import socket
 import sqlite3
 import sys
 import uuid
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
+from orchestrator.record.options import (
+    BestOf,
+    Claims,
+    HomeDirectory,
+    Overrides,
+    StageName,
+    StudyFile,
+    TrackingUri,
+    TrialName,
+)
 from orchestrator.run.environment import own_process
 from orchestrator.run.hardware import hardware
 from orchestrator.study.loader import Document, StudyError, read_document, validate
@@ -25,36 +34,7 @@ from orchestrator.study.sources import Location, Resolved, resolve
 from orchestrator.study.spec import short
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="study file, for example studies/layerwise.yaml")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the study; repeatable")
-]
-HomeDirectory = Annotated[
-    Path | None,
-    typer.Option("--home", envvar="LAYERSWAP_HOME", help="store, records, reports; default: runs/ of the repository"),
-]
-TrackingUri = Annotated[
-    str | None,
-    typer.Option(
-        "--tracking-uri", envvar="LAYERSWAP_TRACKING_URI", help="MLflow server or database; default: one in the home"
-    ),
-]
 EXIT_BAD_INPUT = 2
-
-
-class Claims(StrEnum):
-    """`--claims`: a lock of the kernel, or a file that is renewed."""
-
-    flock = "flock"
-    lease = "lease"
-
-
-class Best(StrEnum):
-    """`--best`, of all finished students, those of few layers included."""
-
-    quality = "quality"
-    speed = "speed"
-    knee = "knee"
 
 
 # Large tensors come and go every step: keep their pages instead of giving them back to the kernel (glibc), and let
@@ -195,18 +175,9 @@ def export(
     to: Annotated[Path, typer.Option("--to", help="folder to write, which must not exist")],
     overrides: Overrides = None,
     home: HomeDirectory = None,
-    trial: Annotated[str | None, typer.Option(help="a trial, trial-03 say; its last stage, or see --stage")] = None,
-    stage: Annotated[
-        str | None, typer.Option(help="start of a stage key, or with --trial a number from 1 on, or joint")
-    ] = None,
-    best: Annotated[
-        Best | None,
-        typer.Option(
-            help="of all students, or the trial's: the one of lowest perplexity (quality), of fastest prefill (speed), "
-            "or the point of the report's front that is farthest below the line between its ends (knee); default: the "
-            "one that swaps most layers, and of those the one of lowest perplexity"
-        ),
-    ] = None,
+    trial: TrialName = None,
+    stage: StageName = None,
+    best: BestOf = None,
 ) -> None:
     """Write a finished student as a Hugging Face folder for AutoModelForCausalLM."""
     made, _ = _load(study, overrides)
