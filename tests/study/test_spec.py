@@ -67,7 +67,7 @@ KEYS = {
     "teacher": "47063b021863897f67d80021e78d5497d7f1ac021292073448edbae4d67741ef",
     "distil": "47c9ebc7d5a6dc8af60915059827b38ba3786e03e44ea7ed56f0216d0e84894f",
     "scratch": "4c994f329ea87ff2e700468162dd53b91354709f1ece96e93fb2c1a8050a5182",
-    "evaluate": "a3c7c7ce0dcd5c319e5a94bdde580f625c84783a78cde84dde8bf6386282dd07",
+    "evaluate": "00f3ab7881cd792bd3b5715e5c8639adcda10d9c82d8db9be32a2d3523fbaf51",
     "throughput": "001c972526e06af606ddf82094379827740fefb6ba1ed46007905482eae5cd13",
 }
 WORDS = {  # another value for a field whose words are given
