@@ -212,6 +212,53 @@ def export(
 
 
 @app.command()
+def evaluate(
+    command: typer.Context,
+    model: Annotated[Path, typer.Argument(metavar="STUDY|DIR", help="study file, or the folder of a model")],
+    tasks: Annotated[str, typer.Option(metavar="A,B", help="names of tasks, or their files, separated by commas")],
+    task_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="a folder with files of tasks beside lm-eval's own")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="ask the first N items of each task; default: all")] = None,
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="ask multiple choice once for every rotation of its options")
+    ] = False,
+    teacher: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="folder of the teacher of the model in DIR")
+    ] = None,
+    overrides: Overrides = None,
+    home: HomeDirectory = None,
+    trial: TrialName = None,
+    stage: StageName = None,
+    best: BestOf = None,
+    device: Annotated[str, typer.Option(help="where the models are: cpu, cuda")] = "cpu",
+    batch_size: Annotated[int, typer.Option(help="sequences at once")] = 16,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Ask a finished student and its teacher tasks of lm-eval (pip install 'layerswap[eval]')."""
+    from orchestrator.record import evaluating
+    from orchestrator.run.interrupt import Interrupt
+
+    try:
+        names = tuple(filter(None, tasks.split(",")))
+        question = evaluating.Question(names, task_path, limit, rotate, batch_size, device)
+        if model.is_dir():
+            evaluating.check_no_study(trial, stage, best, overrides)
+            models, job = evaluating.of_folders(model, teacher), None
+        else:
+            made, _ = _load(model, overrides)
+            job = _job(command, model, home, made, tracking_uri)
+            store = _store(model, home, must_exist=True)
+            models = evaluating.of_study(job, store, teacher, trial, stage, best)
+        store = _store(model, home, write=True)
+        with Interrupt(), _home(model, home).in_use():
+            failed = evaluating.evaluate(question, models, store, job)
+    except ValueError as error:
+        _bad_input(error)
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
 def gc(
     studies: Annotated[list[Path], typer.Argument(metavar="STUDY...", help="the studies whose stages are kept")],
     home: HomeDirectory = None,

@@ -87,8 +87,11 @@ def _module_in(modules: dict[str, Path], imported_name: str) -> str | None:
 
 
 @every_source
-@pytest.mark.parametrize(("package", "room"), [("ray", "orchestrator.run"), ("mlflow", "orchestrator.record")])
-def test_ray_and_mlflow_have_one_room_each(path: Path, package: str, room: str) -> None:
+@pytest.mark.parametrize(
+    ("package", "room"),
+    [("ray", "orchestrator.run"), ("mlflow", "orchestrator.record"), ("lm_eval", "orchestrator.distill")],
+)
+def test_ray_mlflow_and_lm_eval_have_one_room_each(path: Path, package: str, room: str) -> None:
     assert package not in roots(path) or room_of(module_of(path)) == room
 
 
@@ -105,6 +108,8 @@ def test_what_plans_imports_no_heavy_package(path: Path) -> None:
         ("orchestrator.distill.context", "torch transformers ray mlflow"),
         ("orchestrator.run.broker", "torch transformers datasets mlflow"),
         ("orchestrator.record.driver", "torch transformers datasets"),
+        ("orchestrator.record.plan_view", "torch pandas"),
+        ("orchestrator.distill.stage", "lm_eval"),
         ("operators.registry", "transformers datasets ray mlflow orchestrator"),
     ],
 )

@@ -19,6 +19,7 @@ from orchestrator.distill.context import Workplace
 from orchestrator.distill.data import batch, load_tokens, prepare_tokens
 from orchestrator.distill.measuring.evaluate import evaluate
 from orchestrator.distill.measuring.statistics import SEQUENCES, attention_statistics
+from orchestrator.distill.measuring.tasks import measure_task
 from orchestrator.distill.measuring.throughput import measure_throughput
 from orchestrator.distill.models.student import (
     import_teacher,
@@ -167,4 +168,5 @@ STAGES: dict[str, Callable[[Any, Workplace], Result]] = {
     "distil": distil,
     "evaluate": evaluate,
     "throughput": measure_throughput,
+    "tasks": measure_task,
 }

@@ -19,10 +19,11 @@ from typing import Any
 import psutil
 
 from orchestrator.record.home import Home
+from orchestrator.record.task_results import task_stages
 from orchestrator.run.claims import exclusively
 from orchestrator.run.store import Store
 from orchestrator.run.temporary import abandoned_directories
-from orchestrator.study.spec import short
+from orchestrator.study.spec import TasksSpec, short
 
 SETTLED_SECONDS = 60.0  # what is younger may belong to a process that is about to take its lock
 BY_FIX = "`layerswap doctor --fix` removes it"
@@ -45,8 +46,10 @@ def examine(home: Home, needed: set[str] | None) -> list[Finding]:
     store = Store(home.store, write=False)
     if not store.root.is_dir():
         return [Finding(f"{home.root} holds no store yet", "run a study, or give another --home", healthy=True), *found]
+    asked = {spec.key: spec for spec in task_stages(store)}
     for key in store.all_keys():
-        found += _stage(store, key, needed)
+        again = _again(key, needed) if key not in asked else _asked_again(asked[key])
+        found += _stage(store, key, again)
     found += _torn_files(store.root, home.root)
     return found + list(_zombies(home, store))
 
@@ -68,7 +71,7 @@ def doctor_text(found: list[Finding], fix: bool) -> tuple[str, int]:
     return "\n".join(lines), 1 if left else 0
 
 
-def _stage(store: Store, key: str, needed: set[str] | None) -> Iterator[Finding]:
+def _stage(store: Store, key: str, again: str) -> Iterator[Finding]:
     folder, name = store.folder(key), f"stage {short(key)}"
     attempt = store.attempt(key) or {}
     who = f"process {attempt.get('pid', '?')} on {attempt.get('host', '?')}"
@@ -85,9 +88,9 @@ def _stage(store: Store, key: str, needed: set[str] | None) -> Iterator[Finding]
     if store.finished(key):
         damaged = store.damaged(key)
         if damaged is not None:
-            yield Finding(f"{name} is finished but its {damaged} is damaged or gone", _again(key, needed))
+            yield Finding(f"{name} is finished but its {damaged} is damaged or gone", again)
     elif attempt and store.failure(key) is None and not _alive(attempt):
-        yield Finding(f"{name} was begun by {who}, which is dead", _again(key, needed))
+        yield Finding(f"{name} was begun by {who}, which is dead", again)
 
 
 def _work(store: Store, key: str) -> list[Path]:
@@ -100,6 +103,10 @@ def _again(key: str, needed: set[str] | None) -> str:
     if needed is None:
         return f"run its study again, which goes on from what is whole; {gone}"
     return "`layerswap run` of this study goes on from what is whole" if key in needed else f"not of this study: {gone}"
+
+
+def _asked_again(spec: TasksSpec) -> str:
+    return f"`layerswap evaluate` with --tasks {spec.task} asks it again"
 
 
 def _torn_files(*roots: Path) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ from orchestrator.distill.training.journal import read_journal
 from orchestrator.record.estimate import estimate
 from orchestrator.record.progress import distinct_steps
 from orchestrator.record.records import trial_words
+from orchestrator.record.task_results import tasks_of
 from orchestrator.run.store import Store, tree_bytes
 from orchestrator.study.plan import Plan, Trial, operator_name, stage_memory
 from orchestrator.study.spec import ThroughputSpec, short
@@ -81,8 +82,10 @@ def plan_text(plan: Plan, store: Store, speeds: dict[str, ThroughputSpec]) -> st
 
 
 def gc_text(store: Store, kept: set[str], delete: bool) -> str:
-    """The stages outside `kept` with their sizes, deleted if asked; a stage that is being computed stays."""
+    """The stages outside `kept` with their sizes, deleted if asked; a stage that is being computed stays, and so does
+    what a kept one was asked by `layerswap evaluate`."""
     lines, total = [], 0
+    kept = kept | tasks_of(store, kept)
     for key in store.all_keys():
         if key in kept:
             continue

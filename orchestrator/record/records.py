@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from orchestrator.record.task_results import task_results
 from orchestrator.run.store import Store
 from orchestrator.study.plan import Plan, Trial, operator_name
 from orchestrator.study.spec import ThroughputSpec
@@ -23,8 +24,9 @@ def make_records(
 ) -> list[Record]:
     """The rows of every finished step; `trained` holds the keys that the last run trained itself.
 
-    A metric that was not measured has no entry; nothing is filled in.
+    A metric that was not measured has no entry; nothing is filled in. `tasks` has what students were asked beside it.
     """
+    asked = task_results(store)
 
     def record(kind: str, name: str, step: Step, **more: Any) -> Iterator[Record]:
         if not store.finished(step.train.key) or not store.finished(step.evaluate.key):
@@ -53,6 +55,7 @@ def make_records(
             "run_id": run_id(step),
             "reused": step.train.key not in trained,
             "metrics": metrics,
+            "tasks": asked.get(step.train.key, {}),
             **more,
         }
 

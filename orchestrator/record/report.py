@@ -13,6 +13,8 @@ import pandas as pd
 
 from orchestrator.files import write_json, write_text
 from orchestrator.record.records import Record, best_path, pareto_front
+from orchestrator.record.task_table import LEGEND as TASK_LEGEND
+from orchestrator.record.task_table import task_table
 from orchestrator.study.plan import Plan
 
 COLUMNS = ["row", "swapped", "tokens", "perplexity", "ratio", "agree", "hit", "miss"]
@@ -57,6 +59,8 @@ def answer(plan: Plan, records: list[Record], run: dict[str, Any], commands: lis
             "",
         ]
     lines += [text_table(table(_ends(records), length, "trial")), ""] if len(_ends(records)) > 1 else []
+    tasks = _tasks(records)
+    lines += [text_table(task_table(tasks)), TASK_LEGEND, ""] if tasks else []
     lines += [legend(records, length), "", resources(run), "", *commands]
     return "\n".join(lines)
 
@@ -81,6 +85,8 @@ def markdown(plan: Plan, records: list[Record], run: dict[str, Any]) -> str:
     front = pareto_front(records, "prefill_ratio", length)
     parts += [pipe_table(table(front, length))] if front else []
     parts += ["## Every stage", pipe_table(table(stages, length)), legend(records, length)]
+    tasks = _tasks(records)
+    parts += ["## Tasks", pipe_table(task_table(tasks)), TASK_LEGEND] if tasks else []
     parts += ["## Cost", resources(run)]
     return "\n\n".join(parts) + "\n"
 
@@ -223,6 +229,17 @@ def _ends(records: list[Record]) -> list[Record]:
         if row["kind"] == "stage":
             trials[row["trial"]] = row
     return sorted(trials.values(), key=lambda row: (-len(row["swapped_layers"]), row["metrics"]["perplexity_ratio"]))
+
+
+def _tasks(records: list[Record]) -> dict[str, dict[str, Any]]:
+    """By row what students were asked; a stage that several trials share has one."""
+    rows: dict[str, dict[str, Any]] = {}
+    seen: set[str] = set()
+    for row in records:
+        if row["kind"] == "stage" and row.get("tasks") and row["stage_key"] not in seen:
+            seen.add(row["stage_key"])
+            rows[row["name"]] = row["tasks"]
+    return rows
 
 
 def _number(value: float | None, digits: int, unit: str = "") -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from orchestrator.distill.training.journal import read_journal
 from orchestrator.record.home import Home
 from orchestrator.record.runs import MARKER, Point, Runs
+from orchestrator.record.task_results import task_numbers, task_results
 from orchestrator.run.store import Store
 from orchestrator.study.plan import Plan, Trial, operator_name
 from orchestrator.study.spec import ThroughputSpec, short
@@ -63,6 +64,7 @@ class Tracker:
     def finish(self, stopped: dict[str, int], failures: dict[str, str], summary: dict[str, float]) -> None:
         """Send the rest and give every run its true status: trials of `stopped` were ended early, the rest is read."""
         self.sync()
+        self._tasks()
         alone = [self.plan.teacher, *self.plan.controls.values()]
         complete = all(self.store.finished(step.evaluate.key) for step in alone)
         for trial in self.plan.trials:
@@ -85,6 +87,13 @@ class Tracker:
         study, failed = self._study_run(), bool(failures) or any(self._failure(step) for step in self.plan.steps)
         self.runs.score(study, summary)
         self.runs.close(study, "FINISHED" if complete and not failures else "FAILED" if failed else "KILLED")
+
+    def _tasks(self) -> None:
+        """What students and their teacher were asked, beside the rest of their runs."""
+        for key, tasks in task_results(self.store).items():
+            run = self.runs.ids.get(f"stage:{key}")
+            if run is not None:
+                self.runs.score(run, task_numbers(tasks))
 
     def add_files(self, files: list[Path]) -> None:
         """Give the study run its files, and MLflow a model for every finished student, without copying weights."""

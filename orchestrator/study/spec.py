@@ -190,8 +190,35 @@ class ThroughputSpec(Spec):
     freeze: tuple[str, ...] = ()  # in training, globs over parameter names that get none
 
 
+class TasksSpec(Spec):
+    """A task of lm-eval asked of a finished stage, or of the model in a folder.
+
+    `fingerprint` covers all that the task asks and how it is scored; a stage's subject has a teacher and a tokenizer,
+    a folder all of its own.
+    """
+
+    kind: Literal["tasks"] = "tasks"
+    tokens: str | None
+    teacher: str | None
+    subject: str | None
+    folder: str | None = None  # digest of its files
+    task: str
+    fingerprint: str
+    harness: str  # version of lm-eval
+    limit: int | None = None  # items, the first ones
+    rotate: bool = False
+    batch_size: int
+    numerics: Numerics
+    seed: int
+
+    def of(self, subject: str) -> TasksSpec:
+        """The same task asked of another stage."""
+        fields = {name: getattr(self, name) for name in TasksSpec.model_fields}  # a copy would keep the key
+        return TasksSpec(**{**fields, "subject": subject})
+
+
 StageSpec = Annotated[
-    TokensSpec | TeacherSpec | ImportSpec | DistilSpec | ScratchSpec | EvaluateSpec | ThroughputSpec,
+    TokensSpec | TeacherSpec | ImportSpec | DistilSpec | ScratchSpec | EvaluateSpec | ThroughputSpec | TasksSpec,
     Field(discriminator="kind"),
 ]
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(StageSpec)

@@ -22,6 +22,7 @@ from orchestrator.study.spec import (
     PhaseSpec,
     ScratchSpec,
     SourceIdentity,
+    TasksSpec,
     TeacherSpec,
     ThroughputSpec,
     TokensSpec,
@@ -58,6 +59,10 @@ SPECS: dict[str, Any] = {
         teacher="r", operator=HyenaConfig(), layers=(0,), throughput=Throughput(), train_batch_size=2,
         sequence_length=32, numerics=Numerics(), hardware="h", rest_trains=False, freeze=("lm_head.*",),
     ),
+    "tasks": TasksSpec(
+        tokens="t", teacher="r", subject="s", folder="d", task="choice", fingerprint="f", harness="0.4.13", limit=10,
+        rotate=True, batch_size=16, numerics=Numerics(), seed=1234,
+    ),
 }  # fmt: skip
 # A change of these is a new identity of every stage computed so far: say so in the CHANGELOG, and raise STAGE_VERSION
 # where the same specification would give another result.
@@ -69,6 +74,7 @@ KEYS = {
     "scratch": "4c994f329ea87ff2e700468162dd53b91354709f1ece96e93fb2c1a8050a5182",
     "evaluate": "00f3ab7881cd792bd3b5715e5c8639adcda10d9c82d8db9be32a2d3523fbaf51",
     "throughput": "001c972526e06af606ddf82094379827740fefb6ba1ed46007905482eae5cd13",
+    "tasks": "2aa73476720fdebb2a76fa8b29f9acef6019cd6aed9339a86856c21185d2e6c5",
 }
 WORDS = {  # another value for a field whose words are given
     "source": "jsonl", "method": "adamw", "dtype": "bfloat16", "window": "linear", "init": "random",
