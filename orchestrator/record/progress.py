@@ -125,15 +125,15 @@ class Progress:
         done = {key: self._measure(key, step) for key, step in unfinished.items()}
         if not self.rates and any(step.own_tokens for step in unfinished.values()):
             return "time left: known once the first steps are measured"
-        fixed = self._median(spec.evaluate.key for _, spec in self.steps.values()) or EVALUATION
-        chains = {key: fixed + self._seconds(step, done[key]) for key, step in unfinished.items()}
+        evaluated = self._median(spec.evaluate.key for _, spec in self.steps.values())
+        chains = {key: (evaluated or EVALUATION) + self._seconds(step, done[key]) for key, step in unfinished.items()}
         work = sum(seconds * unfinished[key].train.cores for key, seconds in chains.items())
         longest = max((sum(chains.get(s.train.key, 0.0) for s in t.steps) for t in self.plan.trials), default=0.0)
         longest += chains.get(self.plan.teacher.train.key, 0.0)
         speeds = (self._median(self.measured) or SPEED) * (len(self.speeds) - len(self.measured))
         left = max(work / self.cores, longest) + speeds
         kinds = {kind for key, step in unfinished.items() for kind, tokens in _rest(step, done[key]) if tokens}
-        about = "about" if kinds <= self.rates.keys() else "at least"
+        about = "about" if evaluated and kinds <= self.rates.keys() else "at least"
         return (
             f"{about} {left / 60:.0f} min left" if left >= 90 else f"{about} {max(5, round(left / 5) * 5):.0f} s left"
         )

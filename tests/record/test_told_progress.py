@@ -219,6 +219,15 @@ def test_evaluations_and_speeds_take_as_long_as_those_before(hand: Hand, monkeyp
     assert left(fresh) == "about 75 s left"  # and two of 12.5 s, the median of three of 5 and three of 20
 
 
+def test_without_an_evaluation_before_there_may_be_more_to_do(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in hand.steps:
+        hand.train(name)
+    hand.measure("teacher", "two 0", "two 1", "heads 0", "heads 1", "skip 0", "skip 1", "skip all")
+    terminal = Terminal(hand, monkeypatch, cores=1)
+    rate_of(hand, "teacher", 1_600, 10.0)
+    assert left(terminal) == "at least 35 s left"  # nine of 3 and three of 2 seconds
+
+
 def test_a_stage_that_takes_two_cores_takes_twice_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hand = Hand(tmp_path, "numerics.threads=2", "controls={skip: false, scratch: none}")
     hand.finish("teacher", "heads 0", "heads 1", "heads joint", "two 0", "two 1")
