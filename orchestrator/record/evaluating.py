@@ -27,6 +27,8 @@ from orchestrator.run.compute import compute
 from orchestrator.run.hardware import accelerators
 from orchestrator.run.preflight import DEVICES
 from orchestrator.run.store import Store
+from orchestrator.study.loader import StudyError
+from orchestrator.study.pretrained import KEY, check_teacher
 from orchestrator.study.schema import Numerics
 from orchestrator.study.sources import Location, folder_fingerprint
 from orchestrator.study.spec import TasksSpec, short
@@ -107,7 +109,11 @@ def of_folders(student: Path, teacher: Path | None) -> list[Model]:
             raise ValueError(
                 f"{option}{folder} holds no config.json: give the folder of a saved model, or a study file"
             )
-        fingerprint = folder_fingerprint(folder)
+        try:
+            check_teacher(folder)
+            fingerprint = folder_fingerprint(folder)
+        except StudyError as error:
+            raise ValueError(f"{option}{str(error).removeprefix(f'{KEY}: ')}") from None
         identity = {"tokens": None, "teacher": None, "subject": None, "folder": fingerprint, "numerics": numerics}
         found.append(Model(str(folder), identity, {fingerprint: Location(files=(str(folder),))}))
     return found

@@ -178,10 +178,10 @@ def _teacher_folder(given: Pretrained, folder: Path, locations: dict[str, Locati
         return fingerprint, gguf_config(file)
     if not os.path.isfile(folder / "config.json"):  # noqa: PTH113
         raise StudyError(f"teacher.folder: {folder} holds no config.json: {remedy}")
-    files = _files_of(folder)
-    if not any(path.name.startswith(TOKENIZERS) for path in files):
-        raise StudyError(f"teacher.folder: {folder} holds no tokenizer: save it there with tokenizer.save_pretrained")
-    fingerprint = folder_fingerprint(folder)
+    try:
+        fingerprint = folder_fingerprint(folder)
+    except StudyError as error:
+        raise StudyError(f"teacher.folder: {error}") from None
     locations[fingerprint] = Location(files=(str(folder),))
     return fingerprint, read_config(folder / "config.json")
 
@@ -200,12 +200,11 @@ def _teacher_hub(name: str, revision: str, locations: dict[str, Location]) -> tu
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Digest of the names and contents of all files in the folder of a model."""
-    return _digest((path.relative_to(folder).as_posix(), sha256_file(path)) for path in _files_of(folder))
-
-
-def _files_of(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and ".git" not in path.parts)
+    """Digest of the names and contents of all files in the folder of a model; StudyError without a tokenizer."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and ".git" not in path.parts)
+    if not any(path.name.startswith(TOKENIZERS) for path in files):
+        raise StudyError(f"{folder} holds no tokenizer: save it there with tokenizer.save_pretrained")
+    return _digest((path.relative_to(folder).as_posix(), sha256_file(path)) for path in files)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -274,6 +274,14 @@ def test_what_cannot_be_asked_is_told_before_anything_is_computed(
     ]:
         done = evaluate(ran, *words, code=2)
         assert told in done.stderr and "Traceback" not in done.output, words
+    shutil.copytree(ran.store.artefacts(ran.key(0)), tmp_path / "mute")
+    shutil.copytree(tmp_path / "mute", tmp_path / "torn")
+    (tmp_path / "torn" / "model.safetensors").unlink()
+    for name, told in [
+        ("mute", "mute holds no tokenizer: save it there"),
+        ("torn", "torn holds no weights: save them"),
+    ]:
+        assert evaluate(ran, model=tmp_path / name, code=2).stderr.startswith(f"{tmp_path}/{told}")
     for words, told in [
         ([], "empty holds no config.json: give the folder of a saved model, or a study file"),
         (["--trial", "trial-00"], "--trial belongs to a study, and this is the folder of a model: leave it out"),
