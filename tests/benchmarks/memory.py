@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from operators.config import HyenaConfig, ImplicitFilterConfig
+from orchestrator.cli import PROCESS as PROCESS_OF_STAGES
 from orchestrator.study.memory import PROCESS, held_bytes, operator_parameters, passing_bytes, sizes_of, stage_bytes
 from orchestrator.study.schema import Evaluation, Losses, Numerics, Optimizer
 from orchestrator.study.spec import Architecture, DistilSpec, EvaluateSpec, PhaseSpec, TeacherSpec
@@ -73,7 +75,7 @@ class Case:
             "seed": 0,
         }
         if self.kind == "evaluate":
-            settings = Evaluation(tokens=4 * self.batch * self.length, batch_size=self.batch)
+            settings = Evaluation(tokens=16 * self.batch * self.length, batch_size=self.batch)
             return EvaluateSpec(**common, teacher="r", subject="r", evaluation=settings)
         if self.kind == "teacher":
             numerics = self.numerics.model_copy(update={"teacher_dtype": "float32"})
@@ -95,7 +97,8 @@ def measured(case: Case) -> dict[str, float]:
     told = {**dataclasses.asdict(case), "shape": case.shape.model_dump(), "numerics": case.numerics.model_dump()}
     told["operator"] = dataclasses.asdict(case.operator)
     command = [sys.executable, "-m", "tests.benchmarks.memory", "--case", json.dumps(told)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    variables = {**os.environ, **PROCESS_OF_STAGES, "OMP_NUM_THREADS": "1"}  # what it changes in memory is measured too
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     if done.returncode:
         raise RuntimeError(done.stderr)
     found: dict[str, float] = json.loads(done.stdout.strip().split("\n")[-1])
@@ -131,7 +134,7 @@ def _here(told: dict[str, Any]) -> dict[str, float]:
     loop.average_gradients = lambda parameters: (held.append(bytes_now()), usual(parameters))[1]
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        text = random_tokens(case.length * max(64, 8 * case.batch))
+        text = random_tokens(case.length * max(64, 16 * case.batch))
         write_tokens(root / "tokens", train=text, valid=text)
         for folder in ("work", "out"):
             (root / folder).mkdir()

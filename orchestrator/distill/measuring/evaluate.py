@@ -32,6 +32,7 @@ from orchestrator.distill.training.losses import chunk_size
 from orchestrator.study.spec import EvaluateSpec
 
 TEACHER = "teacher.safetensors"
+COLUMNS = ("nll", "teacher_nll", "right", "teacher_right", "same", "kl")  # a number for every predicted position
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -112,16 +113,10 @@ def _likelihood(
 ) -> dict[str, float]:
     hits_BP = np.stack([trigram_hits(window) for window in windows_BL.numpy()])
     hits_N = torch.from_numpy(hits_BP).flatten()
-    columns: dict[str, list[Tensor]] = {
-        "nll": [],
-        "teacher_nll": [],
-        "right": [],
-        "teacher_right": [],
-        "same": [],
-        "kl": [],
-    }
+    # Made before the logits: small results kept between them would split the memory that the next ones need.
+    table = {name: torch.empty(len(hits_N), dtype=torch.float64, device=device) for name in COLUMNS}
     heads = wide_heads(subject, teacher)
-    size = chunk_size(heads[0], torch.device(device))
+    size, done = chunk_size(heads[0], torch.device(device)), 0
     batches = (rows.split(spec.evaluation.batch_size) for rows in (windows_BL, side.hidden_BLD))
     for ids_BL, wanted_BLD in zip(*batches, strict=True):
         ids_BL = ids_BL.to(device)
@@ -130,8 +125,10 @@ def _likelihood(
         for ids_L, own_LD, wanted_LD in zip(ids_BL, own_BLD, wanted_BLD.to(device), strict=True):
             rows = (own_LD[:-1].float(), wanted_LD[:-1].float(), ids_L[1:])
             for own_PD, wanted_PD, target_P in zip(*(row.split(size) for row in rows), strict=True):
+                columns = {name: column[done : done + len(target_P)] for name, column in table.items()}
                 _compare(columns, heads[0](own_PD), heads[1](wanted_PD), target_P)
-    table = {name: torch.cat(parts).cpu().double() for name, parts in columns.items()}
+                done += len(target_P)
+    table = {name: column.cpu() for name, column in table.items()}
     own, teachers = (perplexity(table[name]) for name in ("nll", "teacher_nll"))
     return {
         "perplexity": own,
@@ -148,16 +145,17 @@ def _likelihood(
     }
 
 
-def _compare(columns: dict[str, list[Tensor]], own_PV: Tensor, wanted_PV: Tensor, target_P: Tensor) -> None:
+def _compare(columns: dict[str, Tensor], own_PV: Tensor, wanted_PV: Tensor, target_P: Tensor) -> None:
+    """Fill the columns (P,) of some positions."""
     own_PV, wanted_PV = (F.log_softmax(logits.float(), dim=-1) for logits in (own_PV, wanted_PV))
     own_top, wanted_top = own_PV.argmax(-1), wanted_PV.argmax(-1)
-    columns["nll"].append(-own_PV.gather(1, target_P[:, None])[:, 0])
-    columns["teacher_nll"].append(-wanted_PV.gather(1, target_P[:, None])[:, 0])
-    columns["right"].append(own_top == target_P)
-    columns["teacher_right"].append(wanted_top == target_P)
-    columns["same"].append(own_top == wanted_top)
+    columns["nll"].copy_(-own_PV.gather(1, target_P[:, None])[:, 0])
+    columns["teacher_nll"].copy_(-wanted_PV.gather(1, target_P[:, None])[:, 0])
+    columns["right"].copy_(own_top == target_P)
+    columns["teacher_right"].copy_(wanted_top == target_P)
+    columns["same"].copy_(own_top == wanted_top)
     apart_PV = torch.sub(wanted_PV, own_PV, out=own_PV)  # in the place of what is not needed any more
-    columns["kl"].append(wanted_PV.exp_().mul_(apart_PV).sum(-1))
+    columns["kl"].copy_(wanted_PV.exp_().mul_(apart_PV).sum(-1))
 
 
 def _split(prefix: str, nll_N: Tensor, hits_N: Tensor) -> dict[str, float]:

@@ -73,16 +73,16 @@ def continued(model: Any, prompts_BL: Tensor, new_tokens: int, noise: torch.Gene
     With `noise`, on the CPU, samples of the model's distribution instead, by the Gumbel-max trick: models that are
     nearly equal then say nearly the same. The end of text is a token like others and does not end them.
     """
-    found, cache, next_BL = [], None, prompts_BL
-    for _ in range(new_tokens):
+    new_BN, cache, next_BL = prompts_BL.new_empty(len(prompts_BL), new_tokens), None, prompts_BL
+    for at in range(new_tokens):
         output = model(next_BL, past_key_values=cache, use_cache=True, logits_to_keep=1, return_dict=True)
         cache, scores_BV = output.past_key_values, output.logits[:, -1]
         if noise is not None:
             waiting_BV = torch.empty(scores_BV.shape, dtype=torch.float64).exponential_(generator=noise)
             scores_BV = scores_BV.double() - waiting_BV.log().to(scores_BV.device)
         next_BL = scores_BV.argmax(-1, keepdim=True)
-        found.append(next_BL)
-    return torch.cat(found, dim=1) if found else prompts_BL[:, :0]
+        new_BN[:, at] = next_BL[:, 0]
+    return new_BN
 
 
 def _unlikelihood(teacher: Any, prompt_L: Tensor, new_N: Tensor) -> Tensor:
