@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from orchestrator.cli import app
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,9 +37,15 @@ def command(home: Path, *words: str, study: Path = SMALL) -> list[str]:
     return [sys.executable, "-m", "orchestrator.cli", words[0], str(study), "--home", str(home), *words[1:]]
 
 
-def records(home: Path, *words: str) -> dict[str, Any]:
+def report(home: Path, *words: str, study: Path = SMALL) -> None:
+    """In this process: a report starts no other."""
+    done = CliRunner().invoke(app, command(home, "report", *words, study=study)[3:])
+    assert done.exit_code == 0, done.output
+
+
+def records(home: Path, *words: str, study: Path = SMALL) -> dict[str, Any]:
     path = home / "out.json"
-    layerswap(home, "report", "--json", str(path), *words)
+    report(home, "--json", str(path), *words, study=study)
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 
@@ -224,7 +232,7 @@ def test_a_dead_tracking_server_delays_nothing_and_a_report_sends_everything(fin
     assert re.search(r"MLflow lacks (\d+) of \1 stages \(.*layerswap report", done.stderr)
     fresh = tmp_path / "fresh.db"
     for _ in range(2):
-        layerswap(finished, "report", "--tracking-uri", f"sqlite:///{fresh}")
+        report(finished, "--tracking-uri", f"sqlite:///{fresh}")
         sent = points(fresh)
         stages = {stage for stage, *_ in sent}
         assert len(stages) == 14
@@ -278,6 +286,5 @@ def test_early_stopping_ends_a_trial_at_a_stage_boundary_and_stays_decided(finis
 def test_the_smoke_study_runs_to_its_end(tmp_path: Path) -> None:
     smoke = ROOT / "studies" / "smoke.yaml"
     layerswap(tmp_path, "run", study=smoke)
-    layerswap(tmp_path, "report", "--json", str(tmp_path / "out.json"), study=smoke)
-    rows = json.loads((tmp_path / "out.json").read_text())["records"]
+    rows = records(tmp_path, study=smoke)["records"]
     assert [row["kind"] for row in rows].count("stage") == 9

@@ -118,6 +118,13 @@ class LayerswapForCausalLM:
         base: Any = super(LayerswapForCausalLM, made)
         return base.from_pretrained(pretrained_model_name_or_path, *others, **kwargs)
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """What the teacher's class says: transformers fills the buffers that no file holds only where it is its own."""
+        whole: Any = cls.__mro__[cls.__mro__.index(LayerswapForCausalLM) + 1]
+        custom: bool = whole.is_custom_code()
+        return custom
+
     def fit_errors(self) -> dict[int, Tensor]:
         """Relative errors (C,) of the filters of layers that decode by modes fitted to them, see `swap.fit_errors`."""
         return fit_errors(self)
