@@ -143,6 +143,7 @@ def test_a_study_is_told_in_a_table_in_the_report_and_in_mlflow(ran: Ran, asks: 
     assert row["tasks"]["choice first 4"]["metrics"]["acc"]["chance"] == 0.25
     assert not any(name.startswith("tasks") for name in row["metrics"])
     report = (ran.home.study("exported") / "report.md").read_text()
+    assert "\n## Tasks\n" in report
     assert (
         f"| trial-00 stage 2 | rolling first 4 | byte_perplexity | 4 | {student} | {teacher} | {relative} |" in report
     )
