@@ -8,18 +8,21 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.distributed.tensor import DTensor
 
 
 def held_bytes() -> int:
     """Of every tensor that Python knows, its gradient too; what only an unfinished backward pass holds is not seen.
 
-    Tensors of no memory, on the meta device or as the compiler traces them, hold nothing.
+    Tensors of no memory, on the meta device or as the compiler traces them, hold nothing; of those that are spread over
+    ranks, what this one has counts.
     """
     gc.collect()
     found: dict[int, int] = {}
     for each in gc.get_objects():
         if issubclass(type(each), Tensor) and not isinstance(each, FakeTensor | FunctionalTensor):
-            for tensor in (each, each.grad if each.is_leaf else None):
+            for one in (each, each.grad if each.is_leaf else None):
+                tensor = one.to_local() if isinstance(one, DTensor) else one
                 if tensor is not None and tensor.layout == torch.strided and tensor.device.type != "meta":
                     storage = tensor.untyped_storage()
                     found[storage.data_ptr()] = storage.nbytes()

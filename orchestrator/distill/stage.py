@@ -21,6 +21,7 @@ from orchestrator.distill.measuring.evaluate import evaluate
 from orchestrator.distill.measuring.statistics import SEQUENCES, attention_statistics
 from orchestrator.distill.measuring.tasks import measure_task
 from orchestrator.distill.measuring.throughput import measure_throughput
+from orchestrator.distill.models.shards import whole
 from orchestrator.distill.models.student import (
     import_teacher,
     load_student,
@@ -37,9 +38,10 @@ from orchestrator.distill.training.head import check_output_head
 from orchestrator.distill.training.loop import Parts, Training, autocast, held, prepare, train
 from orchestrator.distill.training.losses import batch_losses, next_token_loss, train_operators_only
 from orchestrator.distill.training.memory import give_back_freed_memory
-from orchestrator.distill.training.optimizers import make_optimizers, trainable_counts
+from orchestrator.distill.training.optimizers import choose_trained, make_optimizers, trainable_counts
 from orchestrator.distill.training.ranks import share
 from orchestrator.distill.training.recompute import recompute_layers
+from orchestrator.distill.training.sharding import Loss, shard
 from orchestrator.study.spec import DistilSpec, ScratchSpec, TeacherSpec
 
 Result = dict[str, Any]
@@ -63,10 +65,11 @@ def pretrain_teacher(spec: TeacherSpec, place: Workplace) -> Result:
     """Train the embedded teacher and save it as a Hugging Face folder."""
     prepare(spec.numerics, spec.seed)
     teacher = new_teacher(spec.architecture, spec.seed).to(place.context.device).train()
+    around = _sharded(spec, place, teacher)
     optimizers = make_optimizers(teacher, spec.optimizer)
     training = _language_modelling(spec, teacher, optimizers, place, spec.seed)
-    result = train(dataclasses.replace(training, role="teacher"), place)
-    teacher.save_pretrained(place.out)
+    result = train(dataclasses.replace(training, role="teacher", loss=around(training.loss)), place)
+    teacher.save_pretrained(place.out, state_dict={name: whole(value) for name, value in teacher.state_dict().items()})
     return {**result, "parameters": parameter_count(teacher)}
 
 
@@ -82,8 +85,10 @@ def train_from_scratch(spec: ScratchSpec, place: Workplace) -> Result:
     model.to(place.context.device).train()
     if spec.checkpoint_activations:
         recompute_layers(model)
+    around = _sharded(spec, place, model)
     optimizers = make_optimizers(model, spec.optimizer)
-    result = train(_language_modelling(spec, model, optimizers, place, spec.seed + STUDENT_ORDER), place)
+    training = _language_modelling(spec, model, optimizers, place, spec.seed + STUDENT_ORDER)
+    result = train(dataclasses.replace(training, loss=around(training.loss)), place)
     save_student(model, None, place.out)
     return {**result, "parameters": parameter_count(model)}
 
@@ -102,13 +107,27 @@ def distil(spec: DistilSpec, place: Workplace) -> Result:
     train_operators_only(student)
     result: Result = {"seconds": 0.0, "tokens": 0, "tokens_per_s": None}
     if spec.phases:
-        optimizers = make_optimizers(student, spec.optimizer, spec.freeze)
-        own_what_trains(student, teacher)
+        choose_trained(student, spec.optimizer, spec.freeze)
         if spec.checkpoint_activations:
             recompute_layers(student)
-        result = train(_distillation(spec, teacher, student, optimizers, place), place)
+        around = _sharded(spec, place, student, teacher)
+        optimizers = make_optimizers(student, spec.optimizer, spec.freeze)
+        training = _distillation(spec, teacher, student, optimizers, place)
+        result = train(dataclasses.replace(training, loss=around(training.loss)), place)
     save_student(student, teacher.state_dict(), place.out)
     return {**result, "parameters": parameter_count(student), **trainable_counts(student)}
+
+
+def _sharded(spec: Any, place: Workplace, model: Any, teacher: Any = None) -> Callable[[Loss], Loss]:
+    """Give a model memory of its own for what trains, spread over the ranks if the study says so.
+
+    Returns what to put around the loss of a step.
+    """
+    if spec.numerics.sharding == "full":
+        return shard(place.context.device, model, teacher)
+    if teacher is not None:
+        own_what_trains(model, teacher)
+    return lambda loss: loss
 
 
 def _statistics(spec: DistilSpec, student: Any, place: Workplace) -> dict[int, AttentionStatistics]:

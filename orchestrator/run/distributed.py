@@ -81,6 +81,13 @@ def _cause(failures: dict[int, Exception], told: str) -> Exception:
     from orchestrator.distill.training.ranks import PeerLost
 
     for _, failure in sorted(failures.items()):
-        if not isinstance(failure, PeerLost) and type(failure).__module__.split(".")[0] != "ray":
+        if not (isinstance(failure, PeerLost) or _of_a_library(failure)):
             return failure
     return RankDied(" ".join(told.split())[:200])
+
+
+def _of_a_library(failure: Exception) -> bool:
+    """Whether it is of Ray, or of what carries tensors between ranks: of gloo's and nccl's own not all have a class."""
+    module = type(failure).__module__
+    carried = isinstance(failure, RuntimeError) and any(name in str(failure) for name in ("/gloo/", "NCCL"))
+    return carried or module.split(".")[0] == "ray" or module == "torch.distributed"

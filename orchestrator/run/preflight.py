@@ -101,7 +101,9 @@ def available_bytes(context: RunContext) -> int:
 def _remedies(spec: Any) -> list[str]:
     """What would make a stage smaller, and is not done already."""
     alone = isinstance(spec, TeacherSpec | ScratchSpec)
+    spreads = isinstance(spec, TeacherSpec | ScratchSpec | DistilSpec) and spec.world_size > 1
     found = {
+        "set numerics.sharding to full": spreads and spec.numerics.sharding == "none",
         "set recipe.checkpoint_activations": not getattr(spec, "checkpoint_activations", True),
         "lower recipe.batch_size": isinstance(spec, DistilSpec | ScratchSpec) and spec.batch_size > 1,
         "lower teacher.batch_size": isinstance(spec, TeacherSpec) and spec.batch_size > 1,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -136,7 +137,9 @@ def stage_bytes(
     held = held_bytes(spec, sizes, swapped, subject)
     if held is None:
         return None
-    most = SLACK * (held + passing_bytes(spec, sizes, swapped, kind))
+    most = SLACK * (held + passing_bytes(spec, sizes, swapped, kind) + gathered_bytes(spec, sizes, swapped))
+    if _spread(spec):  # at its beginning, before a process lets go what it has no part in
+        most = max(most, SLACK * (2 if _narrow(spec) else 4) * sizes.parameters)
     if kind == "cpu" and _narrow(spec):  # at its beginning, when the teacher's file in float32 is read
         most = max(most, 6.0 * sizes.parameters)
     return round(PROCESS[kind] + most)
@@ -165,7 +168,33 @@ def held_bytes(spec: Any, sizes: Sizes, swapped: tuple[int, ...], subject: Any =
         return weights
     moments = 8 * trained - (4 * (matrices + body) if spec.optimizer.method == "muon" else 0)
     own = -4 * len(swapped) * sizes.attention if alone else 4 * (body + tables)
-    return weights + own + 4 * trained + moments
+    ranks = spec.numerics.world_size if _spread(spec) else 1
+    return math.ceil((weights + own + 4 * trained + moments) / ranks)
+
+
+def gathered_bytes(spec: Any, sizes: Sizes, swapped: tuple[int, ...]) -> int:
+    """Of what a process that holds its part of a model only has whole for a time.
+
+    For a step the tables, those of the student too where they train, with their gradients, which are copied once to be
+    shared out; of the layers the one that computes, the next one and a copy of it on its way, and gradients of one with
+    their copy.
+    """
+    if not _spread(spec):
+        return 0
+    body, tables = _trained_rest(spec, sizes, swapped)
+    alone = isinstance(spec, TeacherSpec | ScratchSpec)
+    frozen = (2 if _narrow(spec) else 4) * (0 if alone else sizes.embedding + sizes.head)
+    config = getattr(spec, "operator", None) if swapped else None
+    operator = operator_parameters(config, sizes.shape.hidden, sizes.shape.max_length, sizes.between)
+    layer = sizes.blocks // sizes.shape.layers - (sizes.attention if swapped else 0) + operator.trained
+    trained = operator.trained if body == 0 else layer
+    own = sizes.embedding + sizes.head if alone else tables
+    return frozen + 4 * (own + 2 * tables + 3 * layer + 2 * trained)
+
+
+def _spread(spec: Any) -> bool:
+    """Whether each process of the stage holds its part of the models only."""
+    return hasattr(spec, "numerics") and spec.numerics.sharding == "full"
 
 
 def _narrow(spec: Any) -> bool:

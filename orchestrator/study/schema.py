@@ -251,9 +251,18 @@ class Numerics(Model):
     core: Literal["torch", "native"] = "torch"
     threads: Positive = 1
     world_size: Positive = 1  # processes that share each batch of a training stage; each has `threads`
+    # full: each of them holds its part of all parameters, gradients and optimizer states, and gathers a layer where it
+    # is needed (FSDP2). The same losses but for the order of sums.
+    sharding: Annotated[Literal["none", "full"], Field(exclude_if=lambda value: value == "none")] = "none"
     # bfloat16: the teacher, and what a student shares with it, take two bytes a number instead of four. What trains
     # stays float32, norms and the residual stream too. The same results where a model's weights came in bfloat16.
     teacher_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def _some_share(self) -> Numerics:
+        if self.sharding == "full" and self.world_size == 1:
+            raise ValueError("sharding full needs several processes but world_size is 1: raise it, or set none")
+        return self
 
     @model_validator(mode="after")
     def _products_are_as_narrow(self) -> Numerics:

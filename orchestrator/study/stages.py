@@ -93,7 +93,7 @@ def evaluation_of(study: Study, tokens: TokensSpec, teacher: Spec, subject: str)
 
 def alone(numerics: Numerics) -> Numerics:
     """The numerics of what does not train: one process, however many share a batch, and full precision of products."""
-    return numerics.model_copy(update={"world_size": 1, "matmul": "highest"})
+    return numerics.model_copy(update={"world_size": 1, "sharding": "none", "matmul": "highest"})
 
 
 def whole(numerics: Numerics) -> Numerics:

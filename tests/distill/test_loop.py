@@ -15,7 +15,7 @@ from orchestrator.distill.stage import run_stage
 from orchestrator.distill.training import journal as journal_module
 from orchestrator.distill.training import loop
 from orchestrator.distill.training.journal import NAME, Journal, read_journal
-from orchestrator.distill.training.loop import Stopped, Training, prepare, train
+from orchestrator.distill.training.loop import Stopped, Training, autocast, prepare, train
 from orchestrator.study.schema import Numerics, Optimizer
 from orchestrator.study.spec import Architecture, TeacherSpec
 from tests.texts import write_tokens
@@ -150,3 +150,9 @@ def test_a_budget_of_tokens_is_whole_batches(place: Any, tmp_path: Any) -> None:
     assert (result["tokens"], result["resumed_at"]) == (36, 0)
     assert result["parameters"] == sum(p.numel() for p in load_teacher(made.out).parameters())
     assert [(line["step"], line["tokens"]) for line in read_journal(made.journal)] == [(2, 24), (3, 36)]
+
+
+@pytest.mark.parametrize(("numerics", "kept"), [({}, True), ({"world_size": 2, "sharding": "full"}, False)])
+def test_narrow_copies_of_weights_are_kept_where_the_weights_are(numerics: dict[str, Any], kept: bool) -> None:
+    with autocast(Numerics(dtype="bfloat16", **numerics), "cpu"):
+        assert torch.is_autocast_cache_enabled() == kept

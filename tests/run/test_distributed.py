@@ -12,6 +12,7 @@ import psutil
 import pytest
 import ray
 from safetensors.torch import load_file
+from torch.distributed import DistBackendError
 
 from orchestrator.distill.context import RunContext
 from orchestrator.distill.training.journal import read_journal
@@ -51,11 +52,11 @@ dist.destroy_process_group()
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-4, 1e-2
 
 
-def teacher(ranks: int, seed: int = 0, **optimizer: Any) -> TeacherSpec:
+def teacher(ranks: int, sharding: Any = "none") -> TeacherSpec:
     return TeacherSpec(
         tokens="t" * 64, architecture=Architecture(layers=1, hidden=16, heads=2, intermediate=32, max_length=16,
         vocabulary=300), token_budget=STEPS * 4 * 16, batch_size=4, sequence_length=16,
-        optimizer=Optimizer(**optimizer), numerics=Numerics(world_size=ranks), seed=seed,
+        optimizer=Optimizer(), numerics=Numerics(world_size=ranks, sharding=sharding), seed=0,
     )  # fmt: skip
 
 
@@ -77,14 +78,18 @@ def trained(spec: TeacherSpec, context: RunContext) -> tuple[list[float], Path]:
     return [line["metrics"]["loss/ce"] for line in lines], store.artefacts(spec.key) / "model.safetensors"
 
 
+@pytest.fixture(scope="module", params=["none", pytest.param("full", marks=pytest.mark.slow)])
+def spec(request: pytest.FixtureRequest) -> TeacherSpec:
+    """The stage of two ranks, each with all of the model or its part of it."""
+    return teacher(2, request.param)
+
+
 @pytest.fixture(scope="module")
-def undisturbed(place: RunContext, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(spec: TeacherSpec, place: RunContext, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks make of the stage without Ray and without being killed."""
     folder = tmp_path_factory.mktemp("undisturbed")
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(folder), place.store, teacher(2).model_dump_json()]
-        )
+        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(folder), place.store, spec.model_dump_json()])
         for rank in range(2)
     ]
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
@@ -92,24 +97,24 @@ def undisturbed(place: RunContext, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def shared(place: RunContext) -> RunContext:
+def shared(spec: TeacherSpec, place: RunContext) -> RunContext:
     """Where two ranks trained the teacher, one of them killed after a checkpoint."""
     store = Store(Path(place.store))
     with connected(Cluster(cpus=2, gpus=0)):
-        killer = threading.Thread(target=_kill_a_rank, args=(store.folder(teacher(2).key) / "work",))
+        killer = threading.Thread(target=_kill_a_rank, args=(store.folder(spec.key) / "work",))
         killer.start()
         # As the broker has it done: by a task that has no core itself.
         task = ray.remote(compute).options(num_cpus=0, max_retries=3, retry_exceptions=[RankDied])
-        result = ray.get(task.remote(teacher(2).model_dump_json(), place))
+        result = ray.get(task.remote(spec.model_dump_json(), place))
         killer.join()
     assert result["resumed_at"] > 0
-    assert store.attempt(teacher(2).key)["number"] == 2  # type: ignore[index]
+    assert store.attempt(spec.key)["number"] == 2  # type: ignore[index]
     return place
 
 
-def test_two_ranks_have_the_loss_curve_of_one(shared: RunContext) -> None:
+def test_two_ranks_have_the_loss_curve_of_one(spec: TeacherSpec, shared: RunContext) -> None:
     compute(teacher(1).model_dump_json(), shared)
-    (one, its), (two, theirs) = trained(teacher(1), shared), trained(teacher(2), shared)
+    (one, its), (two, theirs) = trained(teacher(1), shared), trained(spec, shared)
     assert one[-1] < one[0] - 0.1, "nothing was learnt, so nothing was compared"
     assert two == pytest.approx(one, rel=LOSS_TOLERANCE)
     its_weights, their_weights = load_file(its), load_file(theirs)
@@ -118,14 +123,14 @@ def test_two_ranks_have_the_loss_curve_of_one(shared: RunContext) -> None:
         assert (tensor - their_weights[name]).abs().max() <= WEIGHT_TOLERANCE, name
 
 
-def test_a_killed_rank_costs_no_bit(shared: RunContext, undisturbed: Path) -> None:
-    losses, weights = trained(teacher(2), shared)
+def test_a_killed_rank_costs_no_bit(spec: TeacherSpec, shared: RunContext, undisturbed: Path) -> None:
+    losses, weights = trained(spec, shared)
     assert losses == [line["metrics"]["loss/ce"] for line in read_journal(undisturbed)]
     assert weights.read_bytes() == (undisturbed / "out" / weights.name).read_bytes()
 
 
-def test_only_the_first_rank_writes_and_nothing_is_left(shared: RunContext) -> None:
-    folder = Store(Path(shared.store)).folder(teacher(2).key)
+def test_only_the_first_rank_writes_and_nothing_is_left(spec: TeacherSpec, shared: RunContext) -> None:
+    folder = Store(Path(shared.store)).folder(spec.key)
     assert {path.name for path in folder.iterdir()} == {
         "artefacts", "attempt.json", "DONE.json", "journal.jsonl", "lock", "spec.json",
     }  # fmt: skip
@@ -137,6 +142,9 @@ def test_only_the_first_rank_writes_and_nothing_is_left(shared: RunContext) -> N
         ({0: PeerLost("closed"), 1: NonFiniteLoss("step 2")}, NonFiniteLoss),
         ({0: PeerLost("closed"), 1: ray.exceptions.RayActorError()}, RankDied),
         ({0: PeerLost("closed")}, RankDied),
+        ({0: RuntimeError("[/x/gloo/transport/tcp/pair.cc:547] Connection closed by peer")}, RankDied),
+        ({0: DistBackendError("NCCL error"), 1: RuntimeError("NCCL communicator was aborted")}, RankDied),
+        ({0: RuntimeError("shapes do not fit")}, RuntimeError),
         ({}, RankDied),
     ],
 )

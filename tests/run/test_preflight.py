@@ -102,6 +102,9 @@ def test_remedies_are_those_that_a_stage_has_not_taken_yet(tmp_path: Path) -> No
         "set recipe.checkpoint_activations", "lower recipe.batch_size",
         "set numerics.dtype and teacher_dtype to bfloat16", "set recipe.optimizer.rest_scale to 0",
     ]  # fmt: skip
+    for sharding, first in (("none", "set numerics.sharding to full"), ("full", "set recipe.checkpoint_activations")):
+        ranks = student.model_copy(update={"numerics": Numerics(world_size=2, sharding=sharding)})
+        assert preflight._remedies(ranks)[0] == first
 
 
 def test_a_control_group_may_have_less_than_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

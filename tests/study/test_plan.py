@@ -378,7 +378,7 @@ def test_operators_have_short_names() -> None:
 
 
 def test_a_batch_is_shared_in_training_only() -> None:
-    plan = planned("numerics.world_size=2", "numerics.matmul=medium")
+    plan = planned("numerics.world_size=2", "numerics.sharding=full", "numerics.matmul=medium")
     training = [spec for spec in plan.specs.values() if getattr(spec, "phases", None) or hasattr(spec, "token_budget")]
     rest = [spec for spec in plan.specs.values() if spec not in training]
     assert {spec.world_size for spec in training} == {2}

@@ -122,6 +122,7 @@ def test_a_number_for_the_divergence_is_its_weight() -> None:
         ("recipe.optimizer.warmup", ["0.0", "0.6"], ["0.7", "-0.1"]),
         ("numerics.threads", ["1"], ["0"]),
         ("numerics.world_size", ["1"], ["0"]),
+        ("numerics", ["{sharding: full, world_size: 2}"], ["{sharding: full}", "{sharding: half, world_size: 2}"]),
         ("evaluation.prompts", ["0"], ["-1"]),
         ("evaluation.tokens", ["1"], ["0"]),
         ("throughput.lengths", ["[1]"], ["[]", "[0]"]),

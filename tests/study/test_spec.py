@@ -79,7 +79,7 @@ KEYS = {
 WORDS = {  # another value for a field whose words are given
     "source": "jsonl", "method": "adamw", "dtype": "bfloat16", "window": "linear", "init": "random",
     "direction": "reverse", "feature_map": "hedgehog", "matmul": "medium",
-    "core": "native", "teacher_dtype": "bfloat16",
+    "core": "native", "teacher_dtype": "bfloat16", "sharding": "full",
 }  # fmt: skip
 HEADED = ("feature_map", "degree", "key_dim", "normalise", "key_gate")  # of an operator with heads only
 FILLED = {  # a value for a field that is none
@@ -136,6 +136,8 @@ def headed(value: Any) -> Any:
 
 def allowing(value: Any, name: str) -> Any:
     """The same JSON with what another value of that field needs."""
+    if name == "sharding":
+        return {**value, "numerics": {**value["numerics"], "world_size": 2}}
     if name == "teacher_dtype":
         return {**value, "numerics": {**value["numerics"], "dtype": "bfloat16"}}
     return headed(value) if name in HEADED else value
@@ -156,10 +158,16 @@ def test_the_key_of_a_kind_is_this_one(kind: str) -> None:
     assert SPECS[kind].key == KEYS[kind]
 
 
+def whole(spec: Any) -> Any:
+    """The JSON of a specification with what it leaves out where it is as it was before that field came."""
+    value = spec.model_dump(mode="json")
+    return {**value, "numerics": {"sharding": "none", **value["numerics"]}} if "numerics" in value else value
+
+
 @every_kind
 def test_every_field_counts(kind: str) -> None:
     spec = SPECS[kind]
-    value = spec.model_dump(mode="json")
+    value = whole(spec)
     fixed_length = {("optimizer", "betas", 2)}
     keys = {spec.key, spec_from_json(json.dumps(headed(value))).key}
     every = [path for path in paths(value) if path not in fixed_length]

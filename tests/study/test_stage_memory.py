@@ -25,7 +25,16 @@ from orchestrator.distill.models.swap import swap
 from orchestrator.distill.training.losses import LOGITS_ELSEWHERE, LOGITS_PER_CHUNK, train_operators_only
 from orchestrator.distill.training.optimizers import set_trainable
 from orchestrator.study import memory
-from orchestrator.study.memory import Operator, kept_by_layers, operator_parameters, passing_bytes, sizes_of
+from orchestrator.study.memory import (
+    Operator,
+    gathered_bytes,
+    held_bytes,
+    kept_by_layers,
+    operator_parameters,
+    passing_bytes,
+    sizes_of,
+    stage_bytes,
+)
 from orchestrator.study.schema import Losses, Numerics, Optimizer
 from orchestrator.study.spec import Architecture, DistilSpec, PhaseSpec
 from tests.benchmarks.memory import SHAPES, Case, expected, measured
@@ -157,6 +166,32 @@ def test_activations_made_again_grow_with_a_layer_only() -> None:
     )
     assert again[1] - again[0] == 36 * 4 * 4 * 128 * 64, "the residual stream"
     assert again[1] - again[0] < (kept[1] - kept[0]) / 10
+
+
+@pytest.mark.parametrize("rest_scale", [0.0, 0.1], ids=["operators alone train", "all trains"])
+def test_what_is_spread_is_divided_and_layers_are_whole_one_by_one(rest_scale: float) -> None:
+    sizes, operator = sizes_of(SHAPE), operator_parameters(POWER, 64, 128)
+    whole, spread = (
+        spec_of(POWER, rest_scale, numerics=Numerics(world_size=2, sharding=sharding)) for sharding in ("none", "full")
+    )
+    assert held_bytes(spread, sizes, (1, 3)) == held_bytes(whole, sizes, (1, 3)) // 2  # type: ignore[operator]
+    assert gathered_bytes(whole, sizes, (1, 3)) == 0
+    tables, layer = 2 * 500 * 64, sizes.blocks // 4 - sizes.attention + operator.trained
+    own = 3 * tables + 2 * layer if rest_scale else 2 * operator.trained  # weights of tables, gradients and their copy
+    assert gathered_bytes(spread, sizes, (1, 3)) == 4 * (tables + 3 * layer + own)
+    passing = passing_bytes(spread, sizes, (1, 3))
+    most = held_bytes(spread, sizes, (1, 3)) + passing + 4 * (tables + 3 * layer + own)  # type: ignore[operator]
+    assert stage_bytes(spread, sizes, (1, 3)) == round(memory.PROCESS["cpu"] + memory.SLACK * most)
+
+
+def test_a_process_of_many_begins_with_the_whole_teacher() -> None:
+    sizes = sizes_of(SHAPE.model_copy(update={"layers": 400}))
+    for numerics, width in ({}, 4), ({"dtype": "bfloat16", "teacher_dtype": "bfloat16"}, 2):
+        spec = spec_of(
+            POWER, 0.0, numerics=Numerics(world_size=100, sharding="full", **numerics), checkpoint_activations=True
+        )
+        least = memory.PROCESS["cuda"] + memory.SLACK * width * sizes.parameters
+        assert stage_bytes(spec, sizes, (1, 3), "cuda") == round(least)
 
 
 def test_pieces_are_as_large_as_the_stages_take_them() -> None:

@@ -20,6 +20,7 @@ from operators.config import OperatorConfig
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.models.auto import AutoConfig, AutoModelForCausalLM
 from orchestrator.distill.models.origin import origin_in, write_origin
+from orchestrator.distill.models.shards import whole
 from orchestrator.distill.models.swap import swap, swapped
 from orchestrator.distill.models.verify import check_reading
 from orchestrator.distill.models.whole import OUTPUTS, Given, load_tokenizer, load_whole
@@ -129,8 +130,10 @@ def save_student(student: Any, base: Mapping[str, torch.Tensor] | None, folder: 
     others = _other_names(student)
     for name, tensor in student.state_dict().items():
         known = None if base is None else base.get(name)
-        if name not in others and (known is None or not _same(known, tensor)):
-            tensors[name] = tensor.detach().cpu().contiguous()
+        if name not in others:
+            tensor = whole(tensor)
+            if known is None or not _same(whole(known), tensor):
+                tensors[name] = tensor.detach().cpu().contiguous()
     save_file(tensors, folder / WEIGHTS)
     write_json(folder / STUDENT, {"operators": operators_of(student), "complete": base is None})
 

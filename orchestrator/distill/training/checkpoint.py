@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from orchestrator.distill.context import checkpoint_folders
+from orchestrator.distill.models.shards import spread_as, whole
+from orchestrator.distill.training.ranks import is_first
 from orchestrator.files import published_directory, read_json, sealed, sha256_file, unsealed, write_json
 
 KEEP = 2
@@ -59,7 +61,10 @@ def expected_seconds(model: nn.Module) -> float:
 def save_checkpoint(
     work: Path, step: int, seconds: float, model: nn.Module, optimizers: list[torch.optim.Optimizer]
 ) -> None:
-    """Publish the trainable parameters, optimizer states and random state of `step`; drop all but the newest two."""
+    """Publish the trainable parameters, optimizer states and random state of `step`; drop all but the newest two.
+
+    Where ranks share the stage, all call it and the first writes, whole what is spread over them.
+    """
     tensors = {f"model/{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
     numbers: dict[str, Any] = {}
     for index, optimizer in enumerate(optimizers):
@@ -71,8 +76,15 @@ def save_checkpoint(
                 else:
                     numbers[where] = value
     tensors |= {name: generator.get_state() for name, generator in _generators(model).items()}
+    kept = {}
+    for name, value in tensors.items():
+        together = whole(value)
+        if is_first():
+            kept[name] = together.cpu().contiguous()
+    if not is_first():
+        return
     with published_directory(work / f"step-{step:06d}") as folder:
-        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, folder / TENSORS)
+        save_file(kept, folder / TENSORS)
         digest = sha256_file(folder / TENSORS)
         manifest = {"step": step, "seconds": seconds, "numbers": numbers, "tensors": digest}
         write_json(folder / MANIFEST, sealed(manifest))
@@ -117,12 +129,15 @@ def _restore(
         )
     with torch.no_grad():
         for name, parameter in trained.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(spread_as(parameter, tensors[name]))
     for index, optimizer in enumerate(optimizers):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Any]] = {}
         for where, value in [*tensors.items(), *numbers.items()]:
             if where.startswith(f"optimizer/{index}/"):
                 _, _, position, name = where.split("/", 3)
+                if isinstance(value, torch.Tensor) and value.shape == parameters[int(position)].shape:
+                    value = spread_as(parameters[int(position)], value)
                 state.setdefault(int(position), {})[name] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     for name, generator in _generators(model).items():

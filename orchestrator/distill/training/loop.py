@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from operators import native
 from orchestrator.distill.context import Stopped, Workplace
+from orchestrator.distill.models.shards import whole
 from orchestrator.distill.training.checkpoint import Pace, expected_seconds, load_checkpoint, save_checkpoint
 from orchestrator.distill.training.journal import Journal
 from orchestrator.distill.training.memory import keep_freed_memory
@@ -78,7 +79,8 @@ def autocast(numerics: Numerics, device: str) -> Any:
     """The precision of forward passes."""
     if numerics.dtype == "float32":
         return contextlib.nullcontext()
-    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+    kept = numerics.sharding == "none"  # casts of weights, kept as long as this lasts, would be of all layers at once
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, cache_enabled=kept)
 
 
 def held(numerics: Numerics, device: str) -> Any:
@@ -121,7 +123,7 @@ def train(training: Training, place: Workplace) -> dict[str, Any]:
                 _check_weights(training)
                 break
             stopping = on_any(context.stopping())
-            if is_first() and (stopping or pace.due(now)):
+            if on_any(stopping or (is_first() and pace.due(now))):
                 journal.sync()
                 seconds = before + now - began
                 save_checkpoint(place.work, done, seconds, training.model, training.optimizers)
@@ -145,7 +147,7 @@ def _step(training: Training, step: int) -> dict[str, float]:
     loss.backward()
     trained = [p for optimizer in training.optimizers for group in optimizer.param_groups for p in group["params"]]
     average_gradients(trained)
-    norm = nn.utils.clip_grad_norm_(trained, training.config.gradient_clip)
+    norm = whole(nn.utils.clip_grad_norm_(trained, training.config.gradient_clip))
     values = {"loss/total": loss.detach(), **parts, "gradient_norm": norm}
     names = list(values)
     numbers = dict(zip(names, mean(torch.stack([values[name].float() for name in names])).tolist(), strict=True))
@@ -161,5 +163,5 @@ def _step(training: Training, step: int) -> dict[str, float]:
 def _check_weights(training: Training) -> None:
     """No loss is taken after the last step, which would tell of what that step did."""
     for name, parameter in training.model.named_parameters():
-        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+        if parameter.requires_grad and not bool(whole(torch.isfinite(parameter).all())):
             raise NonFiniteLoss(f"after step {training.steps}: {name} is not finite: {DIVERGED[training.role]}")

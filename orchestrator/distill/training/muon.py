@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orchestrator.distill.models.shards import spread_as, whole
+
 TOGETHER = 1 << 26  # numbers of one batch at most: what is made on the way takes a few times its memory
 BUFFER = "momentum_buffer"
 
@@ -53,12 +55,13 @@ class BatchedMuon(torch.optim.Muon):
         torch._foreach_lerp_(momenta, gradients, 1 - momentum)
         wanted = torch._foreach_lerp(gradients, momenta, momentum) if group["nesterov"] else momenta
         rows, columns = parameters[0].shape
-        x_NRC = torch.stack([x.bfloat16() if rows <= columns else x.bfloat16().T for x in wanted])
+        narrow = [whole(x.bfloat16()) for x in wanted]
+        x_NRC = torch.stack([x if rows <= columns else x.T for x in narrow])
         x_NRC = orthogonal(x_NRC, group["ns_coefficients"], group["ns_steps"], group["eps"])
         torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
         scale = rate * max(1.0, rows / columns) ** 0.5
         for parameter, x_RC in zip(parameters, x_NRC, strict=True):
-            parameter.add_(x_RC if rows <= columns else x_RC.T, alpha=-scale)
+            parameter.add_(spread_as(parameter, x_RC if rows <= columns else x_RC.T), alpha=-scale)
 
 
 def orthogonal(x_NRC: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from orchestrator.distill.training.muon import BatchedMuon
 from orchestrator.study.schema import Optimizer
@@ -23,11 +24,7 @@ def make_optimizers(model: Any, config: Optimizer, freeze: tuple[str, ...] = ())
     as an output head that is tied to the embedding, is frozen by each of them. Raises `ValueError` for a glob in
     `freeze` that matches no parameter and where nothing is left to train.
     """
-    names = [name for several in _names(model).values() for name in several]
-    for pattern in freeze:
-        if not fnmatch.filter(names, pattern):
-            raise ValueError(f"recipe.freeze: {pattern!r} matches no parameter; names look like {names[0]!r}")
-    set_trainable(model, config.rest_scale > 0, freeze)
+    choose_trained(model, config, freeze)
     tables = set(_tables(model))
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -42,6 +39,15 @@ def make_optimizers(model: Any, config: Optimizer, freeze: tuple[str, ...] = ())
         for matrices in (True, False)
         if (made := _optimizer(matrices, {op: g for (m, op), g in groups.items() if m == matrices}, config))
     ]
+
+
+def choose_trained(model: nn.Module, config: Optimizer, freeze: tuple[str, ...] = ()) -> None:
+    """Freeze all but the parameters that are to train. Raises `ValueError` for a glob that matches no parameter."""
+    names = [name for several in _names(model).values() for name in several]
+    for pattern in freeze:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"recipe.freeze: {pattern!r} matches no parameter; names look like {names[0]!r}")
+    set_trainable(model, config.rest_scale > 0, freeze)
 
 
 def set_trainable(model: nn.Module, rest: bool, freeze: tuple[str, ...], mixers: Collection[nn.Parameter] = ()) -> None:
@@ -116,7 +122,8 @@ def _optimizer(
     if not settings:
         return None
     if matrices:
-        on_cpu = all(p.device.type == "cpu" for group in settings for p in group["params"])
-        muon = torch.optim.Muon if on_cpu else BatchedMuon
+        several = [p for group in settings for p in group["params"]]
+        alone = all(p.device.type == "cpu" and not isinstance(p, DTensor) for p in several)
+        muon = torch.optim.Muon if alone else BatchedMuon
         return muon(settings, lr=base, weight_decay=config.weight_decay, momentum=MUON_MOMENTUM)
     return torch.optim.AdamW(settings, lr=base, betas=config.betas, weight_decay=config.weight_decay)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 TOGETHER = 1 << 22  # numbers of gradients that are copied side by side to be averaged at once: 16 MB
@@ -39,10 +40,14 @@ def share(first: int, count: int) -> tuple[int, int]:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Give every rank the mean of all ranks' gradients; what has none on one rank has none on any."""
+    """Give every rank the mean of all ranks' gradients; what has none on one rank has none on any.
+
+    Those of spread parameters are means already: `fully_shard` averages them as they come.
+    """
     if world_size() == 1:
         return
-    for several in _together_at_most([p.grad for p in parameters if p.grad is not None], TOGETHER):
+    found = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
+    for several in _together_at_most(found, TOGETHER):
         if len(several) == 1 and several[0].is_contiguous():
             mean(several[0])
             continue
