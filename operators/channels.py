@@ -41,7 +41,7 @@ class ChannelHyena(Hyena):
         super().__init__(config, d_model, max_length, inner)
         self.convolutions = config.order - 1
         filters = self.convolutions * self.inner
-        self.build((config.order + 1) * self.inner, filters, self.convolutions, filters)
+        self.build((config.order + 1) * self.inner, self.long_filter(filters, self.convolutions), filters)
 
     def combine(
         self, u_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None

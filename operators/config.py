@@ -8,7 +8,7 @@ model (heads dividing its width) is known only when the operator is built, and i
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 _FORBID_UNKNOWN: dict[str, Any] = {"extra": "forbid"}
 
@@ -115,8 +115,16 @@ class FirFilterConfig:
         _require(self.taps >= 1, "taps", self.taps, "at least 1", "16 is a good start")
 
 
+NearNorm = Literal["none", "rms", "rms_all", "layer", "layer_all"]
 FilterConfig = ImplicitFilterConfig | ModalFilterConfig | FirFilterConfig
 _FILTER: dict[str, Any] = {"discriminator": "kind"}  # for pydantic: validate as the member that `kind` names
+
+
+def _check_window(window: int, sinks: int, near_norm: str) -> None:
+    _require(window >= 1, "window", window, "at least 1", "32 is a good start")
+    _require(sinks >= 0, "sinks", sinks, "at least 0", "4 is a good start")
+    norms = get_args(NearNorm)
+    _require(near_norm in norms, "near_norm", near_norm, f"one of {', '.join(norms)}", "leave it to the swap")
 
 
 @dataclass(frozen=True)
@@ -135,6 +143,12 @@ class HyenaConfig:
         normalise: divide by the sum of the weights, as softmax does. Wants a filter that is `positive` and a feature
             map that is never negative.
         key_gate: weigh every position by exp(w . x + c) too, per head: what all queries look at.
+        window: positions, the present among them, that are weighed by softmax with a query and key of their own,
+            rotated by position, as attention does; all others as the options above say, all divided by one sum. None
+            for none. With init "transfer" these queries and keys are the attention's. Wants `normalise`.
+        sinks: first positions of a text that are weighed so from wherever they are seen.
+        near_norm: what those queries and keys go through, of each head or (`_all`) of all heads as one: "rms" divides
+            by the root mean square, "layer" takes the mean away first. A swap sets it to what the attention does.
         short_taps: length of the depthwise causal convolution after the projections.
         init: "transfer" starts from the attention that is replaced, "random" does not.
         filter: the long filters, one per channel and convolution, or one per head.
@@ -150,6 +164,9 @@ class HyenaConfig:
     key_dim: int | None = None
     normalise: bool = False
     key_gate: bool = False
+    window: int | None = None
+    sinks: int = 0
+    near_norm: NearNorm = "none"
     short_taps: int = 3
     init: Literal["transfer", "random"] = "transfer"
     filter: FilterConfig = field(default_factory=ImplicitFilterConfig, metadata=_FILTER)
@@ -169,7 +186,7 @@ class HyenaConfig:
             _require(self.heads >= 1, "heads", self.heads, "None or at least 1", "None means channel-wise")
             _require(self.order == 2, "order", self.order, "2 where heads is set", "or leave heads out")
         else:
-            for name in ("feature_map", "key_dim", "normalise", "key_gate"):
+            for name in ("feature_map", "key_dim", "normalise", "key_gate", "window"):
                 default, value = HyenaConfig.__dataclass_fields__[name].default, getattr(self, name)
                 _require(value == default, name, value, f"{default!r} without heads", "set heads")
         if self.normalise:
@@ -181,6 +198,19 @@ class HyenaConfig:
                 "false where weights may be negative",
                 "use feature_map: power or hedgehog and filter: {positive: true}",
             )
+        self._check_near()
+
+    def _check_near(self) -> None:
+        if self.window is None:
+            _require(self.sinks == 0, "sinks", self.sinks, "0 without a window", "set window, such as 32")
+            _require(self.near_norm == "none", "near_norm", self.near_norm, "'none' without a window", "leave it out")
+            return
+        _check_window(self.window, self.sinks, self.near_norm)
+        remedy = "use normalise: true, feature_map: power or hedgehog and filter: {positive: true}"
+        _require(self.normalise, "window", self.window, "none where weights are not divided by their sum", remedy)
+        if isinstance(self.filter, FirFilterConfig):
+            fits = self.filter.taps > self.window
+            _require(fits, "window", self.window, f"below the filter's {self.filter.taps} taps", "use kind: window")
 
     @property
     def needs_statistics(self) -> bool:
@@ -191,6 +221,41 @@ class HyenaConfig:
     def fits_products(self) -> bool:
         """Whether queries and keys are fitted to the attention's products instead of copied."""
         return self.feature_map == "power" or self.key_dim is not None or self.key_gate
+
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """The control to a `window` in Hyena: the attention's own softmax over near positions and sinks, and nothing far.
+
+    Attributes:
+        kind: tells the members of `OperatorConfig` apart.
+        window, sinks, near_norm, short_taps, init: see `HyenaConfig`.
+        heads: None for as many as the attention has, which a swap sets.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID_UNKNOWN
+
+    kind: Literal["window"] = "window"
+    window: int = 64
+    sinks: int = 4
+    heads: int | None = None
+    near_norm: NearNorm = "none"
+    short_taps: int = 1
+    init: Literal["transfer", "random"] = "transfer"
+
+    def __post_init__(self) -> None:
+        _require(self.kind == "window", "kind", self.kind, "'window'", "use the configuration of that operator")
+        _check_window(self.window, self.sinks, self.near_norm)
+        if self.heads is not None:
+            _require(self.heads >= 1, "heads", self.heads, "None or at least 1", "None means as the attention")
+        _require(self.short_taps >= 1, "short_taps", self.short_taps, "at least 1", "1 is attention's")
+        known = self.init in ("transfer", "random")
+        _require(known, "init", self.init, "'transfer' or 'random'", "use one of the two")
+
+    @property
+    def needs_statistics(self) -> bool:
+        """As `HyenaConfig.needs_statistics`: for the attention's rotation is seen in what it does."""
+        return self.init == "transfer"
 
 
 @dataclass(frozen=True)
@@ -205,4 +270,4 @@ class SkipConfig:
         _require(self.kind == "skip", "kind", self.kind, "'skip'", "use the configuration of that operator")
 
 
-OperatorConfig = HyenaConfig | SkipConfig
+OperatorConfig = HyenaConfig | WindowConfig | SkipConfig

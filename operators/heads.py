@@ -57,11 +57,15 @@ class HeadHyena(Hyena):
         self.degree = config.degree if config.feature_map == "power" else None
         how = (config.key_gate, config.normalise, config.feature_map == "hedgehog", self.degree)
         self.layout = Layout(self.heads, self.key_dim, self.inner // self.heads, *how)
-        self.build(sum(self.heads * rows for rows in self.layout.rows), self.heads, 1, self.inner)
+        self.build(self.rows(), self.long_filter(self.heads, 1), self.inner)
         self.scale = 1 / math.sqrt(self.key_dim) if config.feature_map == "identity" else 1.0
         self.hedgehog: nn.Parameter | None = None
         if config.feature_map == "hedgehog":
             self.hedgehog = nn.Parameter(torch.zeros(self.heads, self.key_dim, self.key_dim))
+
+    def rows(self) -> int:
+        """E."""
+        return sum(self.heads * rows for rows in self.layout.rows)
 
     def whole(
         self, p_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None
@@ -91,6 +95,15 @@ class HeadHyena(Hyena):
             v_BHVL = state.values.append(state.length, v_BHVL)
         return self._finish(self._gathered(q_BHKL.to(k_BHKL.dtype), k_BHKL, v_BHVL, filters, state), parts[2])
 
+    def modes(self) -> Modes | None:
+        """Of the filters, where they have any."""
+        return self.filter.modes()
+
+    @property
+    def lags(self) -> int | None:
+        """Where the filters end."""
+        return self.filter.lags
+
     def step_modes(self) -> tuple[str, ...]:
         """See `Hyena.step_modes`: of modal filters "modal", where the features of queries and keys are at hand."""
         return ("modal", "direct") if self.config.filter.kind == "modal" and self.degree is None else ("direct",)
@@ -109,7 +122,7 @@ class HeadHyena(Hyena):
 
     def _scaled_filters(self, dtype: torch.dtype, h_HL: Tensor) -> tuple[Tensor, Modes | None]:
         """Filters and their modes; in bfloat16 scaled, which spares a copy of the queries."""
-        modes = self.filter.modes()
+        modes = self.modes()
         if dtype != torch.bfloat16:
             return h_HL, modes
         return self._scaled(h_HL), None if modes is None else Modes(modes[0], self._scaled(modes.residues_CS))
@@ -119,14 +132,14 @@ class HeadHyena(Hyena):
         h_HL, modes = self._scaled_filters(dtype, h_HL)
         path = self._path((batch, h_HL.shape[1]), dtype, h_HL, modes)
         weights = weights_for(path, dtype, h_HL, modes)
-        return weights if isinstance(weights, Bases) else (h_HL[:, : self.filter.lags],)
+        return weights if isinstance(weights, Bases) else (h_HL[:, : self.lags],)
 
     def _mix(self, q_BHKQ: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, h_HT: Tensor) -> Tensor:
         scaled_BHKQ = q_BHKQ if q_BHKQ.dtype == torch.bfloat16 else self._scaled(q_BHKQ)
         if q_BHKQ.shape[-1] == k_BHKT.shape[-1]:
             weights = self._weights(len(q_BHKQ), q_BHKQ.dtype, h_HT)
             return mix_fastest(scaled_BHKQ, k_BHKT, v_BHVT, weights, self.degree)
-        return mix(self._scaled(q_BHKQ), k_BHKT, v_BHVT, h_HT[:, : self.filter.lags], self.degree)
+        return mix(self._scaled(q_BHKQ), k_BHKT, v_BHVT, h_HT[:, : self.lags], self.degree)
 
     def _gathered(
         self, q_BHKn: Tensor, k_BHKT: Tensor, v_BHVT: Tensor, filters: Tensor | Filters, state: HyenaState | None
@@ -181,10 +194,13 @@ class HeadHyena(Hyena):
         follow the profile."""
         if self.config.filter.positive:
             self.filter.follow(attention.profile_of(self.heads))
-        maps = self._fitted(attention) if self.config.fits_products else self._copied(attention)
-        rows, biases = zip(*maps, strict=True)
+        rows, biases = zip(*self.maps(attention), strict=True)
         self.in_proj.weight.copy_(torch.cat([rows[0], rows[1], attention.value, *rows[2:]]))
         self.in_proj.bias.copy_(torch.cat([biases[0], biases[1], attention.bias_of("value"), *biases[2:]]))
+
+    def maps(self, attention: AttentionWeights) -> tuple[Affine, ...]:
+        """The rows of the projections but for the values, which come third."""
+        return self._fitted(attention) if self.config.fits_products else self._copied(attention)
 
     def _copied(self, attention: AttentionWeights) -> tuple[Affine, ...]:
         """Queries and keys as they are. ValueError where they are of another width than the values."""

@@ -16,11 +16,11 @@ seen.
 
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from operators.config import HyenaConfig
 from operators.convolution.causal import compute_dtype, short_conv_reference
 from operators.decoding.extend import Extending, masked
 from operators.decoding.frozen import Filters
@@ -40,7 +40,7 @@ class Hyena(Extending):
     filters, `direct`, `out_proj` (D, I).
 
     Args:
-        config: see `HyenaConfig`.
+        config: a `HyenaConfig`, or the one of an operator that shares the projections.
         d_model: model width D.
         max_length: longest sequence.
         inner: width I of what lies between the projections; None for D.
@@ -49,22 +49,23 @@ class Hyena(Extending):
         ValueError: `heads` does not divide `inner`, `max_length` is not positive, or the filter does not fit it.
     """
 
-    def __init__(self, config: HyenaConfig, d_model: int, max_length: int, inner: int | None = None) -> None:
+    def __init__(self, config: Any, d_model: int, max_length: int, inner: int | None = None) -> None:
         super().__init__()
         if max_length < 1:
             raise ValueError(f"max_length must be at least 1 but is {max_length}.")
         self.config, self.d_model, self.max_length, self.inner = config, d_model, max_length, inner or d_model
 
-    def build(self, rows: int, filters: int, steps: int, direct: int) -> None:
-        """Make the parameters, with so many rows of the projection; `steps` convolutions share the filters.
+    def long_filter(self, filters: int, steps: int) -> LongFilter:
+        """The configuration's filter; `steps` convolutions share the filters. ValueError if it does not fit
+        `max_length`."""
+        return FILTERS[self.config.filter.kind](self.config.filter, filters, self.max_length, steps)
 
-        ValueError if the filter does not fit `max_length`.
-        """
+    def build(self, rows: int, made: LongFilter, direct: int) -> None:
+        """Make the parameters, with so many rows of the projection."""
         self.in_proj = nn.Linear(self.d_model, rows)
         self.short_weight = nn.Parameter(torch.zeros(rows, self.config.short_taps))
         self.short_bias = nn.Parameter(torch.zeros(rows))
-        config = self.config.filter
-        self.filter = FILTERS[config.kind](config, filters, self.max_length, steps)
+        self.filter = made
         if torch.get_default_dtype() in HALF:
             self.filter.float()
         self.direct = nn.Parameter(torch.zeros(direct))

@@ -6,6 +6,7 @@ allows is said by its `step_modes`.
 
     channel-wise   tiled, direct, modal, window     `decoding.channelwise`
     heads          modal, direct                    `decoding.multihead`
+    window alone   window                           `decoding.multihead`
     skip           count                            `decoding.state`
 
 Shapes: B batch, L positions, D model width.
@@ -23,6 +24,7 @@ from operators.decoding.state import State
 from operators.heads import HeadHyena
 from operators.skip import Skip
 from operators.transfer.attention import AttentionWeights
+from operators.windowed import WindowAttention, WindowedHeads
 
 
 class Operator(Protocol):
@@ -49,11 +51,12 @@ class Operator(Protocol):
 
 
 def _hyena(config: HyenaConfig, d_model: int, max_length: int, inner: int | None = None) -> nn.Module:
-    kind = ChannelHyena if config.heads is None else HeadHyena
+    heads = HeadHyena if config.window is None else WindowedHeads
+    kind = ChannelHyena if config.heads is None else heads
     return kind(config, d_model, max_length, inner)
 
 
-OPERATORS: dict[str, Callable[..., nn.Module]] = {"hyena": _hyena, "skip": Skip}
+OPERATORS: dict[str, Callable[..., nn.Module]] = {"hyena": _hyena, "window": WindowAttention, "skip": Skip}
 
 
 def build(config: OperatorConfig, d_model: int, max_length: int, inner: int | None = None) -> nn.Module:

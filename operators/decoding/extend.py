@@ -66,6 +66,10 @@ class Extending(KeptFilters, ABC):
     ) -> Tensor:
         """Whole sequences from their projections on: short convolution and `combine`, (B, I, L)."""
 
+    def described(self) -> str:
+        """What decides how it can decode, in words."""
+        return f"with {self.config.filter.kind} filters {'and heads ' if self.config.heads else ''}"
+
     def step_modes(self) -> tuple[str, ...]:
         """Ways of decoding, keys of `STATES`, the usual one first."""
         return ("direct",)
@@ -87,8 +91,8 @@ class Extending(KeptFilters, ABC):
         modes = self.step_modes()
         if mode is not None and mode not in modes:
             raise ValueError(
-                f"mode must be one of {', '.join(modes)} with {self.config.filter.kind} filters "
-                f"{'and heads ' if self.config.heads else ''}but is {mode!r}: choose one of these, or another filter."
+                f"mode must be one of {', '.join(modes)} {self.described()}but is {mode!r}: choose one of these, or "
+                "another filter."
             )
         return self.STATES[mode or modes[0]](batch, self.max_length, croppable)
 

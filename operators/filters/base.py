@@ -47,7 +47,21 @@ def whole_profile(profile_CT: Tensor, max_length: int) -> Tensor:
     return wanted_CL - wanted_CL.logsumexp(1, keepdim=True)
 
 
-class LongFilter(nn.Module, ABC):
+class Wide(nn.Module):
+    """A module whose parameters stay in single precision where a model is cast to half."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Casts and moves of `nn.Module`, which ask for half precision in vain, see the module's head."""
+
+        def wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            half = moved.dtype in HALF and tensor.dtype not in HALF
+            return tensor.to(moved.device) if half else moved
+
+        return cast(Self, super()._apply(wide, recurse))  # type: ignore[no-untyped-call]
+
+
+class LongFilter(Wide, ABC):
     """C filters over the lags 0 to `max_length` - 1; call `initialise` before use.
 
     Args:
@@ -89,16 +103,6 @@ class LongFilter(nn.Module, ABC):
         """The filters as they are now, for whoever asks to keep; `direct_C` is added at lag 0. Lags are computed when
         they are needed first, so the parameters must not change before that."""
         return Filters(self, self.max_length, self.modes, direct_C, self.lags)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Casts and moves of `nn.Module`, which ask for half precision in vain, see the module's head."""
-
-        def wide(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            half = moved.dtype in HALF and tensor.dtype not in HALF
-            return tensor.to(moved.device) if half else moved
-
-        return cast(Self, super()._apply(wide, recurse))  # type: ignore[no-untyped-call]
 
     def check(self, length: int) -> None:
         """Raise ValueError if `length` exceeds `max_length`."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from operators.transfer.rotation import Rotation
+
 Affine = tuple[Tensor, Tensor]  # weight (rows, D), bias (rows,)
 
 
@@ -18,11 +20,15 @@ class AttentionStatistics:
     Attributes:
         profile: (heads, lags) mean of the logarithm of its weights by lag.
         input_mean, input_covariance: (D,) and (D, D) of its inputs.
+        examples: (B, L, D) inputs of some whole texts, or None where they were not asked for.
+        rotation: what it does to queries and keys by position; None where that was not asked for.
     """
 
     profile: Tensor
     input_mean: Tensor
     input_covariance: Tensor
+    examples: Tensor | None = None
+    rotation: Rotation | None = None
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor]:
@@ -136,6 +142,16 @@ class AttentionWeights:
                 "use init: random."
             )
         return self.statistics
+
+    def seen_near(self) -> tuple[Tensor, Rotation]:
+        """Examples and rotation. Raises ValueError where nobody looked."""
+        seen = self.seen()
+        if seen.examples is None or seen.rotation is None:
+            raise ValueError(
+                "init: transfer of a window needs the attention's inputs and rotation on real text but got None: "
+                "use init: random."
+            )
+        return seen.examples, seen.rotation
 
     def profile_of(self, heads: int) -> Tensor:
         """The profile for another number of heads that owns the same rows, (heads, lags): cut or averaged.

@@ -140,7 +140,8 @@ def _statistics(spec: DistilSpec, student: Any, place: Workplace) -> dict[int, A
     tokens = load_tokens(place.inputs["tokens"], "train")
     ids_BL = batch(tokens, spec.sequence_length, spec.seed + STUDENT_ORDER, 0, SEQUENCES)
     with held(spec.numerics, place.context.device):
-        return attention_statistics(student, spec.new_layers, ids_BL.to(place.context.device))
+        near = getattr(spec.operator, "window", None) is not None
+        return attention_statistics(student, spec.new_layers, ids_BL.to(place.context.device), near=near)
 
 
 def _language_modelling(

@@ -17,7 +17,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from operators.config import FirFilterConfig, HyenaConfig, ImplicitFilterConfig, ModalFilterConfig
+from operators.config import (
+    FirFilterConfig,
+    HyenaConfig,
+    ImplicitFilterConfig,
+    ModalFilterConfig,
+    SkipConfig,
+    WindowConfig,
+)
 from orchestrator.study.spec import (
     Architecture,
     DistilSpec,
@@ -31,10 +38,13 @@ from orchestrator.study.spec import (
 PROCESS = {"cpu": 565e6, "cuda": 0.6e9}  # a worker of Ray with torch and transformers; on a GPU context and libraries
 SLACK = 1.05  # of what is allocated: pieces that are free but too small
 LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # numbers of one chunk, as `losses` has it
+EXAMPLES = 4  # texts whose inputs are kept, as `statistics` has it
 WEIGHTS = 1 << 24  # numbers of attention's weights looked at together, as `statistics` has it
 EVALUATION = 1.3  # of what an evaluation computes with: small results lie between what is free again
 OF_LOGITS = {"kl": 8, "ce": 4, "evaluate": 5}  # tensors as large as a chunk at once
 NARROW, NARROW_HEADS = 0.58, 0.34  # of activations under bfloat16 autocast: norms, filters and FFTs stay float32
+NARROW_NEAR = 0.8  # of those of operators with a window, whose products and softmax do
+NEAR_ROWS = 64  # queries of a block at least, as `operators.mixing.near` has it
 GATED = ("silu", "swish", "swiglu")  # activations of blocks that multiply two maps of their input
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 TIED = ("gpt2", "gpt_bigcode", "gemma", "opt", "bloom", "falcon", "mpt")  # types whose head is the embedding, unsaid
@@ -109,18 +119,30 @@ def _activation(config: Mapping[str, Any]) -> Any:
     return next((config[name] for name in names if config.get(name)), None)
 
 
-def operator_parameters(config: Any, width: int, longest: int, between: int | None = None) -> Operator:
-    """Of an operator in a model of that width and longest text, `between` wide between its projections (as the model
-    where nothing is said); none of what is skipped."""
-    if not isinstance(config, HyenaConfig):
+def operator_parameters(config: Any, width: int, longest: int, between: int | None = None, heads: int = 1) -> Operator:
+    """Of an operator in a model of that width, longest text and heads of attention, `between` wide between its
+    projections (as the model where nothing is said); none of what is skipped."""
+    if config is None or isinstance(config, SkipConfig):
         return Operator()
     between = between or width
-    rows = _rows(config, between)
+    rows, (near, turned) = _rows(config, between), _near_parameters(config, between, heads)
+    if isinstance(config, WindowConfig):
+        others = rows + width + rows * config.short_taps + rows + between + near
+        return Operator(width * rows + between * width, others, turned)
     filters, direct = (config.heads, between) if config.heads else ((config.order - 1) * between,) * 2
     mapped = config.heads * _key_width(config, between) ** 2 if config.heads and config.feature_map == "hedgehog" else 0
     trained, fixed = _filter_parameters(config.filter, filters, longest)
-    others = rows + width + rows * config.short_taps + rows + direct + mapped + trained
-    return Operator(width * rows + between * width, others, fixed)
+    others = rows + width + rows * config.short_taps + rows + direct + mapped + trained + near
+    return Operator(width * rows + between * width, others, fixed + turned)
+
+
+def _near_parameters(config: HyenaConfig | WindowConfig, between: int, heads: int) -> tuple[int, int]:
+    """Of near queries and keys: what trains, and what does not, without a norm that the swap will find."""
+    if config.window is None:
+        return 0, 0
+    heads = config.heads or heads
+    level = 0 if isinstance(config, WindowConfig) else between + heads
+    return level + (0 if config.near_norm == "none" else 4 * between), between // heads // 2
 
 
 def stage_bytes(
@@ -152,7 +174,8 @@ def held_bytes(spec: Any, sizes: Sizes, swapped: tuple[int, ...], subject: Any =
     if not hasattr(spec, "numerics"):
         return None
     shape, config = sizes.shape, getattr(subject or spec, "operator", None)
-    placed = [operator_parameters(config, shape.hidden, shape.max_length, sizes.between)] * len(swapped)
+    each = operator_parameters(config, shape.hidden, shape.max_length, sizes.between, shape.heads)
+    placed = [each] * len(swapped)
     matrices, others = sum(each.matrices for each in placed), sum(each.others for each in placed)
     operator = 4 * (matrices + others + sum(each.fixed for each in placed))
     alone = isinstance(spec, TeacherSpec | ScratchSpec)  # no frozen teacher beside it
@@ -262,10 +285,14 @@ def _layer_bytes(sizes: Sizes, tokens: int, operator: Any, rest_trains: bool, na
     if isinstance(operator, HyenaConfig):
         rows = _rows(operator, sizes.between)
         mixer = 4.8 * width + 1.5 * rows if operator.heads else 1.5 * width + 1.5 * rows
+        mixer += _near(operator, sizes)
+    elif isinstance(operator, WindowConfig):
+        mixer = 3.5 * width + 1.5 * _rows(operator, sizes.between) + _near(operator, sizes)
     elif operator is not None:
         mixer = 0
-    heads = isinstance(operator, HyenaConfig) and operator.heads is not None
-    block, mixer = (block * NARROW, mixer * (NARROW_HEADS if heads else NARROW)) if narrow else (block, mixer)
+    least = NARROW_HEADS if getattr(operator, "heads", None) is not None else NARROW
+    least = NARROW_NEAR if getattr(operator, "window", None) is not None else least
+    block, mixer = (block * NARROW, mixer * least) if narrow else (block, mixer)
     return 4.0 * tokens * (block + mixer)
 
 
@@ -274,12 +301,15 @@ def _logits(sizes: Sizes, tokens: int, use: str, device: str) -> int:
 
 
 def _statistics(spec: Any, sizes: Sizes) -> int:
-    """Of looking at attention before it is replaced: its weights a few times, and moments of its inputs."""
+    """Of looking at attention before it is replaced: its weights a few times, moments of its inputs, some inputs."""
     new, operator = getattr(spec, "new_layers", ()), getattr(spec, "operator", None)
     if not new or not getattr(operator, "needs_statistics", False):
         return 0
     weights: int = sizes.shape.heads * spec.sequence_length**2
-    return 16 * weights + 8 * min(weights, WEIGHTS) + 24 * len(new) * sizes.shape.hidden**2
+    kept = 24 * sizes.shape.hidden**2
+    if getattr(operator, "window", None) is not None:
+        kept += 4 * EXAMPLES * spec.sequence_length * sizes.shape.hidden
+    return 16 * weights + 8 * min(weights, WEIGHTS) + len(new) * kept
 
 
 def _trained_rest(spec: Any, sizes: Sizes, swapped: tuple[int, ...]) -> tuple[int, int]:
@@ -293,11 +323,25 @@ def _trained_rest(spec: Any, sizes: Sizes, swapped: tuple[int, ...]) -> tuple[in
     return sizes.blocks - len(swapped) * sizes.attention, tables
 
 
-def _rows(config: HyenaConfig, between: int) -> int:
-    """E: of the projection into queries, keys, values and gates."""
+def _near(config: HyenaConfig | WindowConfig, sizes: Sizes) -> float:
+    """Numbers a position that the softmax of near positions keeps: products and weights of a block, and its keys and
+    values, some of which the block before has too."""
+    if config.window is None:
+        return 0.0
+    rows = max(config.window, NEAR_ROWS)
+    seen = rows + config.window - 1
+    heads = config.heads or sizes.shape.heads
+    return 2.25 * heads * (seen + config.sinks) + (2 + 2 * seen / rows) * sizes.between
+
+
+def _rows(config: HyenaConfig | WindowConfig, between: int) -> int:
+    """E: of the projection into queries, keys, values and gates, and near queries and keys."""
+    if isinstance(config, WindowConfig):
+        return 3 * between
     if not config.heads:
         return (config.order + 1) * between
-    return 2 * config.heads * _key_width(config, between) + between + (config.heads if config.key_gate else 0)
+    near = 0 if config.window is None else 2 * between
+    return near + 2 * config.heads * _key_width(config, between) + between + (config.heads if config.key_gate else 0)
 
 
 def _key_width(config: HyenaConfig, between: int) -> int:

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from operators.config import HyenaConfig, SkipConfig
+from operators.config import HyenaConfig, SkipConfig, WindowConfig
 from orchestrator.study.explain import steps_of
 from orchestrator.study.loader import Document, StudyError, with_values
 from orchestrator.study.memory import Sizes, sizes_of, stage_bytes
@@ -114,7 +114,7 @@ def throughput_specs(plan: Plan, hardware: str) -> dict[str, ThroughputSpec]:
     found: dict[str, ThroughputSpec] = {}
     for step in plan.steps:
         operator = getattr(step.train, "operator", SkipConfig())
-        if isinstance(operator, HyenaConfig):
+        if not isinstance(operator, SkipConfig):
             operator = dataclasses.replace(operator, init="random")  # speed does not depend on the weights
         # What trains nothing, such as a skipped layer, is measured as the study trains.
         student = step.train if isinstance(step.train, DistilSpec | ScratchSpec) and step.own_tokens else None
@@ -186,6 +186,12 @@ def _check_operator(document: Document, point: Study, resolved: Resolved) -> Non
             f"{document.place(('operator', 'heads'))}: operator.heads: {heads} must divide the teacher's width "
             f"{width}: give a divisor, for example {near}"
         )
+    own, there = resolved.architecture.heads, getattr(point.operator, "window", None) is not None
+    if there and heads not in (None, own) and getattr(point.operator, "init", "") == "transfer":
+        raise StudyError(
+            f"{document.place(('operator', 'heads'))}: operator.heads: {heads} with a window must be the teacher's "
+            f"{own}, whose queries and keys it starts from: give {own}, or init: random"
+        )
 
 
 @contextlib.contextmanager
@@ -203,12 +209,12 @@ def _controls(
 ) -> Iterator[tuple[str, Step]]:
     if study.controls.scratch != "none":
         names: set[str] = set()
-        longest: dict[HyenaConfig, Step] = {}
+        longest: dict[HyenaConfig | WindowConfig, Step] = {}
         for trial in trials:
             operator, last = trial.study.operator, trial.steps[-1]
             if study.controls.scratch == "own" and operator != study.operator:
                 continue
-            if isinstance(operator, HyenaConfig):
+            if not isinstance(operator, SkipConfig):
                 bare = dataclasses.replace(operator, init="random")
                 if bare not in longest or longest[bare].tokens < last.tokens:
                     longest[bare] = last
@@ -245,9 +251,12 @@ def _controls(
 
 def operator_name(operator: Any) -> str:
     """A short name for people: `hyena-2` by order, `hyena-4h` by heads, `hyena-4h-power` with a feature map,
-    `hyena-2-modal` with filters that are not implicit, `skip`."""
+    `hyena-2-modal` with filters that are not implicit, `hyena-4h-power-w32` with a window, `window-64`, `skip`."""
+    if isinstance(operator, WindowConfig):
+        return f"window-{operator.window}"
     if not isinstance(operator, HyenaConfig):
         return str(operator.kind)
     shape = f"{operator.order}" if operator.heads is None else f"{operator.heads}h"
     features = "" if operator.feature_map == "identity" else f"-{operator.feature_map}"
-    return f"hyena-{shape}{features}" + ("" if operator.filter.kind == "implicit" else f"-{operator.filter.kind}")
+    kind = "" if operator.filter.kind == "implicit" else f"-{operator.filter.kind}"
+    return f"hyena-{shape}{features}{kind}" + ("" if operator.window is None else f"-w{operator.window}")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from operators.config import HyenaConfig, SkipConfig
+from operators.config import HyenaConfig, SkipConfig, WindowConfig
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -32,7 +32,9 @@ def _with_filter_kind(operator: Any) -> Any:
             return operator
 
 
-Operator = Annotated[HyenaConfig | SkipConfig, Field(discriminator="kind"), BeforeValidator(_with_filter_kind)]
+Operator = Annotated[
+    HyenaConfig | WindowConfig | SkipConfig, Field(discriminator="kind"), BeforeValidator(_with_filter_kind)
+]
 
 
 class Model(BaseModel):

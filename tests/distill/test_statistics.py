@@ -87,7 +87,7 @@ def test_a_stage_takes_them_on_its_device_where_the_student_stays_and_tells_them
     """The device has no numbers, only places; what it would have found is taken from the teacher."""
     seen: list[tuple[str, str]] = []
 
-    def found(model: Any, layers: tuple[int, ...], ids_BL: Tensor) -> Any:
+    def found(model: Any, layers: tuple[int, ...], ids_BL: Tensor, near: bool) -> Any:
         seen.append((next(model.parameters()).device.type, ids_BL.device.type))
         return attention_statistics(load_teacher(tiny_teacher), layers, torch.ones(1, 16, dtype=torch.int64))
 

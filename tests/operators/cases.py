@@ -16,9 +16,11 @@ from operators.config import (
     ModalFilterConfig,
     OperatorConfig,
     SkipConfig,
+    WindowConfig,
 )
 from operators.registry import build
 from operators.transfer.attention import AttentionStatistics, AttentionWeights
+from operators.transfer.rotation import Rotation
 
 B, D, MAX = 3, 8, 80
 LINEAR = ImplicitFilterConfig(window="linear", offset=0.0, sine_frequency=1.0, depth=1, train_features=True)
@@ -64,12 +66,36 @@ CASES: dict[str, OperatorConfig] = {
     "fir, many taps": HyenaConfig(order=3, filter=FirFilterConfig(taps=70, positive=True)),
     "fir, heads": HyenaConfig(heads=4, init="random", filter=FirFilterConfig(taps=9)),
     "fir, heads, power": HyenaConfig(filter=FirFilterConfig(positive=True), **POWER),
+    "window, power": HyenaConfig(window=5, sinks=2, key_dim=3, key_gate=True, filter=POSITIVE, **POWER),
+    "window, hedgehog, modal": HyenaConfig(
+        heads=2,
+        init="random",
+        feature_map="hedgehog",
+        normalise=True,
+        window=4,
+        sinks=3,
+        near_norm="rms",
+        filter=ModalFilterConfig(modes=3, positive=True),
+    ),
+    "window, hedgehog, fir": HyenaConfig(
+        heads=2,
+        init="random",
+        feature_map="hedgehog",
+        normalise=True,
+        window=7,
+        near_norm="layer_all",
+        filter=FirFilterConfig(taps=20, positive=True),
+    ),
+    "window, longer than most": HyenaConfig(window=70, sinks=80, filter=POSITIVE, **POWER),
+    "window alone": WindowConfig(window=6, sinks=2, heads=2),
+    "window alone, narrow": WindowConfig(window=1, sinks=0, heads=4, near_norm="rms_all", short_taps=2, init="random"),
     "skip": SkipConfig(),
 }
 # Widths between the projections that are not D: narrower, wider, and of heads that are not as wide as their keys.
 INNER = {
     "linear window": 4, "order 4": 12, "heads, linear window": 12, "power, full": 12, "power of eight, full": 4,
-    "hedgehog": 12, "modal, order 3": 12, "modal, heads, gated": 12, "fir, many taps": 4, "gated": 4,
+    "hedgehog": 12, "window, hedgehog, fir": 6, "window alone, narrow": 12,
+    "modal, order 3": 12, "modal, heads, gated": 12, "fir, many taps": 4, "gated": 4,
 }  # fmt: skip
 # Two heads by lag, as attention has them: one looks at the token before, one far back.
 PROFILE = torch.tensor([[0.1, 1.0], [1.0, 0.3], *([0.2 / lag, 0.5 / lag**0.5] for lag in range(2, 60))]).log().t()
@@ -97,7 +123,9 @@ def attention(width: int = D, with_biases: bool = True, inner: int | None = None
 
 def statistics(width: int = D) -> AttentionStatistics:
     root_DD = draw(width, width, seed=7)
-    return AttentionStatistics(PROFILE, draw(width, seed=8), root_DD @ root_DD.t() / width)
+    mean_D, covariance_DD = draw(width, seed=8), root_DD @ root_DD.t() / width
+    turned = Rotation(torch.tensor([0.7]), torch.tensor([1]), torch.tensor([0]), 1.5)
+    return AttentionStatistics(PROFILE, mean_D, covariance_DD, draw(2, 40, width, seed=9), turned)
 
 
 def make(case: str, max_length: int = MAX) -> Any:

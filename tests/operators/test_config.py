@@ -8,13 +8,20 @@ from typing import Any
 
 import pytest
 
-from operators.config import FirFilterConfig, HyenaConfig, ImplicitFilterConfig, ModalFilterConfig, SkipConfig
+from operators.config import (
+    FirFilterConfig,
+    HyenaConfig,
+    ImplicitFilterConfig,
+    ModalFilterConfig,
+    SkipConfig,
+    WindowConfig,
+)
 
 ROOT = Path(__file__).parents[2]
 FILTERS = [ImplicitFilterConfig(), ModalFilterConfig(), FirFilterConfig()]
 
 
-@pytest.mark.parametrize("config", [*FILTERS, HyenaConfig(), HyenaConfig(heads=4), SkipConfig()])
+@pytest.mark.parametrize("config", [*FILTERS, HyenaConfig(), HyenaConfig(heads=4), WindowConfig(), SkipConfig()])
 def test_configurations_are_frozen_and_forbid_unknown_keys(config: Any) -> None:
     assert config.__pydantic_config__ == {"extra": "forbid"}
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -46,6 +53,15 @@ def test_configurations_are_frozen_and_forbid_unknown_keys(config: Any) -> None:
         (HyenaConfig, "key_dim", 0),
         (HyenaConfig, "short_taps", 0),
         (HyenaConfig, "init", "copy"),
+        (HyenaConfig, "sinks", 4),
+        (HyenaConfig, "near_norm", "rms"),
+        (WindowConfig, "kind", "hyena"),
+        (WindowConfig, "window", 0),
+        (WindowConfig, "sinks", -1),
+        (WindowConfig, "heads", 0),
+        (WindowConfig, "near_norm", "l2"),
+        (WindowConfig, "short_taps", 0),
+        (WindowConfig, "init", "copy"),
         (SkipConfig, "kind", "hyena"),
     ],
 )
@@ -61,7 +77,8 @@ def test_heads_need_order_two() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("feature_map", "power"), ("key_dim", 8), ("normalise", True), ("key_gate", True)]
+    ("name", "value"),
+    [("feature_map", "power"), ("key_dim", 8), ("normalise", True), ("key_gate", True), ("window", 8)],
 )
 def test_what_heads_have_needs_heads(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"^{name} must be .* without heads but is .*: set heads\.$"):
@@ -81,6 +98,26 @@ def test_what_heads_have_needs_heads(name: str, value: Any) -> None:
 def test_a_sum_of_weights_that_may_cancel_is_not_divided_by(signed: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"^normalise must be false where weights may be negative but is True: use fe"):
         HyenaConfig(heads=2, normalise=True, **signed)
+
+
+POSITIVE = ImplicitFilterConfig(positive=True)
+DIVIDED: dict[str, Any] = {"heads": 2, "feature_map": "power", "normalise": True, "filter": POSITIVE}
+
+
+def test_a_window_wants_weights_that_are_divided_by_their_sum() -> None:
+    with pytest.raises(
+        ValueError, match=r"^window must be none where weights are not divided by their sum but is 8: use n"
+    ):
+        HyenaConfig(heads=2, window=8)
+    with pytest.raises(ValueError, match=r"^window must be at least 1 but is 0: "):
+        HyenaConfig(window=0, **DIVIDED)
+    with pytest.raises(ValueError, match=r"^sinks must be at least 0 but is -1: "):
+        HyenaConfig(window=8, sinks=-1, **DIVIDED)
+    short = {**DIVIDED, "filter": FirFilterConfig(taps=8, positive=True)}
+    with pytest.raises(ValueError, match=r"^window must be below the filter's 8 taps but is 8: use kind: window\.$"):
+        HyenaConfig(window=8, **short)
+    assert HyenaConfig(window=7, **short).needs_statistics and WindowConfig().needs_statistics
+    assert not WindowConfig(init="random").needs_statistics
 
 
 @pytest.mark.parametrize(

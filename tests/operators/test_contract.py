@@ -15,6 +15,7 @@ from operators.decoding.state import State
 from operators.heads import HeadHyena
 from operators.registry import OPERATORS, Operator
 from operators.skip import Skip
+from operators.windowed import WindowAttention, WindowedHeads
 from tests.operators.cases import CASES, MAX, B, D, attention, close, draw, empty_like, generator, make
 
 SWITCHING = [20, *[1] * 10, 10, *[1] * 10, 7, *[1] * 23]  # chunks between steps
@@ -34,7 +35,13 @@ def extended(operator: Any, x_BLD: Tensor, splits: list[int], mask_BL: Tensor | 
 
 
 def test_every_registered_kind_has_a_case_and_the_interface() -> None:
-    interface: list[type[Operator]] = [ChannelHyena, HeadHyena, Skip]  # for the type checker
+    interface: list[type[Operator]] = [
+        ChannelHyena,
+        HeadHyena,
+        WindowedHeads,
+        WindowAttention,
+        Skip,
+    ]  # for the type checker
     assert {kind.__name__ for kind in interface} == {type(make(case)).__name__ for case in CASES}
     assert {config.kind for config in CASES.values()} == set(OPERATORS)
 

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from operators.config import HyenaConfig, ImplicitFilterConfig
+from operators.config import HyenaConfig, ImplicitFilterConfig, WindowConfig
 from operators.registry import build
 from tests.operators.cases import CASES, B, D, draw, generator, make
 
 LENGTH = 23
 HEADS = [name for name, config in CASES.items() if isinstance(config, HyenaConfig) and config.heads]
+NEAR = [name for name, config in CASES.items() if getattr(config, "window", None)]
 CHANNELS = [name for name, config in CASES.items() if isinstance(config, HyenaConfig) and not config.heads]
 
 
@@ -32,6 +33,8 @@ def stirred(case: str) -> Any:
             parameter = getattr(operator, name, None)
             if parameter is not None:
                 parameter.add_(0.5 * draw(*parameter.shape, seed=20 + seed))
+        for seed, parameter in enumerate(operator.near.parameters() if case in NEAR else ()):
+            parameter.add_(0.3 * draw(*parameter.shape, seed=30 + seed))
     return operator
 
 
@@ -60,13 +63,69 @@ def likeness(operator: Any, head: int, q_K: Tensor, k_K: Tensor) -> Tensor:
             return features[0] @ features[1]
 
 
+def normed(operator: Any, name: str, x_IL: Tensor) -> Tensor:
+    """Near queries or keys at every position after their norm, (I, L)."""
+    kind, heads = operator.config.near_norm, operator.config.heads
+    if kind == "none":
+        return x_IL
+    weight_I, bias_I = (getattr(operator.near, f"{name}_{part}") for part in ("weight", "bias"))
+    columns = []
+    for x_I in x_IL.t():
+        parts = [x_I] if kind.endswith("_all") else x_I.chunk(heads)
+        parts = [part - part.mean() for part in parts] if kind.startswith("layer") else parts
+        columns.append(
+            torch.cat([part / (part @ part / len(part) + 1e-6) ** 0.5 for part in parts]) * weight_I + bias_I
+        )
+    return torch.stack(columns, dim=1)
+
+
+def turned(operator: Any, x_K: Tensor, place: int) -> Tensor:
+    """Pairs of channels, halves apart, as complex numbers times exp(i place frequency)."""
+    pairs = len(x_K) // 2
+    turn_P = torch.polar(torch.ones(pairs).double(), place * operator.near.frequencies)
+    found_P = torch.complex(x_K[:pairs], x_K[pairs : 2 * pairs]) * turn_P
+    return torch.cat([found_P.real, found_P.imag, x_K[2 * pairs :]])
+
+
+def near_weights(operator: Any, q_EL: Tensor, k_EL: Tensor, head: int, t: int) -> dict[int, Tensor]:
+    """exp(q_t . k_s / sqrt(K) - c_t) of near positions s, by s, of normed queries and keys; c is 0 without a level."""
+    config, width = operator.config, operator.inner // operator.config.heads
+    own = slice(head * width, (head + 1) * width)
+    q_KL, k_KL = q_EL[own], k_EL[own]
+    level = torch.zeros(()).double()
+    if hasattr(operator.near, "shift"):
+        level = q_KL[:, t] @ operator.near.mean_key[own] / width**0.5 + operator.near.shift[head]
+    seen = [s for s in range(t + 1) if t - s < config.window or s < config.sinks]
+    q_K = turned(operator, q_KL[:, t], t)
+    return {s: (q_K @ turned(operator, k_KL[:, s], s) / width**0.5 - level).exp() for s in seen}
+
+
+def window_by_definition(operator: Any, x_LD: Tensor) -> Tensor:
+    """Softmax over near positions."""
+    width, outputs = operator.inner // operator.config.heads, []
+    v_IL, *maps = convolved(operator, x_LD).chunk(3)
+    q_EL, k_EL = (normed(operator, name, rows) for name, rows in zip(("query", "key"), maps, strict=True))
+    for head in range(operator.config.heads):
+        own, rows = slice(head * width, (head + 1) * width), []
+        for t in range(len(x_LD)):
+            weights = near_weights(operator, q_EL, k_EL, head, t)
+            mixed_V = torch.stack([weight * v_IL[own, s] for s, weight in weights.items()]).sum(0)
+            rows.append(mixed_V / torch.stack([*weights.values()]).sum() + operator.direct[own] * v_IL[own, t])
+        outputs.append(torch.stack(rows))
+    return torch.cat(outputs, dim=1) @ operator.out_proj.weight.t() + operator.out_proj.bias
+
+
 def heads_by_definition(operator: Any, x_LD: Tensor) -> Tensor:
-    """y_t = sum_s h_{t-s} f(q_t, k_s) g_s v_s / n_t + direct v_t, g = exp(gate) with gates above 10 taken for 10."""
+    """y_t = sum_s h_{t-s} f(q_t, k_s) g_s v_s / n_t + direct v_t, g = exp(gate) with gates above 10 taken for 10; with
+    a window near positions have another weight, and g = 1."""
     config, length, width = operator.config, len(x_LD), operator.inner
     heads, key_width = config.heads, config.key_dim or width // config.heads
-    q_EL, k_EL, v_IL, gate_HL = convolved(operator, x_LD).split(
-        [heads * key_width, heads * key_width, width, heads if config.key_gate else 0]
+    near_width = width if config.window else 0
+    q_EL, k_EL, v_IL, gate_HL, near_q_EL, near_k_EL = convolved(operator, x_LD).split(
+        [heads * key_width, heads * key_width, width, heads if config.key_gate else 0, near_width, near_width]
     )
+    if config.window:
+        near_q_EL, near_k_EL = normed(operator, "query", near_q_EL), normed(operator, "key", near_k_EL)
     h_HL, outputs = operator.filter(length), []
     for head in range(heads):
         mine, own = (slice(head * each, (head + 1) * each) for each in (key_width, width // heads))
@@ -77,10 +136,13 @@ def heads_by_definition(operator: Any, x_LD: Tensor) -> Tensor:
             for s in range(t + 1):
                 gate = gate_HL[head, s].clamp(max=10.0).exp() if config.key_gate else 1.0
                 weights.append(h_HL[head, t - s] * likeness(operator, head, q_KL[:, t], k_KL[:, s]) * gate)
+            if config.window:
+                for s, weight in near_weights(operator, near_q_EL, near_k_EL, head, t).items():
+                    weights[s] = weight
             weight_T = torch.stack(weights)
             mixed_V = v_VL[:, : t + 1] @ weight_T
             if config.normalise:
-                mixed_V = mixed_V / (weight_T.sum() + 1e-6)
+                mixed_V = mixed_V / (weight_T.sum() + (0.0 if config.window else 1e-6))
             rows.append(mixed_V + operator.direct[own] * v_VL[:, t])
         outputs.append(torch.stack(rows))
     return torch.cat(outputs, dim=1) @ operator.out_proj.weight.t() + operator.out_proj.bias
@@ -108,11 +170,18 @@ def step_by_step(operator: Any, x_BLD: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-@pytest.mark.parametrize("case", [*HEADS, *CHANNELS])
+def definition(operator: Any) -> Callable[[Any, Tensor], Tensor]:
+    """The one of its kind."""
+    if isinstance(operator.config, WindowConfig):
+        return window_by_definition
+    return heads_by_definition if operator.config.heads else channels_by_definition
+
+
+@pytest.mark.parametrize("case", [*HEADS, *CHANNELS, *(case for case in NEAR if case not in HEADS)])
 @torch.no_grad()
 def test_whole_sequences_and_steps_are_the_definition(case: str) -> None:
     operator, x_BLD = stirred(case), draw(B, LENGTH, D).double()
-    defined = heads_by_definition if operator.config.heads else channels_by_definition
+    defined = definition(operator)
     wanted = torch.stack([defined(operator, x_LD) for x_LD in x_BLD])
     largest = wanted.abs().max()
     with torch.enable_grad():
@@ -156,8 +225,8 @@ def test_gradients_in_bfloat16_near_those_of_the_definition(case: str) -> None:
         found = narrow(x_BLD)
     (found.float() * cotangent).sum().backward()
     for name, parameter in exact.named_parameters():
-        if not name.startswith("filter."):
-            off = (narrow.get_parameter(name).grad - parameter.grad).norm() / parameter.grad.norm()
+        if not name.startswith("filter.") and parameter.requires_grad:
+            off = (narrow.get_parameter(name).grad - parameter.grad).norm() / parameter.grad.norm().clamp_min(1e-9)
             most = 0.2 if case == "power, full" else 0.03  # its gates, up to exp(10), stretch what is rounded
             assert off < most, f"{name} is off by {off:.2g}"
 

@@ -64,6 +64,7 @@ def test_text_that_is_added_changes_no_output_before_it(case: str, longest: int,
 
 
 KINDS = ("order 3", "heads", "modal, order 2", "modal, heads", "fir, order 2", "power, full")
+KINDS += ("window, power", "window, hedgehog, modal", "window alone")
 STATES = [(case, mode) for case in KINDS for mode in make(case).step_modes()]
 calls = st.lists(
     st.one_of(

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from operators.config import FirFilterConfig, HyenaConfig, ModalFilterConfig
+from operators.config import HyenaConfig
 from orchestrator.study.loader import StudyError, read_document, validate
-from orchestrator.study.plan import Plan, Trial, make_plan, operator_name, throughput_specs
+from orchestrator.study.plan import Plan, Trial, make_plan, throughput_specs
 from orchestrator.study.schema import Study
 from orchestrator.study.search import sample
 from orchestrator.study.sources import Resolved, resolve
@@ -368,13 +368,6 @@ def test_a_plan_does_not_depend_on_the_folder_or_file_it_lies_in(tmp_path: Path)
 )
 def test_only_what_decides_a_result_changes_keys(change: str, same: bool) -> None:
     assert (list(planned().specs) == list(planned(change).specs)) is same
-
-
-def test_operators_have_short_names() -> None:
-    names = [operator_name(config) for config in (HyenaConfig(), HyenaConfig(order=3), HyenaConfig(heads=8))]
-    assert names == ["hyena-2", "hyena-3", "hyena-8h"]
-    assert operator_name(HyenaConfig(filter=ModalFilterConfig())) == "hyena-2-modal"
-    assert operator_name(HyenaConfig(heads=2, feature_map="power", filter=FirFilterConfig())) == "hyena-2h-power-fir"
 
 
 def test_a_batch_is_shared_in_training_only() -> None:

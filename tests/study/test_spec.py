@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from operators.config import HyenaConfig
+from operators.config import HyenaConfig, WindowConfig
 from orchestrator.distill.context import RunContext
 from orchestrator.study.schema import Evaluation, LogitKL, Losses, Numerics, Optimizer, Throughput
 from orchestrator.study.spec import (
@@ -70,21 +70,22 @@ KEYS = {
     "tokens": "62171fb069cc217ca062c07d6764d0c5245c743667a21dee7cffddd3e6e9a235",
     "import": "39d309d87164b72bdb4748ead416fb2533688e4b1207c9f342aa94db979108ca",
     "teacher": "47063b021863897f67d80021e78d5497d7f1ac021292073448edbae4d67741ef",
-    "distil": "47c9ebc7d5a6dc8af60915059827b38ba3786e03e44ea7ed56f0216d0e84894f",
-    "scratch": "4c994f329ea87ff2e700468162dd53b91354709f1ece96e93fb2c1a8050a5182",
+    "distil": "39aa2078a36db3aa300f09250977c7317977c96473439d899f25b1a7bbda05c7",
+    "scratch": "276452c241fa3bc24065cdc9cd72c17a13a0a082c0d9a40db26efefb2a16a90a",
     "evaluate": "00f3ab7881cd792bd3b5715e5c8639adcda10d9c82d8db9be32a2d3523fbaf51",
-    "throughput": "001c972526e06af606ddf82094379827740fefb6ba1ed46007905482eae5cd13",
+    "throughput": "b09d054facb0efc6a0a7cf6526136543b81c0ba1facefe6a59ac388c2c491c1f",
     "tasks": "2aa73476720fdebb2a76fa8b29f9acef6019cd6aed9339a86856c21185d2e6c5",
 }
 WORDS = {  # another value for a field whose words are given
     "source": "jsonl", "method": "adamw", "dtype": "bfloat16", "window": "linear", "init": "random",
     "direction": "reverse", "feature_map": "hedgehog", "matmul": "medium",
-    "core": "native", "teacher_dtype": "bfloat16", "sharding": "full",
+    "core": "native", "teacher_dtype": "bfloat16", "sharding": "full", "near_norm": "rms",
 }  # fmt: skip
 HEADED = ("feature_map", "degree", "key_dim", "normalise", "key_gate")  # of an operator with heads only
+NORMALISED = ("window", "sinks", "near_norm")  # of one whose weights are divided by their sum
 FILLED = {  # a value for a field that is none
     "validation": SOURCE.model_dump(mode="json"), "field": "body", "max_tokens": 9, "teacher": "r", "pretrained": "f",
-    "heads": 4, "key_dim": 8, "validation_share": 0.1, "vocabulary": 300,
+    "heads": 4, "key_dim": 8, "window": 8, "validation_share": 0.1, "vocabulary": 300,
 }  # fmt: skip
 every_kind = pytest.mark.parametrize("kind", SPECS)
 
@@ -134,12 +135,20 @@ def headed(value: Any) -> Any:
     return {**value, "operator": {**operator, **heads}}
 
 
+def normalised(value: Any, window: int | None) -> Any:
+    """The same with weights that are divided by their sum, and a window where one is given."""
+    made = headed(value)
+    return {**made, "operator": {**made["operator"], "normalise": True, "window": window}}
+
+
 def allowing(value: Any, name: str) -> Any:
     """The same JSON with what another value of that field needs."""
     if name == "sharding":
         return {**value, "numerics": {**value["numerics"], "world_size": 2}}
     if name == "teacher_dtype":
         return {**value, "numerics": {**value["numerics"], "dtype": "bfloat16"}}
+    if name in NORMALISED:
+        return normalised(value, None if name == "window" else 8)
     return headed(value) if name in HEADED else value
 
 
@@ -177,6 +186,20 @@ def test_every_field_counts(kind: str) -> None:
         keys.add(other.key)
     walked = {step for path in every for step in path if isinstance(step, str)}
     assert fields(spec) - {"kind"} == walked, "a field was not walked"
+
+
+def test_every_field_of_a_window_alone_counts() -> None:
+    spec, keys = SPECS["distil"], set()
+    others: dict[str, Any] = {
+        "window": 8, "sinks": 0, "heads": 2, "near_norm": "rms", "short_taps": 3, "init": "random"
+    }  # fmt: skip
+    assert {*others, "kind"} == {field.name for field in dataclasses.fields(WindowConfig)}
+    for other in ({}, *({name: value} for name, value in others.items())):
+        value = {**spec.model_dump(mode="json"), "operator": dataclasses.asdict(WindowConfig(**other))}
+        found = spec_from_json(json.dumps(value))
+        assert found.operator == WindowConfig(**other)
+        keys.add(found.key)
+    assert len(keys) == 1 + len(others)
 
 
 @every_kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -17,9 +18,11 @@ from operators.config import (
     ModalFilterConfig,
     OperatorConfig,
     SkipConfig,
+    WindowConfig,
 )
+from operators.mixing.near import ROWS
 from operators.registry import build
-from orchestrator.distill.measuring.statistics import NUMBERS
+from orchestrator.distill.measuring.statistics import EXAMPLES, NUMBERS
 from orchestrator.distill.models.student import new_teacher, parameter_count
 from orchestrator.distill.models.swap import swap
 from orchestrator.distill.training.losses import LOGITS_ELSEWHERE, LOGITS_PER_CHUNK, train_operators_only
@@ -54,6 +57,10 @@ OPERATORS: dict[str, OperatorConfig] = {
     "modal, positive": HyenaConfig(heads=4, filter=ModalFilterConfig(modes=3, positive=True), init="random"),
     "taps": HyenaConfig(filter=FirFilterConfig(taps=4), init="random"),
     "all of the filter": HyenaConfig(filter=ImplicitFilterConfig(train_features=True, depth=1), init="random"),
+    "window": dataclasses.replace(POWER, window=16, sinks=4),
+    "window, normed": dataclasses.replace(POWER, window=48, near_norm="rms"),
+    "window alone": WindowConfig(window=16, heads=4, init="random"),
+    "window alone, normed": WindowConfig(heads=2, near_norm="layer_all", init="random"),
     "little of the filter": HyenaConfig(filter=ImplicitFilterConfig(train_frequency=False), init="random"),
 }
 
@@ -70,6 +77,11 @@ def test_an_operators_parameters_are_those_of_the_module(name: str, between: int
     assert found.others == sum(p.numel() for p in trained - muon)
     assert found.fixed == sum(p.numel() for p in made.parameters() if not p.requires_grad)
     assert operator_parameters(SkipConfig(), 64, 128) == Operator()
+
+
+def test_a_window_alone_has_the_heads_of_the_attention() -> None:
+    assert operator_parameters(WindowConfig(), 64, 128, heads=4) == operator_parameters(WindowConfig(heads=4), 64, 128)
+    assert operator_parameters(WindowConfig(), 64, 128, heads=2) != operator_parameters(WindowConfig(heads=4), 64, 128)
 
 
 def test_sizes_of_a_teacher_that_is_made_here_are_those_of_the_model() -> None:
@@ -135,7 +147,7 @@ def kept_bytes(model: Any, ids_BL: Tensor, dtype: str) -> int:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rest_scale", [0.0, 0.1], ids=["operators alone train", "all trains"])
-@pytest.mark.parametrize("name", ["order 2", "order 3", "heads", "power", "modal"])
+@pytest.mark.parametrize("name", ["order 2", "order 3", "heads", "power", "modal", "window", "window alone"])
 def test_activations_are_about_what_torch_keeps(name: str, rest_scale: float, dtype: Any) -> None:
     shape = SHAPE.model_copy(update={"hidden": 128, "intermediate": 512})
     model, layers = new_teacher(shape, 0).eval(), (1, 3)
@@ -197,7 +209,7 @@ def test_a_process_of_many_begins_with_the_whole_teacher() -> None:
 def test_pieces_are_as_large_as_the_stages_take_them() -> None:
     """The plan must not import what they are stated by: it imports torch."""
     assert {"cpu": LOGITS_PER_CHUNK, "cuda": LOGITS_ELSEWHERE} == memory.LOGITS
-    assert memory.WEIGHTS == NUMBERS
+    assert (memory.WEIGHTS, memory.EXAMPLES, memory.NEAR_ROWS) == (NUMBERS, EXAMPLES, ROWS)
 
 
 LARGER = Architecture(layers=6, hidden=384, heads=4, intermediate=1536, max_length=512, vocabulary=12_000)

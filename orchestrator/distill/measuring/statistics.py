@@ -14,24 +14,33 @@ import torch
 from torch import Tensor, nn
 
 from operators.transfer.attention import AttentionStatistics
+from operators.transfer.rotation import Rotation
+from orchestrator.distill.measuring.rotary import rotation_of
+from orchestrator.distill.models.families import on_processor, read
 from orchestrator.distill.models.sites import Site, call_of, site_of, trunk_of
 from orchestrator.distill.training.loop import DIVERGED
 
 SEQUENCES = 16
+EXAMPLES = 4  # of them, whose inputs are kept
 NUMBERS = 1 << 24  # of attention's weights that are looked at together: 128 MB as float64
 SMALLEST = 1e-9  # of a weight, so that one that underflowed to 0 has a logarithm
 
 
 @torch.no_grad()
-def attention_statistics(model: Any, layers: tuple[int, ...], ids_BL: Tensor) -> dict[int, AttentionStatistics]:
+def attention_statistics(
+    model: Any, layers: tuple[int, ...], ids_BL: Tensor, *, near: bool = False
+) -> dict[int, AttentionStatistics]:
     """By layer: the mean logarithm of the attention's weights by lag, (H, T = L), and mean and covariance of its
     inputs, (D,) and (D, D), all float64.
 
     Lags that the second half of the positions can all look back to are averaged over that half only: at the start of a
-    text few positions share all the weight. Computed on the model's device, given on the CPU.
+    text few positions share all the weight. Computed on the model's device, given on the CPU. With `near` what a window
+    starts from too: the inputs of the first texts, in float32, and the rotation.
     Raises ArithmeticError where a number is not finite, since the model has diverged; ValueError for a class of
-    attention that does not tell its weights.
+    attention that does not tell its weights, or with `near` one whose rotation is none of the usual.
     """
+    examples: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    rotations: dict[int, Rotation] = {}
     sums: dict[int, list[Tensor]] = {layer: [] for layer in layers}
 
     def look(site: Site) -> Any:
@@ -46,7 +55,13 @@ def attention_statistics(model: Any, layers: tuple[int, ...], ids_BL: Tensor) ->
                 )
             heads = max(1, NUMBERS // weights[:, 0].numel())
             seen_HT = torch.cat([_profile(weights_BhLL) for weights_BhLL in weights.split(heads, dim=1)])
-            x_ND = call.by_name(args, kwargs)["hidden_states"].double().flatten(0, 1)
+            given = call.by_name(args, kwargs)
+            x_ND = given["hidden_states"].double().flatten(0, 1)
+            if near and len(examples[layer]) < EXAMPLES:
+                examples[layer].append(given["hidden_states"].float().cpu())
+            if near and layer not in rotations:
+                seen = x_ND.cpu(), weights[0].cpu(), given.get("position_embeddings")
+                rotations[layer] = _rotation(site, *seen)
             found = [seen_HT, x_ND.mean(0), x_ND.t() @ x_ND / len(x_ND)]
             before = sums[layer] or [torch.zeros_like(one) for one in found]
             sums[layer] = [a + b for a, b in zip(before, found, strict=True)]
@@ -69,11 +84,23 @@ def attention_statistics(model: Any, layers: tuple[int, ...], ids_BL: Tensor) ->
     for layer, total in sums.items():
         if not all(bool(torch.isfinite(one).all()) for one in total):
             raise ArithmeticError(f"the attention of layer {layer} gives no finite numbers: {DIVERGED['student']}")
-    return {layer: _statistics(*((one / len(ids_BL)).cpu() for one in total)) for layer, total in sums.items()}
+    found_by_layer = {layer: [(one / len(ids_BL)).cpu() for one in total] for layer, total in sums.items()}
+    return {
+        layer: _statistics(parts, torch.cat(examples[layer]) if near else None, rotations.get(layer))
+        for layer, parts in found_by_layer.items()
+    }
 
 
-def _statistics(profile_HT: Tensor, mean_D: Tensor, moment_DD: Tensor) -> AttentionStatistics:
-    return AttentionStatistics(profile_HT, mean_D, moment_DD - torch.outer(mean_D, mean_D))
+def _statistics(parts: list[Tensor], examples: Tensor | None, rotation: Rotation | None) -> AttentionStatistics:
+    profile_HT, mean_D, moment_DD = parts
+    return AttentionStatistics(profile_HT, mean_D, moment_DD - torch.outer(mean_D, mean_D), examples, rotation)
+
+
+def _rotation(site: Site, x_LD: Tensor, weights_HLL: Tensor, told: Any) -> Rotation:
+    try:
+        return rotation_of(on_processor(read(site.attention, site.family)), x_LD, weights_HLL, told)
+    except ValueError as error:
+        raise ValueError(f"layer {site.layer}: {error}") from None
 
 
 def _profile(weights_BhLL: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from operators.config import (
     ModalFilterConfig,
     OperatorConfig,
     SkipConfig,
+    WindowConfig,
 )
 from operators.decoding.kept import frozen_filters
 from orchestrator.distill.models.swap import decode_by, fit_errors, swap
@@ -181,7 +182,7 @@ def __getattr__(name: str) -> Any:
 def _place(model: Any, layer: int, config: OperatorConfig) -> None:
     """Swap a layer; the operator awaits its weights where the model does, and is drawn at random where it was."""
     awaits = next(model.parameters()).is_meta
-    if not awaits and isinstance(config, HyenaConfig):
+    if not awaits and isinstance(config, HyenaConfig | WindowConfig):
         config = dataclasses.replace(config, init="random")
     seed = 0 if awaits else int(torch.randint(2**62, ()))
     placed: Any = swap(model, [layer], config, torch.Generator().manual_seed(seed), initialise=not awaits)[0]
@@ -226,5 +227,7 @@ def operator_config(values: dict[str, Any]) -> OperatorConfig:
     """The configuration object of plain values."""
     if values["kind"] == "skip":
         return SkipConfig(**values)
+    if values["kind"] == "window":
+        return WindowConfig(**values)
     filters = FILTERS[values["filter"].get("kind", "implicit")](**values["filter"])
     return HyenaConfig(**{**values, "filter": filters})

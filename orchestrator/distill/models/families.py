@@ -155,6 +155,16 @@ def read(attention: Any, family: Family, statistics: AttentionStatistics | None 
     )  # fmt: skip
 
 
+def on_processor(weights: AttentionWeights) -> AttentionWeights:
+    """The same on the CPU, where operators are set, and in no less than single precision."""
+    tensors: dict[str, Any] = {
+        name: value.to("cpu", torch.promote_types(value.dtype, torch.float32))
+        for name, value in vars(weights).items()
+        if isinstance(value, Tensor)
+    }
+    return dataclasses.replace(weights, **tensors)
+
+
 def widths(attention: Any, family: Family) -> tuple[int, int]:
     """D, and H V, what the heads gather."""
     if family.read is not None:

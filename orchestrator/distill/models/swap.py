@@ -7,7 +7,6 @@ Shapes: B batch, L positions, D model width.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from operators.config import OperatorConfig
+from operators.config import OperatorConfig, WindowConfig
 from operators.decoding.state import State
+from operators.near import fitting
 from operators.registry import build
 from operators.skip import Skip
-from operators.transfer.attention import AttentionStatistics, AttentionWeights
+from operators.transfer.attention import AttentionStatistics
 from orchestrator.distill.models.cache import OperatorCacheLayer, layer_for
-from orchestrator.distill.models.families import Family, read, widths
+from orchestrator.distill.models.families import Family, on_processor, read, widths
 from orchestrator.distill.models.masks import by_document, packed_documents, pattern_of
 from orchestrator.distill.models.sites import (
     Call,
@@ -151,12 +151,14 @@ def swap(
             raise ValueError(f"layer {layer} is swapped already")
         like = _precision_of(attention, layer)
         width, inner = widths(attention, site.family)
-        operator: Any = build(config, width, longest_text(model.config), inner)
+        transfer = initialise and getattr(config, "init", "random") == "transfer"
+        seen = (statistics or {}).get(layer)
+        asked = transfer or (initialise and isinstance(config, WindowConfig) and config.heads is None)
+        weights = on_processor(read(attention, site.family, seen)) if asked else None
+        operator: Any = build(fitting(config, weights), width, longest_text(model.config), inner)
         if initialise:
             operator.to(torch.promote_types(like.dtype, torch.float32))
-            transfer = getattr(config, "init", "random") == "transfer"
-            seen = (statistics or {}).get(layer)
-            operator.initialise(_in_single(read(attention, site.family, seen)) if transfer else None, generator)
+            operator.initialise(weights if transfer else None, generator)
         operator.to(like.device, dtype or like.dtype)
         replacement = SwappedAttention(operator, layer, call_of(site), site.family, told)
         setattr(site.parent, site.name, replacement)
@@ -184,16 +186,6 @@ def _precision_of(attention: nn.Module, layer: int) -> Tensor:
             "float32"
         )
     return found[0]
-
-
-def _in_single(read: AttentionWeights) -> AttentionWeights:
-    """The same on the CPU, where operators are set, and in no less than single precision."""
-    tensors: dict[str, Any] = {
-        name: value.to("cpu", torch.promote_types(value.dtype, torch.float32))
-        for name, value in vars(read).items()
-        if isinstance(value, Tensor)
-    }
-    return dataclasses.replace(read, **tensors)
 
 
 def decode_by(model: Any, step_mode: str | None, *, croppable: bool = True) -> None:

@@ -107,8 +107,8 @@ def _tables(model: Any) -> list[str]:
 
 
 def _fixed_in_operator(name: str) -> bool:
-    """Whether an operator itself decides if this parameter trains (its positional features, say)."""
-    return ".operator.filter." in name
+    """Whether an operator itself decides if this parameter trains (its positional features, say, or frequencies)."""
+    return ".operator.filter." in name or ".operator.near." in name
 
 
 def _optimizer(

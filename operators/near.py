@@ -1,0 +1,122 @@
+"""Queries and keys of near positions as attention has them, normed and turned by position; the level of their weights.
+
+    near weight = exp(q_t . k_s - level_t),   level_t = q_t . mean_key + shift
+
+with q scaled by K^-1/2, and in the level not turned. The level is what makes near weights and far ones comparable: far
+weights leave out what all keys have in common, since it does not matter where they are divided by their sum.
+
+Shapes: B batch, H heads, K width of query and key, n new positions.
+"""
+
+import math
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from operators.config import NearNorm, OperatorConfig, SkipConfig, WindowConfig
+from operators.filters.base import HALF, Wide
+from operators.mixing.near import float_of, rotated
+from operators.transfer.attention import Affine, AttentionWeights
+from operators.transfer.near import norm_kind, turned
+
+BASE = 10_000.0  # of the frequencies where no attention is replaced
+EPSILON = 1e-6
+
+
+class Near(Wide):
+    """What is done to queries and keys after their projection; call `initialise` before use.
+
+    Parameters, none a matrix: `frequencies` (K // 2,) which are not trained; `mean_key` (H K,) and `shift` (H,) where
+    there is a level; `query_weight`, `query_bias`, `key_weight`, `key_bias` (H K,) where there is a norm.
+    """
+
+    mean_key: nn.Parameter
+    shift: nn.Parameter
+
+    def __init__(self, heads: int, width: int, norm: NearNorm, *, level: bool) -> None:
+        super().__init__()
+        self.heads, self.width, self.norm = heads, width, norm
+        self.frequencies = nn.Parameter(torch.zeros(width // 2), requires_grad=False)
+        sizes = {"mean_key": heads * width, "shift": heads} if level else {}
+        if norm != "none":
+            sizes |= {f"{one}_{part}": heads * width for one in ("query", "key") for part in ("weight", "bias")}
+        for name, size in sizes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(size)))
+        if torch.get_default_dtype() in HALF:
+            self.float()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Rotations of usual frequencies, norms that only norm, no level."""
+        place = torch.arange(len(self.frequencies), dtype=torch.float64) / max(1, len(self.frequencies))
+        self.frequencies.copy_(BASE**-place)
+        for name, parameter in self.named_parameters():
+            if name != "frequencies":
+                parameter.fill_(1.0 if name.endswith("_weight") else 0.0)
+
+    @torch.no_grad()
+    def transfer(self, attention: AttentionWeights, heads: int, width: int) -> tuple[Affine, Affine]:
+        """Take over rotation and norms; returns the projections to query and key.
+
+        Raises ValueError where heads, their width or the kind of their norm are not the attention's.
+        """
+        if (heads, width) != (attention.heads, attention.key_width):
+            raise ValueError(
+                f"a window weighs as the attention's {attention.heads} heads of {attention.key_width} channels do, but "
+                f"heads are {heads} of {width}: set heads: {attention.heads}, or use init: random."
+            )
+        if (kind := norm_kind(attention)) != self.norm:
+            raise ValueError(
+                f"near_norm must be {kind!r} as the attention's but is {self.norm!r}: use near_norm: {kind}."
+            )
+        frequencies, query, key = turned(attention, attention.seen_near()[1])
+        self.frequencies.copy_(frequencies)
+        for name, made in (("query", query), ("key", key)):
+            if made.norm is not None:
+                getattr(self, f"{name}_weight").copy_(made.norm[0])
+                getattr(self, f"{name}_bias").copy_(made.norm[1])
+        return query.rows, key.rows
+
+    def queries(self, q_BHKn: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Queries as they are multiplied, and before they are turned."""
+        q_BHKn = self._normed("query", q_BHKn) / math.sqrt(self.width)
+        return rotated(q_BHKn, self.frequencies, start), q_BHKn
+
+    def keys(self, k_BHKn: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Keys as they are multiplied, and before they are turned."""
+        k_BHKn = self._normed("key", k_BHKn)
+        return rotated(k_BHKn, self.frequencies, start), k_BHKn
+
+    def level(self, q_BHKn: Tensor) -> Tensor:
+        """(B, H, 1, n) of queries that are not turned."""
+        mean_H1K, shift_H11 = self.mean_key.view(self.heads, 1, self.width), self.shift.view(self.heads, 1, 1)
+        return mean_H1K.to(q_BHKn.dtype) @ q_BHKn + shift_H11.to(q_BHKn.dtype)
+
+    def _normed(self, name: str, x_BHKn: Tensor) -> Tensor:
+        x_BHKn = float_of(x_BHKn)
+        if self.norm == "none":
+            return x_BHKn
+        over = (1, 2) if self.norm.endswith("_all") else (2,)
+        if self.norm.startswith("layer"):
+            x_BHKn = x_BHKn - x_BHKn.mean(over, keepdim=True)
+        x_BHKn = x_BHKn * (x_BHKn.square().mean(over, keepdim=True) + EPSILON).rsqrt()
+        weight, bias = (
+            getattr(self, f"{name}_{part}").view(self.heads, self.width, 1).to(x_BHKn.dtype)
+            for part in ("weight", "bias")
+        )
+        normed: Tensor = x_BHKn * weight + bias
+        return normed
+
+
+def fitting(config: OperatorConfig, attention: AttentionWeights | None) -> OperatorConfig:
+    """The configuration with what it leaves to the attention: norms of near queries and keys, heads of a window alone.
+
+    Raises ValueError where queries and keys are normed unlike each other.
+    """
+    if attention is None or isinstance(config, SkipConfig) or config.window is None:
+        return config
+    norm = cast(NearNorm, norm_kind(attention) if config.init == "transfer" else config.near_norm)
+    heads = attention.heads if isinstance(config, WindowConfig) and config.heads is None else config.heads
+    return replace(config, near_norm=norm, heads=heads)

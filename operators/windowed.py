@@ -1,0 +1,271 @@
+"""Near positions and sinks by softmax, as attention has them, and far ones by convolution, over one sum; or near alone.
+
+    y_t = (sum_{s near} exp(q'_t . k'_s - c_t) v_s + sum_{s far} h_{t-s} f(q_t, k_s) g_s v_s) / n_t + direct v_t
+
+Near are the last `window` positions and the first `sinks` of a text; q', k' and the level c are those of `near`, the
+far sum is that of `heads`, n the sum of all weights. The rows of `in_proj` are those of `heads`, then q' and k'. The
+far part reads keys `window` positions late, with filters that begin there, so all forms of `mixing` serve as they are.
+
+Shapes: as in `heads`, and W positions of the window.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from operators.config import HyenaConfig, WindowConfig
+from operators.convolution.causal import short_conv
+from operators.decoding.extend import masked, outside_autocast
+from operators.decoding.frozen import Filters
+from operators.decoding.multihead import (
+    NEAR_STATES,
+    WINDOW_STATES,
+    KeysAndValues,
+    NearHistory,
+    NearMemory,
+    WindowMemory,
+)
+from operators.decoding.state import HyenaState
+from operators.filters.modes import Modes
+from operators.filters.none import NoFilter
+from operators.heads import HeadHyena
+from operators.hyena import Hyena
+from operators.mixing.features import features
+from operators.mixing.forms import Path
+from operators.mixing.head_states import extend, first_state, step
+from operators.mixing.masked import mix_reference, mix_step
+from operators.mixing.near import SMALLEST, joined, joined_reference, near, whole, without_first
+from operators.near import Near
+from operators.transfer.attention import Affine, AttentionWeights
+from operators.transfer.level import shift_for
+
+
+class WindowedHeads(HeadHyena):
+    """E = 2 H K + I (+ H) + 2 I; `near` is a `Near`. Otherwise as `HeadHyena`."""
+
+    STATES = NEAR_STATES
+
+    def __init__(self, config: HyenaConfig, d_model: int, max_length: int, inner: int | None = None) -> None:
+        super().__init__(config, d_model, max_length, inner)
+        assert config.window is not None
+        self.window, self.sinks = config.window, config.sinks
+        self.near = Near(self.heads, self.layout.value_width, config.near_norm, level=True)
+
+    def rows(self) -> int:
+        return super().rows() + 2 * self.inner
+
+    def freeze(self) -> Filters:
+        """The filters, whose modes are those of what is left of them behind the window."""
+        return Filters(self.filter, self.max_length, self.modes, None, self.filter.lags)
+
+    def modes(self) -> Modes | None:
+        modes = super().modes()
+        if modes is None:
+            return None
+        return Modes(modes.log_poles_CS, modes.residues_CS * torch.exp(modes.log_poles_CS * self.window))
+
+    @property
+    def lags(self) -> int | None:
+        return None if self.filter.lags is None else self.filter.lags - self.window
+
+    def path(self, batch: int, length: int, dtype: torch.dtype = torch.float32) -> Path:
+        """How the far part of whole sequences is computed, see `HeadHyena.path`; the near part is torch's."""
+        if length <= self.window:
+            return Path("masked", "torch", fused=False)
+        with torch.no_grad():
+            h_HL = self.filter(length)[:, self.window :]
+            return self._path((batch, length - self.window), dtype, *self._scaled_filters(dtype, h_HL))
+
+    def whole(
+        self, p_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None
+    ) -> Tensor:
+        """See `Hyena.whole`; under autocast to bfloat16 all values, and the far queries and keys, are so too."""
+        narrow = p_BEL.dtype == torch.bfloat16 and torch.is_autocast_enabled(p_BEL.device.type)
+        u_BEL = masked(short_conv(p_BEL, self.short_weight, self.short_bias, narrow=narrow), mask_BL)
+        with outside_autocast(p_BEL.device.type):
+            return self.combine(u_BEL, mask_BL, filters, state)
+
+    def combine(
+        self, u_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None
+    ) -> Tensor:
+        far_BEL, q_BHKL, k_BHKL = _split(u_BEL, self.heads, self.inner)
+        parts, start = self.layout.parts(far_BEL), 0 if state is None else state.length
+        q_BHKL, still_BHKL = self.near.queries(q_BHKL, start)
+        k_BHKL = self.near.keys(k_BHKL, start)[0]
+        if state is None:
+            seen = whole(k_BHKL, parts[2], self.sinks, mask_BL)
+        elif isinstance(state, NearHistory):
+            seen = state.see(k_BHKL, parts[2], mask_BL, self.sinks)
+        else:
+            assert isinstance(state, NearMemory)
+            seen = state.see(k_BHKL, parts[2], mask_BL, self.window, self.sinks)
+        y_BHVL, lse_BH1L = near(q_BHKL, seen, self.window)
+        qf_BHKL, kf_BHKL, vf_BHXL = features(parts, self.hedgehog, mask_BL, normalised=True)
+        vf_BHXL = without_first(vf_BHXL, self.sinks, seen.padding_B, start)
+        far_BHXL = self._far([qf_BHKL, kf_BHKL, vf_BHXL], filters, state)
+        return self._summed(joined(y_BHVL, lse_BH1L, self.near.level(still_BHKL), far_BHXL), parts[2])
+
+    def _far(self, parts: list[Tensor], filters: Tensor | Filters, state: HyenaState | None) -> Tensor:
+        """What new positions gather from behind the window, (B, H, V + 1, n)."""
+        q_BHKn, k_BHKT, v_BHXT = parts
+        new = q_BHKn.shape[-1]
+        if isinstance(state, NearMemory):
+            assert state.filters is not None
+            recurrence = state.filters.head_recurrence
+            widths = (state.batch, recurrence, k_BHKT.shape[2], v_BHXT.shape[2])
+            go_on = partial(step if new == 1 else extend, recurrence=recurrence)
+            return state.go_on(parts, self.window, partial(first_state, *widths), go_on)
+        if isinstance(state, KeysAndValues):
+            k_BHKT, v_BHXT = state.keys.append(state.length, k_BHKT), state.values.append(state.length, v_BHXT)
+        length = k_BHKT.shape[-1]
+        there = length - self.window
+        count = min(new, there)  # of the new ones, whose text is longer than the window
+        if count <= 0:
+            nothing = q_BHKn.sum() + filters.sum() if isinstance(filters, Tensor) else 0.0  # whose gradients are 0
+            return v_BHXT.new_zeros(*v_BHXT.shape[:3], new) + 0.0 * nothing
+        q_BHKn = q_BHKn[..., new - count :].to(k_BHKT.dtype)
+        k_BHKT, v_BHXT = k_BHKT[..., :there], v_BHXT[..., :there]
+        if isinstance(filters, Filters) and state is not None and state.length > 0 and new == 1:
+            first = max(0, length - filters.taps)
+            weights_HT = filters.reversed(length)[:, first:there]
+            return mix_step(q_BHKn, k_BHKT[..., first:], v_BHXT[..., first:], weights_HT, self.degree)
+        h_HL = filters if isinstance(filters, Tensor) else filters.first(length)
+        mixed_BHXn = self._mix(q_BHKn, k_BHKT, v_BHXT, h_HL[:, self.window :])
+        return torch.nn.functional.pad(mixed_BHXn, (new - count, 0))
+
+    def between(self, x_B1D: Tensor, p_B1E: Tensor, filters: Filters, state: HyenaState) -> Tensor | None:
+        """None: the compiled core knows no window."""
+        return None
+
+    def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
+        far_BEL, q_BHKL, k_BHKL = _split(u_BEL, self.heads, self.inner)
+        parts = self.layout.parts(far_BEL)
+        products, near_LL, still_BHKL = _products(self.near, q_BHKL, k_BHKL, self.window, self.sinks)
+        q_BHKL, k_BHKL, v_BHXL = features(parts, self.hedgehog, None, normalised=True)
+        place_L = torch.arange(h_CL.shape[1], device=h_CL.device)
+        v_BHXL = v_BHXL * (place_L >= self.sinks)
+        far_BHXL = mix_reference(q_BHKL, k_BHKL, v_BHXL, h_CL * (place_L >= self.window), self.degree)
+        level_BH1L = self.near.level(still_BHKL)
+        return self._summed(joined_reference(products, near_LL, parts[2], level_BH1L, far_BHXL), parts[2])
+
+    @torch.no_grad()
+    def initialise(self, attention: AttentionWeights | None, generator: torch.Generator) -> None:
+        """As `HeadHyena.initialise`; near queries and keys are the attention's, the mean key is that of its examples,
+        and the shift of each head such that near positions have the share of the weight there that they have in the
+        attention (`transfer.level`)."""
+        self.near.initialise()
+        super().initialise(attention, generator)
+        if attention is not None and self.config.init == "transfer":
+            self._set_level(attention.seen_near()[0])
+
+    def maps(self, attention: AttentionWeights) -> tuple[Affine, ...]:
+        return *super().maps(attention), *self.near.transfer(attention, self.heads, self.layout.value_width)
+
+    def _set_level(self, x_BLD: Tensor) -> None:
+        """From whole texts of inputs, one at a time."""
+        x_BLD = x_BLD[:, : self.max_length]
+        weight_ED, bias_E = self.in_proj.weight, self.in_proj.bias
+        h_HL, found = self.filter(x_BLD.shape[1]), []
+        for x_LD in x_BLD.to(weight_ED):
+            p_1EL = (weight_ED @ x_LD.t() + bias_E[:, None])[None]
+            far_1EL, q_1HKL, k_1HKL = _split(p_1EL, self.heads, self.inner)
+            parts = self.layout.parts(far_1EL)
+            q_1HKL, still_q_1HKL = self.near.queries(q_1HKL, 0)
+            k_1HKL, still_k_1HKL = self.near.keys(k_1HKL, 0)
+            seen = whole(k_1HKL, parts[2], self.sinks, None)
+            lse, of_all = (near(q_1HKL, seen, window)[1][:, :, 0] for window in (self.window, len(x_LD)))
+            qf, kf, vf = features(parts, self.hedgehog, None, normalised=True)
+            sums = self._far([qf, kf, without_first(vf, self.sinks, None, 0)], h_HL, None)[:, :, -1]
+            found.append((still_q_1HKL, still_k_1HKL, lse, of_all, sums))
+        q_BHKL, k_BHKL, lse_BHL, of_all_BHL, sums_BHL = (torch.cat(parts) for parts in zip(*found, strict=True))
+        self.near.mean_key.copy_(k_BHKL.mean((0, 3)).flatten())
+        odds_BHL = lse_BHL - self.near.level(q_BHKL)[:, :, 0] - sums_BHL.clamp_min(SMALLEST).log()
+        self.near.shift.copy_(shift_for(odds_BHL, (lse_BHL - of_all_BHL).exp(), sums_BHL >= SMALLEST))
+
+    def _summed(self, y_BHVL: Tensor, v_BHVL: Tensor) -> Tensor:
+        return _with_direct(y_BHVL, v_BHVL, self.direct)
+
+
+class WindowAttention(Hyena):
+    """Near positions and sinks alone: E = 3 I, rows for query, key and value; `near` is a `Near` without a level."""
+
+    STATES = WINDOW_STATES
+    config: WindowConfig  # type: ignore[assignment]
+
+    def __init__(self, config: WindowConfig, d_model: int, max_length: int, inner: int | None = None) -> None:
+        super().__init__(config, d_model, max_length, inner)
+        if config.heads is None:
+            raise ValueError("heads must be set where there is no attention to take them from but is None: set heads.")
+        if self.inner % config.heads:
+            raise ValueError(f"heads must divide the width {self.inner} but is {config.heads}: choose a divisor of it.")
+        self.heads, self.window, self.sinks = config.heads, config.window, config.sinks
+        self.build(3 * self.inner, NoFilter(max_length), self.inner)
+        self.near = Near(self.heads, self.inner // self.heads, config.near_norm, level=False)
+
+    def step_modes(self) -> tuple[str, ...]:
+        return ("window",)
+
+    def described(self) -> str:
+        return "with a window alone "
+
+    def whole(
+        self, p_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None
+    ) -> Tensor:
+        narrow = p_BEL.dtype == torch.bfloat16 and torch.is_autocast_enabled(p_BEL.device.type)
+        u_BEL = masked(short_conv(p_BEL, self.short_weight, self.short_bias, narrow=narrow), mask_BL)
+        with outside_autocast(p_BEL.device.type):
+            return self.combine(u_BEL, mask_BL, filters, state)
+
+    def combine(
+        self, u_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None
+    ) -> Tensor:
+        v_BIL, q_BHKL, k_BHKL = _split(u_BEL, self.heads, self.inner)
+        v_BHVL, start = v_BIL.unflatten(1, (self.heads, -1)), 0 if state is None else state.length
+        k_BHKL = self.near.keys(k_BHKL, start)[0]
+        if state is None:
+            seen = whole(k_BHKL, v_BHVL, self.sinks, mask_BL)
+        else:
+            assert isinstance(state, WindowMemory)
+            seen = state.see(k_BHKL, v_BHVL, mask_BL, self.window, self.sinks)
+        return _with_direct(near(self.near.queries(q_BHKL, start)[0], seen, self.window)[0], v_BHVL, self.direct)
+
+    def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
+        v_BIL, q_BHKL, k_BHKL = _split(u_BEL, self.heads, self.inner)
+        v_BHVL = v_BIL.unflatten(1, (self.heads, -1))
+        products, near_LL, _ = _products(self.near, q_BHKL, k_BHKL, self.window, self.sinks)
+        weights_BHLL = products.masked_fill(~near_LL, float("-inf")).softmax(-1)
+        return _with_direct(v_BHVL @ weights_BHLL.transpose(-1, -2), v_BHVL, self.direct)
+
+    @torch.no_grad()
+    def initialise(self, attention: AttentionWeights | None, generator: torch.Generator) -> None:
+        """As `Hyena.initialise`; queries and keys are the attention's."""
+        self.near.initialise()
+        super().initialise(attention, generator)
+
+    def transfer(self, attention: AttentionWeights, generator: torch.Generator) -> None:
+        maps = self.near.transfer(attention, self.heads, self.inner // self.heads)
+        rows, biases = zip(*maps, strict=True)
+        self.in_proj.weight.copy_(torch.cat([attention.value, *rows]))
+        self.in_proj.bias.copy_(torch.cat([attention.bias_of("value"), *biases]))
+
+
+def _split(u_BEL: Tensor, heads: int, inner: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All rows but the last, near queries (B, H, K, L) and near keys."""
+    first_BEL, q_BIL, k_BIL = u_BEL.split_with_sizes([u_BEL.shape[1] - 2 * inner, inner, inner], 1)
+    return first_BEL, q_BIL.unflatten(1, (heads, -1)), k_BIL.unflatten(1, (heads, -1))
+
+
+def _products(near: Near, q_BHKL: Tensor, k_BHKL: Tensor, window: int, sinks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of all queries with all keys, (B, H, L, L), which of them are near, (L, L), and queries that are not turned."""
+    q_BHKL, still_BHKL = near.queries(q_BHKL, 0)
+    place_L = torch.arange(q_BHKL.shape[-1], device=q_BHKL.device)
+    lag_LL = place_L[:, None] - place_L
+    near_LL = (lag_LL >= 0) & ((lag_LL < window) | (place_L < sinks))
+    return q_BHKL.transpose(-1, -2) @ near.keys(k_BHKL, 0)[0], near_LL, still_BHKL
+
+
+def _with_direct(y_BHVL: Tensor, v_BHVL: Tensor, direct_I: Tensor) -> Tensor:
+    """(B, I, L) with the direct term of the values."""
+    values_BIL = v_BHVL.flatten(1, 2)
+    return torch.addcmul(y_BHVL.flatten(1, 2).to(v_BHVL.dtype), values_BIL, direct_I[:, None].to(v_BHVL.dtype))
