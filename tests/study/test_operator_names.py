@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from operators.config import FirFilterConfig, HyenaConfig, ModalFilterConfig, WindowConfig
-from orchestrator.study.documents import StudyError
-from orchestrator.study.loader import read_document, validate
+from orchestrator.study.loader import StudyError, read_document, validate
 from orchestrator.study.plan import make_plan, operator_name
 from tests.study.test_size import RESOLVED, STUDY
 
