@@ -208,7 +208,7 @@ def gathered_bytes(spec: Any, sizes: Sizes, swapped: tuple[int, ...]) -> int:
     alone = isinstance(spec, TeacherSpec | ScratchSpec)
     frozen = (2 if _narrow(spec) else 4) * (0 if alone else sizes.embedding + sizes.head)
     config = getattr(spec, "operator", None) if swapped else None
-    operator = operator_parameters(config, sizes.shape.hidden, sizes.shape.max_length, sizes.between)
+    operator = operator_parameters(config, sizes.shape.hidden, sizes.shape.max_length, sizes.between, sizes.shape.heads)
     layer = sizes.blocks // sizes.shape.layers - (sizes.attention if swapped else 0) + operator.trained
     trained = operator.trained if body == 0 else layer
     own = sizes.embedding + sizes.head if alone else tables
