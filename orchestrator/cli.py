@@ -235,7 +235,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="sequences at once")] = 16,
     tracking_uri: TrackingUri = None,
 ) -> None:
-    """Ask a finished student and its teacher tasks of lm-eval (pip install 'layerswap[eval]')."""
+    """Ask a finished student and its teacher tasks of lm-eval, which the extra `eval` installs."""
     from orchestrator.record import evaluating
     from orchestrator.run.interrupt import Interrupt
 

@@ -45,6 +45,12 @@ def test_where_only_the_study_was_given_they_are_the_plain_ones(monkeypatch: pyt
         "export": "layerswap export s.yaml",
         "ui": "make ui STUDY=s.yaml",
     }
+    assert commands("evaluate", "--tasks", "a,b") == {
+        "evaluate": "layerswap evaluate s.yaml --tasks a,b",
+        "report": "layerswap report s.yaml",
+        "export": "layerswap export s.yaml",
+        "ui": "make ui STUDY=s.yaml",
+    }
 
 
 def test_numbers_are_written_as_people_write_them() -> None:

@@ -16,6 +16,7 @@ def commands_of(command: typer.Context) -> dict[str, str]:
         if source is None or source.name not in ("COMMANDLINE", "ENVIRONMENT"):
             continue
         option = [parameter.opts[0]] if parameter.param_type_name == "option" else []
+        name = name if option else "study"  # the one argument, whatever else it may be
         for one in value if isinstance(value, list | tuple) else [value]:
             said = f"{one:g}" if isinstance(one, float) else str(getattr(one, "value", one))
             given[name] = [*given.get(name, []), *option, said]
