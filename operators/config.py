@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 _FORBID_UNKNOWN: dict[str, Any] = {"extra": "forbid"}
+# For pydantic: left out of what identifies a stage where it is as before that field came.
+_NEW: dict[str, Any] = {"exclude_if": lambda value: value in (None, 0, "none")}
 
 
 def _require(condition: bool, name: str, value: object, rule: str, remedy: str) -> None:
@@ -164,9 +166,9 @@ class HyenaConfig:
     key_dim: int | None = None
     normalise: bool = False
     key_gate: bool = False
-    window: int | None = None
-    sinks: int = 0
-    near_norm: NearNorm = "none"
+    window: int | None = field(default=None, metadata=_NEW)
+    sinks: int = field(default=0, metadata=_NEW)
+    near_norm: NearNorm = field(default="none", metadata=_NEW)
     short_taps: int = 3
     init: Literal["transfer", "random"] = "transfer"
     filter: FilterConfig = field(default_factory=ImplicitFilterConfig, metadata=_FILTER)
