@@ -38,7 +38,7 @@ from operators.mixing.masked import mix_reference, mix_step
 from operators.mixing.near import SMALLEST, joined, joined_reference, near, whole, without_first
 from operators.near import Near
 from operators.transfer.attention import Affine, AttentionWeights
-from operators.transfer.level import shift_for
+from operators.transfer.level import level_for
 
 
 class WindowedHeads(HeadHyena):
@@ -179,9 +179,12 @@ class WindowedHeads(HeadHyena):
             sums = self._far([qf, kf, without_first(vf, self.sinks, None, 0)], h_HL, None)[:, :, -1]
             found.append((still_q_1HKL, still_k_1HKL, lse, of_all, sums))
         q_BHKL, k_BHKL, lse_BHL, of_all_BHL, sums_BHL = (torch.cat(parts) for parts in zip(*found, strict=True))
-        self.near.mean_key.copy_(k_BHKL.mean((0, 3)).flatten())
-        odds_BHL = lse_BHL - self.near.level(q_BHKL)[:, :, 0] - sums_BHL.clamp_min(SMALLEST).log()
-        self.near.shift.copy_(shift_for(odds_BHL, (lse_BHL - of_all_BHL).exp(), sums_BHL >= SMALLEST))
+        there_BHL = sums_BHL >= SMALLEST
+        odds_BHL, share_BHL = lse_BHL - sums_BHL.clamp_min(SMALLEST).log(), (lse_BHL - of_all_BHL).exp()
+        by_head = [x.transpose(0, 1).flatten(1, 2) for x in (q_BHKL.transpose(2, 3), odds_BHL, share_BHL, there_BHL)]
+        key_HK, shift_H = level_for(*by_head, k_BHKL.mean((0, 3)))
+        self.near.mean_key.copy_(key_HK.flatten())
+        self.near.shift.copy_(shift_H)
 
     def _summed(self, y_BHVL: Tensor, v_BHVL: Tensor) -> Tensor:
         return _with_direct(y_BHVL, v_BHVL, self.direct)

@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib
 
-KINDS = ("hyena-2", "heads", "heads modal", "heads smooth", "power")
+KINDS = ("hyena-2", "heads", "heads modal", "heads smooth", "power", "power, window", "window alone")
 NATIVE = " native"  # behind the name of a kind that runs through the compiled core
 OURS = tuple(f"{kind}{how}" for kind in KINDS for how in ("", NATIVE))
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import gc
 import json
 import statistics
@@ -27,7 +28,7 @@ from torch import nn
 
 import operators.gpu
 from operators import native
-from operators.config import HyenaConfig, ImplicitFilterConfig, ModalFilterConfig
+from operators.config import HyenaConfig, ImplicitFilterConfig, ModalFilterConfig, OperatorConfig, WindowConfig
 from operators.decoding.kept import frozen_filters
 from operators.registry import build
 from tests.benchmarks.contenders import Attention, TextbookHyena
@@ -45,16 +46,19 @@ MOST_POSITIONS = {"prefill": 32768, "training": 16384, "decode": 65536}  # of a 
 POSITIVE = ImplicitFilterConfig(positive=True, width=64, features=9)
 
 
-def kinds(heads: int) -> dict[str, HyenaConfig]:
+def kinds(heads: int) -> dict[str, OperatorConfig]:
     """Our operators that are compared."""
+    power = HyenaConfig(
+        init="random", heads=heads, feature_map="power", key_dim=8, normalise=True, key_gate=True, filter=POSITIVE
+    )
     return {
         "hyena-2": HyenaConfig(init="random"),
         "heads": HyenaConfig(init="random", heads=heads),
         "heads modal": HyenaConfig(init="random", heads=heads, filter=ModalFilterConfig(modes=8, positive=True)),
         "heads smooth": HyenaConfig(init="random", heads=heads, filter=ImplicitFilterConfig(sine_frequency=1.0)),
-        "power": HyenaConfig(
-            init="random", heads=heads, feature_map="power", key_dim=8, normalise=True, key_gate=True, filter=POSITIVE
-        ),
+        "power": power,
+        "power, window": dataclasses.replace(power, window=64, sinks=4),
+        "window alone": WindowConfig(init="random", heads=heads),
     }
 
 
@@ -79,7 +83,7 @@ def contenders(width: int, length: int, device: str = "cpu") -> dict[str, Any]:
 def fits(name: str, mode: str, dtype: str, batch: int, length: int, device: str) -> bool:
     """Whether a contender is measured: the textbook has no state, and what is quadratic takes too long."""
     name = name.removesuffix(NATIVE).removesuffix(TORCH)
-    quadratic = name in ("heads", "power") or (name == "heads smooth" and dtype == "float32")
+    quadratic = name in ("heads", "power", "power, window") or (name == "heads smooth" and dtype == "float32")
     if quadratic and device == "cpu" and (length > QUADRATIC_LIMIT or batch * length > 2 * QUADRATIC_LIMIT):
         return False
     return name != "textbook" or mode != "decode"

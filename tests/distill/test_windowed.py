@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from operators.mixing.near import near, whole
 from orchestrator.distill.measuring.statistics import EXAMPLES, attention_statistics
 from orchestrator.distill.models.auto import AutoModelForCausalLM
 from orchestrator.distill.models.export import exported
+from orchestrator.distill.models.exported_model import operator_config
 from orchestrator.distill.models.sites import sites
 from orchestrator.distill.models.student import load_student, load_teacher, save_student
 from orchestrator.distill.models.swap import swap
@@ -114,6 +116,14 @@ def test_a_window_wants_the_attentions_heads(teacher: Any, ids: Tensor, config: 
     with pytest.raises(ValueError, match="init: transfer of a window needs the attention's inputs and rotation"):
         swap(teacher if isinstance(config, HyenaConfig) else teacher_of("gpt_neox"), [1], WindowConfig(),
              torch.Generator(), statistics=attention_statistics(teacher_of("gpt_neox"), (1,), text()))  # fmt: skip
+
+
+def test_configurations_from_before_windows_are_what_they_were() -> None:
+    before = HyenaConfig(heads=4, **POWER)
+    values = {**dataclasses.asdict(before), "filter": dataclasses.asdict(POSITIVE)}
+    for name in ("window", "sinks", "near_norm"):
+        del values[name]
+    assert operator_config(values) == before
 
 
 @pytest.mark.parametrize("config", [HyenaConfig(heads=4, window=5, sinks=2, **POWER), WindowConfig(window=5, sinks=2)])

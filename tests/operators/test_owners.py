@@ -25,6 +25,7 @@ from operators.registry import build
 from tests.operators.cases import CASES, MAX, B, D, attention, close, draw, empty_like, generator, make
 
 KINDS = ("order 3", "heads", "modal, order 2", "modal, heads", "fir, order 2", "power, full")
+KINDS += ("window, power", "window, hedgehog, modal", "window alone")
 LONG = 300
 
 
