@@ -89,9 +89,10 @@ def near(q_BHKQ: Tensor, seen: Seen, window: int) -> tuple[Tensor, Tensor]:
     counted = _counted(seen, window, place_NR1, place_N1C)
     products_BHNRX = torch.cat(products, dim=-1)
     products_BHNRX = products_BHNRX.masked_fill(~counted, torch.finfo(products_BHNRX.dtype).min)
-    lse_BHNR1 = products_BHNRX.logsumexp(-1, keepdim=True)
-    weights_BHNRX = (products_BHNRX - lse_BHNR1).exp().to(v_BHNVC.dtype)
-    band_BHNRC, sinks_BHNRS = weights_BHNRX.split_with_sizes([back + rows, seen.sink_k_BHKS.shape[-1]], -1)
+    largest_BHNR1, place_BHNR1 = products_BHNRX.max(-1, keepdim=True)
+    weights_BHNRX = products_BHNRX.softmax(-1)
+    lse_BHNR1 = largest_BHNR1 - weights_BHNRX.gather(-1, place_BHNR1).log()  # logsumexp would go over all once more
+    band_BHNRC, sinks_BHNRS = weights_BHNRX.to(v_BHNVC.dtype).split_with_sizes([back + rows, seen.sink_k_BHKS.shape[-1]], -1)
     y_BHNVR = v_BHNVC @ band_BHNRC.transpose(-1, -2) + seen.sink_v_BHVS[:, :, None] @ sinks_BHNRS.transpose(-1, -2)
     y_BHVQ = y_BHNVR.transpose(2, 3).flatten(3)[..., :queries]
     return y_BHVQ, lse_BHNR1.flatten(2)[:, :, None, :queries]

@@ -324,14 +324,14 @@ def _trained_rest(spec: Any, sizes: Sizes, swapped: tuple[int, ...]) -> tuple[in
 
 
 def _near(config: HyenaConfig | WindowConfig, sizes: Sizes) -> float:
-    """Numbers a position that the softmax of near positions keeps: products and weights of a block, and its keys and
+    """Numbers a position that the softmax of near positions keeps: weights of a block, and its keys and
     values, some of which the block before has too."""
     if config.window is None:
         return 0.0
     rows = max(config.window, NEAR_ROWS)
     seen = rows + config.window - 1
     heads = config.heads or sizes.shape.heads
-    return 2.25 * heads * (seen + config.sinks) + (2 + 2 * seen / rows) * sizes.between
+    return 1.25 * heads * (seen + config.sinks) + (2 + 2 * seen / rows) * sizes.between
 
 
 def _rows(config: HyenaConfig | WindowConfig, between: int) -> int:
