@@ -151,9 +151,8 @@ class WindowedHeads(HeadHyena):
 
     @torch.no_grad()
     def initialise(self, attention: AttentionWeights | None, generator: torch.Generator) -> None:
-        """As `HeadHyena.initialise`; near queries and keys are the attention's, the mean key is that of its examples,
-        and the shift of each head such that near positions have the share of the weight there that they have in the
-        attention (`transfer.level`)."""
+        """As `HeadHyena.initialise`; near queries and keys are the attention's, and the level is the one that comes
+        nearest to the shares of the weight that near positions have in it on its examples (`transfer.level`)."""
         self.near.initialise()
         super().initialise(attention, generator)
         if attention is not None and self.config.init == "transfer":
@@ -181,8 +180,10 @@ class WindowedHeads(HeadHyena):
         q_BHKL, k_BHKL, lse_BHL, of_all_BHL, sums_BHL = (torch.cat(parts) for parts in zip(*found, strict=True))
         there_BHL = sums_BHL >= SMALLEST
         odds_BHL, share_BHL = lse_BHL - sums_BHL.clamp_min(SMALLEST).log(), (lse_BHL - of_all_BHL).exp()
-        by_head = [x.transpose(0, 1).flatten(1, 2) for x in (q_BHKL.transpose(2, 3), odds_BHL, share_BHL, there_BHL)]
-        key_HK, shift_H = level_for(*by_head, k_BHKL.mean((0, 3)))
+        q_HNK, odds_HN, share_HN, there_HN = (
+            x.transpose(0, 1).flatten(1, 2) for x in (q_BHKL.transpose(2, 3), odds_BHL, share_BHL, there_BHL)
+        )
+        key_HK, shift_H = level_for(q_HNK, odds_HN, share_HN, there_HN, k_BHKL.mean((0, 3)))
         self.near.mean_key.copy_(key_HK.flatten())
         self.near.shift.copy_(shift_H)
 

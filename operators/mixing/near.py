@@ -92,7 +92,8 @@ def near(q_BHKQ: Tensor, seen: Seen, window: int) -> tuple[Tensor, Tensor]:
     largest_BHNR1, place_BHNR1 = products_BHNRX.max(-1, keepdim=True)
     weights_BHNRX = products_BHNRX.softmax(-1)
     lse_BHNR1 = largest_BHNR1 - weights_BHNRX.gather(-1, place_BHNR1).log()  # logsumexp would go over all once more
-    band_BHNRC, sinks_BHNRS = weights_BHNRX.to(v_BHNVC.dtype).split_with_sizes([back + rows, seen.sink_k_BHKS.shape[-1]], -1)
+    parts = weights_BHNRX.to(v_BHNVC.dtype).split_with_sizes([back + rows, seen.sink_k_BHKS.shape[-1]], -1)
+    band_BHNRC, sinks_BHNRS = parts
     y_BHNVR = v_BHNVC @ band_BHNRC.transpose(-1, -2) + seen.sink_v_BHVS[:, :, None] @ sinks_BHNRS.transpose(-1, -2)
     y_BHVQ = y_BHNVR.transpose(2, 3).flatten(3)[..., :queries]
     return y_BHVQ, lse_BHNR1.flatten(2)[:, :, None, :queries]
