@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,12 @@ from orchestrator.distill.models.exported_model import operator_config
 from orchestrator.distill.models.sites import sites
 from orchestrator.distill.models.student import load_student, load_teacher, save_student
 from orchestrator.distill.models.swap import swap
+from orchestrator.distill.stage import run_stage
+from orchestrator.study.schema import Losses, Numerics, Optimizer
+from orchestrator.study.spec import DistilSpec, PhaseSpec
+from tests.distill.students import llama
 from tests.models.models import logits, teacher_of, text
+from tests.texts import write_tokens
 
 POSITIVE = ImplicitFilterConfig(positive=True, width=16, features=9)
 POWER: dict[str, Any] = {"feature_map": "power", "key_dim": 4, "normalise": True, "key_gate": True, "filter": POSITIVE}
@@ -35,16 +41,42 @@ def seen(model: Any, ids: Tensor) -> Any:
     return attention_statistics(model, tuple(sites(model)), ids, near=True)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "qwen3", "cohere", "stablelm, normed", "opt"])
+NAMES = [
+    "llama",
+    "gpt_neox",
+    "qwen3",
+    "cohere",
+    "nanochat",
+    "stablelm, normed",
+    "opt",
+    "granite",
+    "gpt2, scaled by layer",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("far", [False, True], ids=["alone", "with a far part"])
 def test_a_window_as_long_as_the_text_is_the_attention(name: str, far: bool) -> None:
-    """Grouped heads, a rotation of some channels, of neighbours, or none, and norms of queries and keys."""
+    """Grouped heads, rotations of some channels, of neighbours, the other way round, or none, norms, scales."""
     model, ids = teacher_of(name), text()
     wanted = logits(model, ids)
     operator = HyenaConfig(heads=4, window=14, **POWER) if far else WindowConfig(window=3, sinks=14)
     windowed(model, operator, ids)
     near_enough = 5e-5 if "normed" in name else 1e-5  # the norm's own epsilon is not read
     assert (logits(model, ids) - wanted).abs().max() <= near_enough * wanted.abs().max()
+
+
+def test_a_rotation_that_scales_is_taken_over() -> None:
+    """YaRN turns slowly and multiplies what it turns."""
+    yarn = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    config = llama().config
+    config.rope_parameters = yarn
+    model, ids = type(llama())(config).eval(), text()
+    wanted = logits(model, ids)
+    found = seen(model, ids)[0].rotation
+    assert found.factor == pytest.approx(0.1 * math.log(4.0) + 1.0)
+    windowed(model, WindowConfig(window=14), ids)
+    assert (logits(model, ids) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("name", ["bloom", "gptj"])
@@ -83,6 +115,24 @@ def test_near_positions_start_with_the_share_of_the_weight_that_they_have_in_the
     assert difference_H.abs().max() < 1e-3
     assert (wanted_BHL[..., later].mean((0, 2)) < 0.9).all(), "or there was nothing to find"
     assert torch.equal(found_BHL[..., :window], torch.ones(3, 4, window))
+
+
+@pytest.mark.parametrize("config", [HyenaConfig(heads=4, window=5, **POWER), WindowConfig(window=5)])
+def test_a_stage_starts_and_trains_them_but_for_the_frequencies(
+    place: Any, tiny_teacher: Path, tmp_path: Path, config: Any
+) -> None:
+    write_tokens(tmp_path, train=range(1, 289))
+    spec = DistilSpec(
+        tokens="t", teacher="r", parent="p", layers=(1,), new_layers=(1,), operator=config, batch_size=2,
+        phases=(PhaseSpec(losses=Losses(kl=1.0), steps=2),), sequence_length=16, first_sequence=0, freeze=(),
+        optimizer=Optimizer(), numerics=Numerics(), seed=0,
+    )  # fmt: skip
+    there = place("stage", {"tokens": tmp_path, "teacher": tiny_teacher, "parent": tiny_teacher})
+    run_stage(spec, there)
+    near = load_student(there.out, load_teacher(tiny_teacher)).gpt_neox.layers[1].attention.operator.near
+    turned = torch.tensor([1.0, 0.0, 0.0, 0.0])  # of 8 channels 2
+    torch.testing.assert_close(near.frequencies, turned, rtol=0.0, atol=1e-6)
+    assert all(bool(parameter.any()) for parameter in near.parameters())
 
 
 def share_of(operator: Any, x_BLD: Tensor) -> Tensor:

@@ -251,6 +251,23 @@ def test_cropping_forgets_exactly(case: str, kept: int) -> None:
 
 
 @every_case
+@torch.no_grad()
+def test_a_padded_state_is_cropped_and_its_rows_chosen_exactly(case: str) -> None:
+    """Of one row nothing but padding is left, of another its last two tokens."""
+    operator, x_BLD, rows = make(case), draw(B, 20, D), [2, 0, 1, 1]
+    mask_BL = torch.arange(20) >= torch.tensor([0, 4, 9])[:, None]
+    _, state = operator.extend(x_BLD, operator.init_state(B), mask_BL)
+    state.crop(6)
+    state.select(torch.tensor(rows))
+    new_BnD = draw(len(rows), 12, D, seed=9)
+    parts = [operator.extend(new_BnD[:, :5], state)[0]]
+    parts += [operator.extend(new_BnD[:, t : t + 1], state)[0] for t in range(5, 12)]
+    for row, (of, y_nD) in enumerate(zip(rows, torch.cat(parts, dim=1), strict=True)):
+        text_TD = torch.cat([x_BLD[of, :6][mask_BL[of, :6]], new_BnD[row]])
+        close(y_nD, operator(text_TD[None])[0, -12:])
+
+
+@every_case
 def test_misused_states_are_errors(case: str) -> None:
     operator, x_BLD = make(case), draw(B, 4, D)
     state: State = operator.extend(x_BLD, operator.init_state(B))[1]
