@@ -74,6 +74,7 @@ class WindowMemory(MemoryState):
 
     mode = "window"
     PARTS = 5
+    padded = False  # whether any mask was given
 
     def see(self, k_BHKn: Tensor, v_BHVn: Tensor, mask_Bn: Tensor | None, window: int, sinks: int) -> Seen:
         """Take in new positions; returns what their queries may look at."""
@@ -83,7 +84,7 @@ class WindowMemory(MemoryState):
             self.memory = [torch.zeros(self.batch, dtype=torch.long, device=k_BHKn.device), *kinds]
         padding_B, *lasts = self.memory[:3]
         if mask_Bn is not None:
-            padding_B = _padding(padding_B, mask_Bn, self.length)
+            self.padded, padding_B = True, _padding(padding_B, mask_Bn, self.length)
         both = [torch.cat([last, x], dim=-1) for last, x in zip(lasts, (k_BHKn, v_BHVn), strict=True)]
         place_BS = padding_B[:, None] + torch.arange(sinks, device=padding_B.device) - self.length
         there_BS = (place_BS >= 0) & (place_BS < new)
@@ -96,7 +97,8 @@ class WindowMemory(MemoryState):
             for first, x in zip(self.memory[3:5], (k_BHKn, v_BHVn), strict=True)
         ]
         self.memory[:5] = [padding_B, *(x[..., new:].clone() for x in both), *firsts]
-        return Seen(both[0], both[1], firsts[0], firsts[1], padding_B, self.length + new)
+        told_B = padding_B if self.padded else None
+        return Seen(both[0], both[1], firsts[0], firsts[1], told_B, self.length + new)
 
 
 class NearMemory(WindowMemory):

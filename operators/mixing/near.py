@@ -73,6 +73,8 @@ def rotated(x_BHKn: Tensor, frequencies_P: Tensor, start: int) -> Tensor:
 def near(q_BHKQ: Tensor, seen: Seen, window: int) -> tuple[Tensor, Tensor]:
     """Values by softmax (B, H, V, Q), in their own precision, and the logarithms of the sums, (B, H, 1, Q)."""
     queries, keys = q_BHKQ.shape[-1], seen.k_BHKT.shape[-1]
+    if queries == 1 and seen.padding_B is None:
+        return _near_one(q_BHKQ, seen, window)
     before = min(keys - queries, window - 1)
     rows = min(queries, max(window, ROWS))
     blocks = -(-queries // rows)
@@ -97,6 +99,19 @@ def near(q_BHKQ: Tensor, seen: Seen, window: int) -> tuple[Tensor, Tensor]:
     y_BHNVR = v_BHNVC @ band_BHNRC.transpose(-1, -2) + seen.sink_v_BHVS[:, :, None] @ sinks_BHNRS.transpose(-1, -2)
     y_BHVQ = y_BHNVR.transpose(2, 3).flatten(3)[..., :queries]
     return y_BHVQ, lse_BHNR1.flatten(2)[:, :, None, :queries]
+
+
+def _near_one(q_BHK1: Tensor, seen: Seen, window: int) -> tuple[Tensor, Tensor]:
+    """`near` of one query, whose keys all count: few operations for a step."""
+    first = max(0, seen.stop - window)  # of the window
+    near_k_BHKC, near_v_BHVC = (x[..., x.shape[-1] - seen.stop + first :] for x in (seen.k_BHKT, seen.v_BHVT))
+    if (sinks := min(seen.sink_k_BHKS.shape[-1], first)) > 0:
+        near_k_BHKC = torch.cat([seen.sink_k_BHKS[..., :sinks], near_k_BHKC], dim=-1)
+        near_v_BHVC = torch.cat([seen.sink_v_BHVS[..., :sinks], near_v_BHVC], dim=-1)
+    products_BH1C = q_BHK1.transpose(-1, -2) @ near_k_BHKC
+    lse_BH11 = products_BH1C.logsumexp(-1, keepdim=True)
+    weights_BH1C = products_BH1C.softmax(-1).to(near_v_BHVC.dtype)
+    return near_v_BHVC @ weights_BH1C.transpose(-1, -2), lse_BH11
 
 
 def _counted(seen: Seen, window: int, place_NR1: Tensor, place_N1C: Tensor) -> Tensor:
