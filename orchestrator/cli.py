@@ -50,6 +50,8 @@ PROCESS = {
 @app.callback()
 def _begin() -> None:
     own_process()
+    for name, value in PROCESS.items():  # for worker processes, and for this one where it computes: torch comes later
+        os.environ.setdefault(name, value)
 
 
 @app.command()
@@ -95,8 +97,6 @@ def run(
     """Run the study, or go on with it: what is finished is never computed again."""
     from orchestrator.run.interrupt import Interrupt
 
-    for name, value in PROCESS.items():
-        os.environ.setdefault(name, value)  # for the worker processes, which inherit it
     with Interrupt() as interrupt:
         made, resolved = _load(study, overrides, look=True)
         job = _job(command, study, home, made, tracking_uri)
