@@ -22,6 +22,7 @@ from operators.decoding.frozen import Filters
 from operators.decoding.kept import frozen_filters
 from operators.heads import HeadHyena
 from operators.registry import build
+from operators.windowed import WindowAttention, WindowedHeads
 from tests.operators.cases import CASES, MAX, B, D, attention, close, draw, empty_like, generator, make
 
 KINDS = ("order 3", "heads", "modal, order 2", "modal, heads", "fir, order 2", "power, full")
@@ -182,7 +183,8 @@ every_mode = pytest.mark.parametrize(("case", "mode"), MODES)
 
 def test_every_kind_of_state_has_a_case() -> None:
     found = {type(make(case).init_state(1, mode)) for case, mode in MODES}
-    assert found == {*ChannelHyena.STATES.values(), *HeadHyena.STATES.values()}
+    owners = (ChannelHyena, HeadHyena, WindowedHeads, WindowAttention)
+    assert found == {kind for owner in owners for kind in owner.STATES.values()}
 
 
 @every_mode
