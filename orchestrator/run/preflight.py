@@ -90,12 +90,19 @@ def available_bytes(context: RunContext) -> int:
     for most, used, statistics in LIMITS:
         try:
             left = int(Path(most).read_text()) - int(Path(used).read_text())
-            lines = Path(statistics).read_text().splitlines()
         except (OSError, ValueError):  # no such group, or "max": no limit
             continue
-        # Version 1 counts a group alone and, in the line that begins with total, with the groups below it.
-        free = min(free, left + max((int(line.split()[1]) for line in lines if line.startswith(CACHED)), default=0))
+        free = min(free, left + _cached(Path(statistics)))
     return free
+
+
+def _cached(statistics: Path) -> int:
+    """Bytes of files among those of a control group; of two lines that of the group with the groups below it."""
+    try:
+        lines = statistics.read_text().splitlines()
+    except OSError:  # not told: none are counted as free
+        return 0
+    return max((int(line.split()[1]) for line in lines if line.startswith(CACHED)), default=0)
 
 
 def _remedies(spec: Any) -> list[str]:

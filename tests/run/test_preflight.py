@@ -117,5 +117,7 @@ def test_a_control_group_may_have_less_than_the_machine(tmp_path: Path, monkeypa
     assert preflight.available_bytes(RunContext(store="s")) == 3_600_000
     statistics.write_text("inactive_file 600000\ntotal_inactive_file 800000\n")  # version 1: alone, with those below
     assert preflight.available_bytes(RunContext(store="s")) == 3_800_000
+    statistics.unlink()  # the limit holds whatever is told of files
+    assert preflight.available_bytes(RunContext(store="s")) == 3_000_000
     most.write_text("max\n")
     assert preflight.available_bytes(RunContext(store="s")) > 5_000_000
