@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, TypeAdapter
 
@@ -28,6 +28,10 @@ class Spec(Model):
     def key(self) -> str:
         """sha256 in hex over the canonical JSON of the validated fields."""
         return hashlib.sha256(DOMAIN + canonical_json(self.model_dump(mode="json")).encode()).hexdigest()
+
+    def changed(self, **values: Any) -> Self:
+        """The same with other values, and the key of those: a copy would keep the old one."""
+        return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | values)
 
     @property
     def parents(self) -> dict[str, str]:
@@ -170,8 +174,7 @@ class EvaluateSpec(Spec):
 
     def of(self, subject: str, reference: str | None = None) -> EvaluateSpec:
         """The same evaluation of another subject."""
-        fields = {name: getattr(self, name) for name in EvaluateSpec.model_fields}  # a copy would keep the key
-        return EvaluateSpec(**{**fields, "subject": subject, "reference": reference})
+        return self.changed(subject=subject, reference=reference)
 
 
 class ThroughputSpec(Spec):
@@ -213,8 +216,7 @@ class TasksSpec(Spec):
 
     def of(self, subject: str) -> TasksSpec:
         """The same task asked of another stage."""
-        fields = {name: getattr(self, name) for name in TasksSpec.model_fields}  # a copy would keep the key
-        return TasksSpec(**{**fields, "subject": subject})
+        return self.changed(subject=subject)
 
 
 StageSpec = Annotated[
