@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from operators.config import HyenaConfig
-from operators.convolution.causal import short_conv
-from operators.decoding.extend import masked, outside_autocast
+from operators.decoding.extend import narrowed, outside_autocast
 from operators.decoding.frozen import Filters
 from operators.decoding.multihead import HEAD_STATES, HeadMemory, KeysAndValues
 from operators.decoding.state import HyenaState
@@ -71,7 +70,7 @@ class HeadHyena(Hyena):
         self, p_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None
     ) -> Tensor:
         """See `Hyena.whole`; under autocast to bfloat16 what is mixed is so too, without a state in one pass."""
-        narrow = p_BEL.dtype == torch.bfloat16 and torch.is_autocast_enabled(p_BEL.device.type)
+        narrow = narrowed(p_BEL)
         if narrow and self.config.normalise and isinstance(filters, Tensor):
             filters = _of_any_scale(filters)
         if narrow and state is None:
@@ -79,9 +78,7 @@ class HeadHyena(Hyena):
             with outside_autocast(p_BEL.device.type):
                 weights = self._weights(len(p_BEL), p_BEL.dtype, _first(filters, p_BEL.shape[-1]))
                 return mix_fused(inputs, weights, self.layout)
-        u_BEL = masked(short_conv(p_BEL, self.short_weight, self.short_bias, narrow=narrow), mask_BL)
-        with outside_autocast(p_BEL.device.type):
-            return self.combine(u_BEL, mask_BL, filters, state)
+        return super().whole(p_BEL, mask_BL, filters, state)
 
     def combine(
         self, u_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None

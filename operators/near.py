@@ -20,6 +20,7 @@ from operators.filters.base import HALF, Wide
 from operators.mixing.near import float_of, rotated
 from operators.transfer.attention import Affine, AttentionWeights
 from operators.transfer.near import norm_kind, turned
+from operators.transfer.rotation import Rotation
 
 BASE = 10_000.0  # of the frequencies where no attention is replaced
 EPSILON = 1e-6
@@ -71,7 +72,13 @@ class Near(Wide):
             raise ValueError(
                 f"near_norm must be {kind!r} as the attention's but is {self.norm!r}: use near_norm: {kind}."
             )
-        frequencies, query, key = turned(attention, attention.seen_near()[1])
+        return self.follow(attention, attention.seen_near()[1])
+
+    @torch.no_grad()
+    def follow(self, attention: AttentionWeights, rotation: Rotation) -> tuple[Affine, Affine]:
+        """Take over norms, and frequencies for that rotation; returns the projections to query and key that go with
+        them."""
+        frequencies, query, key = turned(attention, rotation)
         self.frequencies.copy_(frequencies)
         for name, made in (("query", query), ("key", key)):
             if made.norm is not None:

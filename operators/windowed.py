@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from operators.config import HyenaConfig, WindowConfig
-from operators.convolution.causal import short_conv
-from operators.decoding.extend import masked, outside_autocast
 from operators.decoding.frozen import Filters
 from operators.decoding.multihead import (
     NEAR_STATES,
@@ -81,10 +79,7 @@ class WindowedHeads(HeadHyena):
         self, p_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None
     ) -> Tensor:
         """See `Hyena.whole`; under autocast to bfloat16 all values, and the far queries and keys, are so too."""
-        narrow = p_BEL.dtype == torch.bfloat16 and torch.is_autocast_enabled(p_BEL.device.type)
-        u_BEL = masked(short_conv(p_BEL, self.short_weight, self.short_bias, narrow=narrow), mask_BL)
-        with outside_autocast(p_BEL.device.type):
-            return self.combine(u_BEL, mask_BL, filters, state)
+        return Hyena.whole(self, p_BEL, mask_BL, filters, state)  # what is fused for heads knows no window
 
     def combine(
         self, u_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None
@@ -212,14 +207,6 @@ class WindowAttention(Hyena):
 
     def described(self) -> str:
         return "with a window alone "
-
-    def whole(
-        self, p_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None
-    ) -> Tensor:
-        narrow = p_BEL.dtype == torch.bfloat16 and torch.is_autocast_enabled(p_BEL.device.type)
-        u_BEL = masked(short_conv(p_BEL, self.short_weight, self.short_bias, narrow=narrow), mask_BL)
-        with outside_autocast(p_BEL.device.type):
-            return self.combine(u_BEL, mask_BL, filters, state)
 
     def combine(
         self, u_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None

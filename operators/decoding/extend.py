@@ -60,11 +60,14 @@ class Extending(KeptFilters, ABC):
         """`combine` of one position that is not padded, (B, 1, I)."""
         return self.combine(u_B1E.transpose(1, 2), None, filters, state).transpose(1, 2)
 
-    @abstractmethod
     def whole(
         self, p_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None
     ) -> Tensor:
-        """Whole sequences from their projections on: short convolution and `combine`, (B, I, L)."""
+        """Whole sequences from their projections on: short convolution and `combine`, (B, I, L); in bfloat16 under
+        autocast to that."""
+        u_BEL = masked(short_conv(p_BEL, self.short_weight, self.short_bias, narrow=narrowed(p_BEL)), mask_BL)
+        with outside_autocast(p_BEL.device.type):
+            return self.combine(u_BEL, mask_BL, filters, state)
 
     def described(self) -> str:
         """What decides how it can decode, in words."""
@@ -256,6 +259,11 @@ class Extending(KeptFilters, ABC):
 def masked(x_BEL: Tensor, mask_BL: Tensor | None) -> Tensor:
     """Zero at padded positions."""
     return x_BEL if mask_BL is None else x_BEL * mask_BL[:, None].to(x_BEL.dtype)
+
+
+def narrowed(p_BEL: Tensor) -> bool:
+    """Whether projections are in bfloat16 since autocast made them so."""
+    return p_BEL.dtype == torch.bfloat16 and torch.is_autocast_enabled(p_BEL.device.type)
 
 
 def outside_autocast(device: str) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from operators.near import Near
 from operators.transfer.attention import AttentionWeights
-from operators.transfer.near import norm_kind, turned
+from operators.transfer.near import norm_kind
 from operators.transfer.rotation import NO_ROTATION, Rotation
 
 FAR = 0.05  # of the weights' logarithms, by root mean square: bfloat16 and soft caps keep within
@@ -44,16 +44,10 @@ def rotation_of(attention: AttentionWeights, x_LD: Tensor, weights_HLL: Tensor, 
 
 def _error(attention: AttentionWeights, rotation: Rotation, x_LD: Tensor, weights_HLL: Tensor) -> float:
     """What is left of the logarithms of weights beside their mean by row, relative to their own size."""
-    frequencies, *maps = turned(attention, rotation)
     heads, width, found = attention.heads, attention.key_width, []
     near = Near(heads, width, norm_kind(attention), level=False).double()  # type: ignore[arg-type]
     near.initialise()
-    near.frequencies.copy_(frequencies)
-    for name, made in zip(("query", "key"), maps, strict=True):
-        if made.norm is not None:
-            getattr(near, f"{name}_weight").copy_(made.norm[0])
-            getattr(near, f"{name}_bias").copy_(made.norm[1])
-        weight, bias = made.rows
+    for weight, bias in near.follow(attention, rotation):
         found.append((x_LD.double() @ weight.t() + bias).t().reshape(1, heads, width, -1))
     logits_HLL = (near.queries(found[0], 0)[0].transpose(-1, -2) @ near.keys(found[1], 0)[0])[0]
     counted = weights_HLL > LEAST
