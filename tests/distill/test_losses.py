@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from operators.config import HyenaConfig
@@ -142,8 +143,8 @@ def test_chunks_change_neither_losses_nor_gradients(
     for size in (1 << 22, positions * 300):
         monkeypatch.setattr(module, "LOGITS_PER_CHUNK", size)
         student.zero_grad()
-        values = logit_losses(final_hidden(teacher, ids), final_hidden(student, ids), *heads, ids, kl, True)
-        (values[0] + values[1]).backward()
+        values = logit_losses(final_hidden(teacher, ids), final_hidden(student, ids), *heads, ids, kl, 0.5)
+        values[0].backward()
         gradients = [parameter.grad.clone() for parameter in student.parameters() if parameter.grad is not None]
         found.append([*values, *gradients])
     assert len(found[0]) > 20
@@ -232,22 +233,53 @@ def test_of_the_teachers_forward_only_what_a_loss_needs_is_held(
 def test_a_loss_that_is_not_asked_for_is_zero(teacher: Any, student: Any, ids: Tensor) -> None:
     heads, kl = (OutputHead(teacher), OutputHead(student)), LogitKL(weight=1.0)
     hidden = final_hidden(teacher, ids), final_hidden(student, ids)
-    divergence, entropy = logit_losses(*hidden, *heads, ids, kl, with_ce=False)
-    assert divergence > 0 and entropy == 0
-    divergence, entropy = logit_losses(None, hidden[1], None, heads[1], ids, LogitKL(weight=0.0), with_ce=True)
-    assert divergence == 0 and entropy > 0
+    weighted, divergence, entropy = logit_losses(*hidden, *heads, ids, kl, ce=0.0)
+    assert weighted == divergence > 0 and entropy == 0
+    weighted, divergence, entropy = logit_losses(None, hidden[1], None, heads[1], ids, LogitKL(weight=0.0), ce=2.0)
+    assert divergence == 0 and weighted == 2 * entropy > 0
 
 
-@pytest.mark.parametrize(("positions", "made"), [(38, 1), (37, 4), (19, 4), (13, 6)])
-def test_logits_are_made_again_in_backward_where_there_are_several_chunks(
-    teacher: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch, positions: int, made: int
+@pytest.mark.parametrize(("positions", "made"), [(38, 1), (37, 2), (19, 2), (13, 3)])
+def test_logits_are_made_once_and_none_outlives_its_chunk(
+    teacher: Any, student: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch, positions: int, made: int
 ) -> None:
-    """Of 38 positions: one chunk is kept, of several none."""
+    """Of 38 positions, by both models; when a chunk's are made, and after the last, no other's are there."""
     monkeypatch.setattr(module, "LOGITS_PER_CHUNK", positions * 300)
-    hidden, calls = final_hidden(teacher, ids).detach().requires_grad_(), []
-    teacher.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
-    logit_losses(None, hidden, None, OutputHead(teacher), ids, LogitKL(weight=0.0), True)[1].backward()
-    assert len(calls) == made
+    hidden, alive = final_hidden(teacher, ids).detach().requires_grad_(), []
+    logits: dict[Any, list[weakref.ref[Tensor]]] = {teacher: [], student: []}
+
+    def note(model: Any, output: Tensor) -> None:
+        alive.append(sum(old() is not None for old in logits[model]))
+        logits[model].append(weakref.ref(output))
+
+    for model in (teacher, student):
+        model.get_output_embeddings().register_forward_hook(lambda _, __, output, model=model: note(model, output))
+    heads = OutputHead(teacher), OutputHead(student)
+    value = logit_losses(hidden, hidden, *heads, ids, LogitKL(weight=1.0), 1.0)[0]
+    assert [old() for old in (*logits[teacher], *logits[student])] == [None] * 2 * made
+    value.backward()
+    assert [len(each) for each in logits.values()] == [made, made]
+    assert set(alive) == {0}
+    assert hidden.grad is not None and hidden.grad[:, :-1].abs().amin() > 0
+
+
+def test_gradients_are_those_of_plain_logits_at_any_scale(teacher: Any, student: Any, ids: Tensor) -> None:
+    """Of the weighted sum, times what it is multiplied by, with respect to hidden states and the head's weights."""
+    hidden = final_hidden(student, ids).detach().requires_grad_()
+    weight = student.get_output_embeddings().weight
+    targets = ids[:, 1:].flatten()
+    have = F.log_softmax(hidden[:, :-1].flatten(0, 1) @ weight.T / 2, dim=-1)
+    wanted = torch.tensor(probabilities(teacher, ids, 2.0)).float()
+    of_kl = 4 * (wanted * (wanted.log() - have)).sum(-1).mean()
+    of_ce = F.cross_entropy(hidden[:, :-1].flatten(0, 1) @ weight.T, targets)
+    plain = torch.autograd.grad(3 * (0.7 * of_kl + 0.2 * of_ce), (hidden, weight))
+    heads = OutputHead(teacher), OutputHead(student)
+    kl = LogitKL(weight=0.7, temperature=2.0)
+    value = 3 * logit_losses(final_hidden(teacher, ids), hidden, *heads, ids, kl, 0.2)[0]
+    for found, right in zip(torch.autograd.grad(value, (hidden, weight), retain_graph=True), plain, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-6)
+    with pytest.raises(RuntimeError, match="have been differentiated: they can be once"):
+        value.backward()
 
 
 def test_the_stream_after_a_layer_that_returns_a_tuple_is_its_first_part(teacher: Any) -> None:

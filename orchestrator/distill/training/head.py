@@ -10,6 +10,7 @@ Shapes: N positions, D model width, V vocabulary.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,6 +41,10 @@ class OutputHead:
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         logits: Tensor = self.model.forward(inputs_embeds=hidden_ND[None], use_cache=False).logits[0]
         return logits
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those that logits are made with, outside of the trunk."""
+        yield from self.model.parameters()
 
 
 def wide_heads(*models: Any) -> list[OutputHead]:

@@ -1,7 +1,8 @@
 """Distillation losses, each a mean over valid tokens, so a weight means the same at any batch and length.
 
 Place in the flow: `distil` asks for the losses of a batch and differentiates their weighted sum. Invariant: logits are
-made in chunks of tokens and made again in backward, so memory does not grow with batch x vocabulary.
+made once, in chunks of tokens, and what their losses give back is computed with them: nothing as large as a chunk lives
+longer than the chunk, so memory does not grow with batch x vocabulary.
 
 Shapes: B batch, L positions, N = B (L - 1) predicting positions, D model width, V vocabulary.
 """
@@ -10,13 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from orchestrator.distill.models.sites import Site, attention_of, call_of, decoder_layers, site_of
 from orchestrator.distill.models.swap import swapped
@@ -100,8 +101,13 @@ def batch_losses(
         The scalar to differentiate, and detached parts: `loss/NAME` raw, `weighted/NAME`, and
         `loss/NAME/layer_I` for the losses taken at layers.
     """
-    terms: dict[str, tuple[float, Tensor]] = {}
+    terms: list[Tensor] = []
     parts: dict[str, Tensor] = {}
+
+    def note(name: str, weight: float, value: Tensor) -> None:
+        parts[f"loss/{name}"] = value.detach()
+        parts[f"weighted/{name}"] = weight * value.detach()
+
     kl = losses.logit_kl
     needs_teacher = kl.weight > 0 or losses.hidden_mse > 0 or losses.mixer_mse > 0
     mixers = layers if losses.mixer_mse > 0 else ()
@@ -114,33 +120,34 @@ def batch_losses(
         teacher_final = teacher_final if kl.weight > 0 else None
     if mixers:
         each = {i: F.mse_loss(attention_of(student, i)(seen.mixer_in[i])[0], seen.mixer_out[i]) for i in mixers}
-        terms["mixer_mse"] = (losses.mixer_mse, torch.stack(list(each.values())).mean())
+        error = torch.stack(list(each.values())).mean()
+        terms.append(losses.mixer_mse * error)
+        note("mixer_mse", losses.mixer_mse, error)
         parts |= {f"loss/mixer_mse/layer_{i}": value.detach() for i, value in each.items()}
     if kl.weight > 0 or losses.ce > 0 or losses.hidden_mse > 0:
         with recorded(student, (), streams) as own:
             student_final = final_hidden(student, ids_BL)
         if streams:
             each = {i: F.mse_loss(own.hidden[i], seen.hidden[i]) for i in streams}
-            terms["hidden_mse"] = (losses.hidden_mse, torch.stack(list(each.values())).mean())
+            error = torch.stack(list(each.values())).mean()
+            terms.append(losses.hidden_mse * error)
+            note("hidden_mse", losses.hidden_mse, error)
             parts |= {f"loss/hidden_mse/layer_{i}": value.detach() for i, value in each.items()}
         if kl.weight > 0 or losses.ce > 0:
             heads = OutputHead(teacher), OutputHead(student)
-            divergence, entropy = logit_losses(teacher_final, student_final, *heads, ids_BL, kl, losses.ce > 0)
+            weighted, divergence, entropy = logit_losses(teacher_final, student_final, *heads, ids_BL, kl, losses.ce)
+            terms.append(weighted)
             if kl.weight > 0:
-                terms["kl"] = (kl.weight, divergence)
+                note("kl", kl.weight, divergence)
             if losses.ce > 0:
-                terms["ce"] = (losses.ce, entropy)
-    total = torch.stack([weight * value for weight, value in terms.values()]).sum()
-    for name, (weight, value) in terms.items():
-        parts[f"loss/{name}"] = value.detach()
-        parts[f"weighted/{name}"] = weight * value.detach()
-    return total, parts
+                note("ce", losses.ce, entropy)
+    return torch.stack(terms).sum(), parts
 
 
 def next_token_loss(model: Any, ids_BL: Tensor) -> Tensor:
     """Mean cross-entropy of the next token, nats per valid token; logits in chunks."""
     no_kl = LogitKL(weight=0.0)
-    return logit_losses(None, final_hidden(model, ids_BL), None, OutputHead(model), ids_BL, no_kl, True)[1]
+    return logit_losses(None, final_hidden(model, ids_BL), None, OutputHead(model), ids_BL, no_kl, 1.0)[0]
 
 
 def chunk_size(head: OutputHead, device: torch.device) -> int:
@@ -156,37 +163,83 @@ def logit_losses(
     student_head: OutputHead,
     ids_BL: Tensor,
     kl: LogitKL,
-    with_ce: bool,
-) -> tuple[Tensor, Tensor]:
-    """Mean divergence and cross-entropy over the N positions that have a next token; 0 for one not asked for.
+    ce: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the N positions that have a next token: mean divergence and cross-entropy, and their sum by weight.
 
     The divergence is scaled by the squared temperature, so that its gradient keeps its size (Hinton et al. 2015).
+
+    Args:
+        kl: its weight, direction and temperature; not computed with weight 0.
+        ce: weight of the cross-entropy; not computed where it is 0.
+
+    Returns:
+        The weighted sum, which may be differentiated once, and the two means, 0 for one that is not computed.
     """
     student_ND = student_BLD[:, :-1].flatten(0, 1)
     teacher_ND = None if teacher_BLD is None or kl.weight == 0 else teacher_BLD[:, :-1].flatten(0, 1)
     targets_N = ids_BL[:, 1:].flatten()
-    size = chunk_size(student_head, student_ND.device)
+    count = len(targets_N)
 
-    def chunk(hidden: Tensor, target: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
+    def means(hidden: Tensor, cut: slice) -> tuple[Tensor, Tensor]:
         logits = student_head(hidden).float()
         divergence = entropy = logits.new_zeros(())
-        if with_ce:
-            entropy = F.cross_entropy(logits, target, reduction="sum")
-        if teacher is not None and teacher_head is not None:
+        if ce > 0:
+            entropy = F.cross_entropy(logits, targets_N[cut], reduction="sum")
+        if teacher_ND is not None and teacher_head is not None:
             with torch.no_grad():
-                wanted = F.log_softmax(teacher_head(teacher).float() / kl.temperature, dim=-1)
+                wanted = F.log_softmax(teacher_head(teacher_ND[cut]).float() / kl.temperature, dim=-1)
             have = F.log_softmax(logits / kl.temperature, dim=-1)
             first, second = (have, wanted) if kl.direction == "forward" else (wanted, have)
             divergence = F.kl_div(first, second, reduction="sum", log_target=True) * kl.temperature**2
-        return divergence, entropy
+        return divergence / count, entropy / count
 
-    count = len(targets_N)
-    sums = student_ND.new_zeros((2,), dtype=torch.float32)
-    for start in range(0, count, size):
-        cut = slice(start, start + size)
-        given = (student_ND[cut], targets_N[cut], None if teacher_ND is None else teacher_ND[cut])
-        again = count > size  # nothing in a chunk is random
-        values = checkpoint(chunk, *given, use_reentrant=False, preserve_rng_state=False) if again else chunk(*given)
-        sums = sums + torch.stack(values)
-    mean = sums / count
-    return mean[0], mean[1]
+    parameters = [parameter for parameter in student_head.parameters() if parameter.requires_grad]
+    size = chunk_size(student_head, student_ND.device)
+    weighted: Tensor
+    weighted, both = _InChunks.apply(  # type: ignore[no-untyped-call]
+        means, (kl.weight, ce), size, student_ND, *parameters
+    )
+    return weighted, both[0], both[1]
+
+
+class _InChunks(torch.autograd.Function):
+    """The sum by weight of two values that are sums over chunks of positions, whose gradients are taken chunk by chunk.
+
+    Gradients of logits need logits, which would have to be kept, or made again in backward with those of the teacher.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
+        weights: tuple[float, float],
+        size: int,
+        hidden_ND: Tensor,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.gradients = [torch.zeros_like(tensor) for tensor in (hidden_ND, *parameters)]
+        of_hidden, *of_parameters = ctx.gradients
+        sums = hidden_ND.new_zeros((2,), dtype=torch.float32)
+        for start in range(0, len(hidden_ND), size):
+            cut = slice(start, start + size)
+            with torch.set_grad_enabled(any(ctx.needs_input_grad)):
+                hidden = hidden_ND[cut].detach().requires_grad_()
+                found = torch.stack(values(hidden, cut))
+            if any(ctx.needs_input_grad):
+                each = torch.autograd.grad(found, (hidden, *parameters), found.new_tensor(weights), allow_unused=True)
+                of_hidden[cut] = each[0]
+                for kept, new in zip(of_parameters, each[1:], strict=True):
+                    if new is not None:
+                        kept += new
+            sums += found.detach()
+        ctx.mark_non_differentiable(sums)
+        return (sums * sums.new_tensor(weights)).sum(), sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the losses of a batch have been differentiated: they can be once")
+        gradients, ctx.gradients = ctx.gradients, None  # as large as the weights of an output head: handed on, not kept
+        return None, None, None, *(gradient.mul_(scale) for gradient in gradients)
