@@ -22,6 +22,7 @@ SIZES = {
     "num_hidden_layers": "block_count",
     "hidden_size": "embedding_length",
     "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
     "head_dim": "attention.value_length",
     "intermediate_size": "feed_forward_length",
     "max_position_embeddings": "context_length",
@@ -32,17 +33,23 @@ CARD = {
     "license_link": "general.license.link",
 }
 ENTRIES = "tokenizer.ggml.tokens"
+HEAD, GATE = "output.weight", "blk.0.ffn_gate"  # of tensors: an output head of its own, a gate in feed-forward blocks
 
 
 def gguf_config(file: Path) -> dict[str, Any]:
     """The type and sizes of the model in a GGUF file, by the names of a config.json.
 
-    A size that differs by layer is given by its largest value. Raises `StudyError` where the file is none, or the
+    A size that differs by layer is given by its largest value. Whether the output head is the embedding, and whether
+    feed-forward blocks have a gate, is seen in the tensors' names. Raises `StudyError` where the file is none, or the
     package that reads such files is not installed.
     """
-    fields = _fields(file)
+    fields, tensors = _read(file)
     kind = str(fields["general.architecture"].contents())
-    found: dict[str, Any] = {"model_type": TYPES.get(kind, kind)}
+    found: dict[str, Any] = {
+        "model_type": TYPES.get(kind, kind),
+        "tie_word_embeddings": HEAD not in tensors,
+        "hidden_act": "silu" if any(name.startswith(GATE) for name in tensors) else "gelu",
+    }
     for name, theirs in SIZES.items():
         if (field := fields.get(f"{kind}.{theirs}")) is not None:
             value = field.contents()
@@ -54,12 +61,12 @@ def gguf_config(file: Path) -> dict[str, Any]:
 
 def gguf_card(file: Path) -> dict[str, str]:
     """The licence that a GGUF file names, by the names of a model card's metadata."""
-    fields = _fields(file)
+    fields, _ = _read(file)
     return {name: str(fields[theirs].contents()) for name, theirs in CARD.items() if theirs in fields}
 
 
-def _fields(file: Path) -> dict[str, Any]:
-    """What is told at the head of a GGUF file, by name."""
+def _read(file: Path) -> tuple[dict[str, Any], frozenset[str]]:
+    """What is told at the head of a GGUF file, by name, and the names of its tensors."""
     try:
         from gguf import GGUFReader  # of the extra `gguf`
     except ImportError:
@@ -67,8 +74,9 @@ def _fields(file: Path) -> dict[str, Any]:
             "teacher.gguf: reading GGUF files needs the package gguf: pip install 'layerswap[gguf]'"
         ) from None
     try:
-        fields: dict[str, Any] = GGUFReader(file).fields
+        reader = GGUFReader(file)
+        fields: dict[str, Any] = reader.fields
         fields["general.architecture"]
     except (ValueError, KeyError, IndexError, OSError) as error:
         raise StudyError(f"teacher.gguf: {file} is no GGUF file, or torn ({error}): copy it again") from error
-    return fields
+    return fields, frozenset(tensor.name for tensor in reader.tensors)

@@ -35,8 +35,8 @@ from orchestrator.study.spec import (
     ThroughputSpec,
 )
 
-PROCESS = {"cpu": 565e6, "cuda": 0.6e9}  # a worker of Ray with torch and transformers; on a GPU context and libraries
-SLACK = 1.05  # of what is allocated: pieces that are free but too small
+PROCESS = {"cpu": 610e6, "cuda": 0.6e9}  # a worker of Ray with torch and transformers; on a GPU context and libraries
+SLACK = 1.15  # of what is allocated: pieces that are free but too small, and what stages before left in the process
 LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # numbers of one chunk, as `losses` has it
 EXAMPLES = 4  # texts whose inputs are kept, as `statistics` has it
 WEIGHTS = 1 << 24  # numbers of attention's weights looked at together, as `statistics` has it
@@ -46,6 +46,7 @@ NARROW, NARROW_HEADS = 0.58, 0.34  # of activations under bfloat16 autocast: nor
 NARROW_NEAR = 0.8  # of those of operators with a window, whose products and softmax do
 NEAR_ROWS = 64  # queries of a block at least, as `operators.mixing.near` has it
 GATED = ("silu", "swish", "swiglu")  # activations of blocks that multiply two maps of their input
+PLAIN = ("gpt", "opt", "bloom", "falcon", "mpt", "codegen", "xglm", "biogpt")  # types whose blocks do not, unsaid
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 TIED = ("gpt2", "gpt_bigcode", "gemma", "opt", "bloom", "falcon", "mpt")  # types whose head is the embedding, unsaid
 HEAD_NAMES = ("lm_head.weight", "embed_out.weight")
@@ -106,7 +107,8 @@ def sizes_of(shape: Architecture, config: Mapping[str, Any] | None = None) -> Si
     groups = config.get("num_key_value_heads") or (1 if config.get("multi_query") else shape.heads)
     attention = 2 * width * head_size * (shape.heads + groups)
     kind = str(config.get("model_type"))
-    gated = _activation(config) in GATED or kind.startswith("gemma")
+    told = _activation(config)
+    gated = told in GATED or kind.startswith("gemma") or (told is None and not kind.startswith(PLAIN))
     experts = next((config[name] for name in EXPERTS if isinstance(config.get(name), int)), 1)
     block = attention + (3 if gated else 2) * width * inner * max(1, experts)
     tied = config.get("tie_word_embeddings", kind.startswith(TIED))
@@ -170,7 +172,7 @@ def stage_bytes(
 def held_bytes(spec: Any, sizes: Sizes, swapped: tuple[int, ...], subject: Any = None) -> int | None:
     """Of weights, gradients and the optimizer's state in a step of the stage; None for one that holds no model."""
     if isinstance(spec, ImportSpec):
-        return 4 * sizes.parameters
+        return 8 * sizes.parameters  # as it is read, and in float32
     if not hasattr(spec, "numerics"):
         return None
     shape, config = sizes.shape, getattr(subject or spec, "operator", None)
@@ -277,11 +279,12 @@ def kept_by_layers(spec: Any, sizes: Sizes, swapped: tuple[int, ...], tokens: in
 def _layer_bytes(sizes: Sizes, tokens: int, operator: Any, rest_trains: bool, narrow: bool = False) -> float:
     """Of what one layer keeps for gradients, counted in torch 2.13."""
     width, inner = sizes.shape.hidden, sizes.shape.intermediate
-    if sizes.gated:
-        block = 2.0 * width + 4 * inner if rest_trains else 3.0 * inner
+    if sizes.gated:  # as in a Llama: norms by hand, which stay float32, and keys and values of groups of heads
+        norms, block = (6.0 if rest_trains else 2.0) * width, (4.0 if rest_trains else 3.0) * inner
+        mixer = sizes.attention / width + 0.5 * width
     else:
-        block = 2.0 * width + 2 * inner if rest_trains else 1.0 * width + inner
-    mixer: float = (8 if rest_trains else 6) * width
+        norms, block = 0.0, 2.0 * width + 2 * inner if rest_trains else 1.0 * width + inner
+        mixer = (8.0 if rest_trains else 6.0) * width
     if isinstance(operator, HyenaConfig):
         rows = _rows(operator, sizes.between)
         mixer = 4.8 * width + 1.5 * rows if operator.heads else 1.5 * width + 1.5 * rows
@@ -293,7 +296,7 @@ def _layer_bytes(sizes: Sizes, tokens: int, operator: Any, rest_trains: bool, na
     least = NARROW_HEADS if getattr(operator, "heads", None) is not None else NARROW
     least = NARROW_NEAR if getattr(operator, "window", None) is not None else least
     block, mixer = (block * NARROW, mixer * least) if narrow else (block, mixer)
-    return 4.0 * tokens * (block + mixer)
+    return 4.0 * tokens * (norms + block + mixer)
 
 
 def _logits(sizes: Sizes, tokens: int, use: str, device: str) -> int:

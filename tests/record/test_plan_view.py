@@ -24,7 +24,7 @@ controls: scratch hyena-2, scratch hyena-4h, skip (4)
 
 3 trials ask for 9 stages, 7 distinct: sharing factor 1.29 in stages, 1.25 in tokens
 in the store: 0 of them; with teacher and controls 0 of 14
-memory of a stage: teacher 597 MB, evaluate 583-584 MB, throughput 577-583 MB, scratch 581-583 MB, distil 566-589 MB
+memory of a stage: teacher 645 MB, evaluate 630-631 MB, throughput 623-630 MB, scratch 628-630 MB, distil 611-636 MB
 to do: 174 k tokens to train; time and disk are not known yet: no stage was measured in this store
 """
 
@@ -61,7 +61,7 @@ def test_memory_is_told_for_every_stage_that_holds_a_model(tmp_path: Path) -> No
     kinds = {told["kind"] for told in found.values()}
     assert kinds == {"teacher", "evaluate", "throughput", "scratch", "distil"}
     named = {told["name"]: told["megabytes"] for told in found.values()}
-    assert named["skip 0"] < named["hyena-2 in layers 0, 1"] < named["hyena-3 in layers 0, 1, 2, 3, 4, 5"] < 750
+    assert named["skip 0"] < named["hyena-2 in layers 0, 1"] < named["hyena-3 in layers 0, 1, 2, 3, 4, 5"] < 850
     assert {f"{before}the teacher" for before in ("", "evaluation of ", "speed of ")} < named.keys()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
@@ -12,7 +13,9 @@ from typer.testing import CliRunner
 from orchestrator.cli import app
 from orchestrator.study.gguf_file import TYPES, gguf_card, gguf_config
 from orchestrator.study.loader import StudyError
+from orchestrator.study.memory import sizes_of
 from orchestrator.study.shapes import causal_types, inner_width, sizes
+from orchestrator.study.spec import Architecture
 from tests.gguf_files import small_llama, write_gguf
 
 NO_LANGUAGE_MODELS = {"general", "tokenizer", "t5", "umt5", "deci"}  # parts of a file, encoders, own code
@@ -30,6 +33,17 @@ def test_the_plan_knows_the_sizes_of_the_file(file: Path) -> None:
     assert sizes(gguf_config(file)) == {
         "layers": 2, "hidden": 32, "heads": 4, "intermediate": 48, "max_length": 64, "vocabulary": 300,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 1}], ids=str)
+def test_the_plan_counts_the_parameters_of_the_file(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """But for norms: of 2 layers two each and a last one, of width 32."""
+    model = small_llama(**changes)
+    write_gguf(tmp_path / "small.gguf", model)
+    told = gguf_config(tmp_path / "small.gguf")
+    counted = sizes_of(Architecture(**sizes(told)), told)
+    assert counted.parameters == sum(p.numel() for p in model.parameters()) - 5 * 32
+    assert counted.gated
 
 
 def test_values_of_another_width_are_known(tmp_path: Path) -> None:

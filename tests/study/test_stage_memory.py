@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from operators.config import (
     FirFilterConfig,
@@ -160,6 +160,22 @@ def test_activations_are_about_what_torch_keeps(name: str, rest_scale: float, dt
     found = kept_by_layers(spec, sizes, layers, 4 * 128)
     assert len(found) == (4 if rest_scale else 3), "no gradient goes below the lowest operator"
     assert sum(found) == pytest.approx(kept, rel=0.2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rest_scale", [0.0, 0.1], ids=["operators alone train", "all trains"])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_activations_of_a_llama_are_about_what_torch_keeps(groups: int, rest_scale: float, dtype: Any) -> None:
+    told = {"vocab_size": 500, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
+    config = LlamaConfig(**told, num_attention_heads=4, num_key_value_heads=groups, max_position_embeddings=128)
+    model, layers = LlamaForCausalLM(config).eval(), (1, 3)
+    swap(model, layers, POWER, torch.Generator().manual_seed(0))
+    train_operators_only(model)
+    set_trainable(model, rest_scale > 0, ())
+    kept = kept_bytes(model, torch.ones(4, 128, dtype=torch.int64), dtype)
+    sizes = sizes_of(SHAPE.model_copy(update={"hidden": 128, "intermediate": 384}), config.to_dict())
+    found = kept_by_layers(spec_of(POWER, rest_scale, dtype), sizes, layers, 4 * 128)
+    assert sum(found) == pytest.approx(kept, rel=0.1)
 
 
 def spec_of(operator: Any, rest_scale: float, dtype: Any = "float32", **more: Any) -> DistilSpec:
