@@ -13,16 +13,12 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
-from orchestrator.distill.context import RunContext
 from orchestrator.distill.models.auto import AutoModelForCausalLM
 from orchestrator.distill.models.student import load_student, load_teacher
 from orchestrator.distill.models.swap import swapped
-from orchestrator.run.compute import compute
-from orchestrator.run.hardware import hardware
 from orchestrator.run.store import Store
-from orchestrator.study.loader import read_document, validate
-from orchestrator.study.plan import Plan, make_plan, throughput_specs
-from orchestrator.study.sources import resolve
+from orchestrator.study.plan import Plan
+from tests.computed import computed
 from tests.conftest import TEXT
 from tests.distill.students import gpt2, llama
 from tests.texts import save_tokenizer
@@ -43,20 +39,6 @@ controls: {skip: true, scratch: none}
 """
 
 
-def computed(file: Path, home: Path, *, speeds: bool = False) -> Plan:
-    """The plan of a study, all of whose stages are computed into the home, in this process."""
-    document = read_document(file, ())
-    study = validate(document)
-    resolved = resolve(study, file.parent)
-    plan = make_plan(document, study, resolved)
-    Store(home / "store")
-    context = RunContext(str(home / "store"), locations=resolved.locations)
-    measured = throughput_specs(plan, hardware()).values() if speeds else ()
-    for spec in [*plan.specs.values(), *measured]:
-        compute(spec.model_dump_json(), context)
-    return plan
-
-
 def layerswap(*words: str) -> str:
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
@@ -69,7 +51,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Plan]:
     root = tmp_path_factory.mktemp("ran")
     (root / "study.yaml").write_text(STUDY)
     (root / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXT))
-    return root, computed(root / "study.yaml", root / "home", speeds=True)
+    return root, computed(root / "study.yaml", root / "home")
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +110,7 @@ def test_an_exported_student_begins_another_study(ran: tuple[Path, Plan], folder
     values["data"] |= {"train": {"source": "jsonl", "files": [str(root / "text.jsonl")]}}
     del values["data"]["vocabulary"]
     (tmp_path / "further.yaml").write_text(yaml.safe_dump(values))
-    plan = computed(tmp_path / "further.yaml", tmp_path / "home", speeds=True)
+    plan = computed(tmp_path / "further.yaml", tmp_path / "home")
     assert [step.train.layers for step in plan.trials[0].steps] == [(1,)]
     assert [step.swapped for step in plan.controls.values()] == [(1,)]
     words = ["export", str(tmp_path / "further.yaml"), "--home", str(tmp_path / "home")]
@@ -165,7 +147,7 @@ def test_other_families_go_out_and_in(make: Any, tmp_path: Path) -> None:
         values |= {"study": study, "teacher": {"kind": "pretrained", "folder": name}}
         values["schedule"] = {"layer_order": "bottom_up", "layers_per_stage": 2}
         (tmp_path / f"{study}.yaml").write_text(yaml.safe_dump(values))
-        plan = computed(tmp_path / f"{study}.yaml", tmp_path / "home")
+        plan = computed(tmp_path / f"{study}.yaml", tmp_path / "home", speeds=False)
         place = [str(tmp_path / f"{study}.yaml"), "--home", str(tmp_path / "home")]
         layerswap("export", *place, "--to", str(tmp_path / study), *words)
     assert [step.train.layers for step in plan.trials[0].steps] == [(2,)]

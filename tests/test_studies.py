@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from typer.testing import CliRunner
 
+from orchestrator.cli import app
 from orchestrator.study.loader import StudyError, read_document, validate
 from orchestrator.study.plan import make_plan
 from orchestrator.study.sources import resolve
+from tests.computed import computed
 from tests.gguf_files import small_llama, write_gguf
 from tests.texts import save_tokenizer
 
@@ -102,12 +104,11 @@ def test_default_study_sweeps_what_it_promises() -> None:
     assert study.teacher.tokens <= 2_500_000  # type: ignore[union-attr]
 
 
-@pytest.mark.ray
 def test_pythia_study_runs_with_the_hub_replaced(hub: Path, tmp_path: Path) -> None:
-    words = [word for item in local(hub) for word in ("--set", item)]
-    words += ["--set", "search.space=[{schedule.layers_per_stage: [3]}]", "--set", "controls.skip=false"]
-    study = ["run", "studies/pythia-70m.yaml", "--home", str(tmp_path)]
-    command = [sys.executable, "-m", "orchestrator.cli", *study, *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    changes = [*local(hub), "search.space=[{schedule.layers_per_stage: [3]}]", "controls.skip=false"]
+    study = ROOT / "studies" / "pythia-70m.yaml"
+    computed(study, tmp_path, *changes)
+    words = [word for change in changes for word in ("--set", change)]
+    done = CliRunner().invoke(app, ["run", str(study), "--home", str(tmp_path), *words])
+    assert done.exit_code == 0, done.output
     assert "best path: trial-00" in done.stdout

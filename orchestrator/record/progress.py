@@ -28,9 +28,9 @@ class Progress:
     """Tells events at once and a summary every few seconds."""
 
     def __init__(
-        self, plan: Plan, store: Store, speeds: dict[str, ThroughputSpec], cores: int, out: TextIO = sys.stdout
+        self, plan: Plan, store: Store, speeds: dict[str, ThroughputSpec], cores: int, out: TextIO | None = None
     ):
-        self.plan, self.store, self.cores, self.out = plan, store, cores, out
+        self.plan, self.store, self.cores, self.out = plan, store, cores, out or sys.stdout
         self.began = self.told = time.monotonic()
         self.heard = store.said(0)[1]
         self.users = plan.users()

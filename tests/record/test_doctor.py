@@ -24,8 +24,8 @@ from orchestrator.record.home import Home
 from orchestrator.run import temporary as module
 from orchestrator.run.store import Store
 from orchestrator.run.temporary import temporary_directory
+from tests.computed import computed
 
-ROOT = Path(__file__).resolve().parents[2]
 STUDY = """\
 study: tiny
 teacher: {kind: pretrain, layers: 2, hidden: 32, heads: 4, max_length: 64, tokens: 512, batch_size: 4}
@@ -52,17 +52,15 @@ def listing(folder: Path) -> dict[str, bytes | None]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a study and of its home `home`, run to the end with a HOME that cannot be written."""
+    """The folder of a study and of its home `home`, in which it ran to the end."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "text").mkdir()
     for index in range(12):
         (folder / "text" / f"{index}.txt").write_text(f"text {index} of some that are alike\n" * 30)
     (folder / "tiny.yaml").write_text(STUDY)
-    command = [sys.executable, "-m", "orchestrator.cli", "run", "tiny.yaml", "--home", "home"]
-    variables = {**os.environ, "HOME": "/proc/nobody", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=variables, timeout=250)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
+    computed(folder / "tiny.yaml", folder / "home")
+    ran = layerswap("run", str(folder / "tiny.yaml"), "--home", str(folder / "home"))
+    assert ran.exit_code == 0, ran.output
     return folder
 
 
@@ -124,7 +122,6 @@ def is_fixed(home: Home, code: int = 0) -> None:
     assert doctor(home).exit_code == code
 
 
-@pytest.mark.ray
 def test_a_finished_study_is_healthy_and_has_nothing_left_to_plan(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,7 +134,6 @@ def test_a_finished_study_is_healthy_and_has_nothing_left_to_plan(
     assert listing(finished) == before
 
 
-@pytest.mark.ray
 def test_a_plan_estimates_from_the_rates_of_its_store(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(finished)
     change = ("--set", "recipe.phases.0.tokens=512", "--set", "controls.scratch=own")
@@ -150,7 +146,6 @@ def test_a_plan_estimates_from_the_rates_of_its_store(finished: Path, monkeypatc
     assert "to do: 2048 tokens to train; about" in told and "not measured in this store yet: scratch" in told
 
 
-@pytest.mark.ray
 def test_mlflow_runs_that_say_running_while_nobody_runs(finished: Path) -> None:
     home = Home(finished / "home")
     client = MlflowClient(tracking_uri=home.database)
@@ -164,7 +159,6 @@ def test_mlflow_runs_that_say_running_while_nobody_runs(finished: Path) -> None:
     assert client.get_run(run).info.status == "KILLED"
 
 
-@pytest.mark.ray
 def test_gc_frees_exactly_what_it_lists(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(finished)
     home = Home(finished / "home")
@@ -195,7 +189,6 @@ def test_gc_frees_exactly_what_it_lists(finished: Path, monkeypatch: pytest.Monk
     assert layerswap("doctor", "tiny.yaml", "--home", "home").stdout == "healthy\n"
 
 
-@pytest.mark.ray
 def test_gc_keeps_the_parents_of_what_is_left_to_do(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(finished)
     store = Store(Home(finished / "home").store)

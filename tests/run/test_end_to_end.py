@@ -1,4 +1,8 @@
-"""A small study through the command line, as a user runs it: once, again, edited, killed and resumed."""
+"""A small study through the command line, as a user runs it: once, again, edited, killed and resumed.
+
+What a study asks for first, and what is killed, runs in processes of its own, as a user's does. What follows runs in
+this one, on one cluster, whose workers have loaded everything already.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,19 @@ import socket
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from orchestrator.cli import app
+from orchestrator.distill.context import newest_step
+from orchestrator.record import driver
+from orchestrator.run import sweep
+from orchestrator.run.cluster import Cluster, Node, connected
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,11 +35,10 @@ SMALL = ROOT / "tests" / "run" / "small.yaml"
 pytestmark = pytest.mark.ray
 
 
-def layerswap(home: Path, *words: str, study: Path = SMALL, check: int | None = 0) -> subprocess.CompletedProcess[str]:
-    """Run the command and return it with its output; `check` is the exit code it must have."""
+def layerswap(home: Path, *words: str, study: Path = SMALL) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end in a process of its own, and return it with its output."""
     done = subprocess.run(command(home, *words, study=study), capture_output=True, text=True, timeout=280, cwd=ROOT)
-    if check is not None:
-        assert done.returncode == check, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
 
@@ -37,15 +46,34 @@ def command(home: Path, *words: str, study: Path = SMALL) -> list[str]:
     return [sys.executable, "-m", "orchestrator.cli", words[0], str(study), "--home", str(home), *words[1:]]
 
 
-def report(home: Path, *words: str, study: Path = SMALL) -> None:
-    """In this process: a report starts no other."""
-    done = CliRunner().invoke(app, command(home, "report", *words, study=study)[3:])
-    assert done.exit_code == 0, done.output
+def here(home: Path, *words: str, check: int = 0) -> Result:
+    """The command in this process; `check` is the exit code it must have."""
+    done = CliRunner().invoke(app, command(home, *words)[3:])
+    assert done.exit_code == check, done.output[-3000:]
+    return done
 
 
-def records(home: Path, *words: str, study: Path = SMALL) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[tuple[Node, ...]]:
+    """A cluster in this process."""
+    with connected(Cluster(cpus=2, gpus=0)) as found:
+        yield found
+
+
+@pytest.fixture
+def on_cluster(nodes: tuple[Node, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of this process are on that cluster, which outlives them."""
+
+    @contextmanager
+    def already(_: Cluster) -> Iterator[tuple[Node, ...]]:
+        yield nodes
+
+    monkeypatch.setattr(sweep, "connected", already)
+
+
+def records(home: Path, *words: str) -> dict[str, Any]:
     path = home / "out.json"
-    report(home, "--json", str(path), *words, study=study)
+    here(home, "report", "--json", str(path), *words)
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 
@@ -103,16 +131,17 @@ def test_report_has_every_row_and_number(finished: Path) -> None:
 def test_second_run_trains_nothing_and_is_quick(finished: Path) -> None:
     before = weights(finished)
     times = {path: path.stat().st_mtime for path in finished.glob("store/*/*/DONE.json")}
-    layerswap(finished, "run")
+    here(finished, "run")
     assert weights(finished) == before
     assert {path: path.stat().st_mtime for path in finished.glob("store/*/*/DONE.json")} == times
     assert all(row["reused"] for row in records(finished)["records"])
 
 
+@pytest.mark.usefixtures("on_cluster")
 def test_edited_last_stage_trains_only_what_depends_on_it(finished: Path) -> None:
     before = set(weights(finished))
     change = ("--set", "search.space.1={recipe.joint.0.losses: [{kl: 1.0, ce: 0.25}]}")
-    layerswap(finished, "run", *change)
+    here(finished, "run", *change)
     fresh = set(weights(finished)) - before
     rows = [row for row in records(finished, *change)["records"] if row["stage_key"] in fresh]
     assert {(row["name"], row["stage_index"]) for row in rows} == {("trial-01 joint", 2)}
@@ -140,34 +169,36 @@ def test_mlflow_nests_study_trial_and_stage_without_doubled_points(finished: Pat
             assert steps == sorted(set(steps)) and steps
 
 
-@pytest.mark.parametrize("victim", ["driver", "worker"])
-def test_kill_in_the_middle_of_a_stage_ends_in_the_same_bits(finished: Path, tmp_path: Path, victim: str) -> None:
-    """The teacher is killed after a checkpoint, the driver's way or the worker's; the rest follows from it."""
-    often = ("run", "--checkpoint-seconds", "0.2")
-    driver = subprocess.Popen(command(tmp_path, *often), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
-    stage = _wait_for_checkpoint(tmp_path)
-    worker = json.loads((stage / "attempt.json").read_text())["pid"]
-    os.kill(driver.pid if victim == "driver" else worker, signal.SIGKILL)
+def test_kills_in_the_middle_of_a_stage_end_in_the_same_bits(finished: Path, tmp_path: Path) -> None:
+    """The teacher's worker is killed after a checkpoint, and after a later one the driver; the rest follows from it."""
+    often = ("run", "--checkpoint-seconds", "0.2", "--set", "controls={skip: false, scratch: none}")
+    often += ("--set", "search.space=[{recipe.joint.0.losses: [{kl: 1.0}]}]")
+    run = subprocess.Popen(command(tmp_path, *often), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    stage, step = _wait_for_checkpoint(tmp_path, attempt=1)
+    os.kill(json.loads((stage / "attempt.json").read_text())["pid"], signal.SIGKILL)
+    _, later = _wait_for_checkpoint(tmp_path, attempt=2, above=step)
+    run.kill()
     assert not (stage / "DONE.json").exists(), "killed too late to prove anything"
-    code = driver.wait(timeout=200)
-    if victim == "driver":
-        layerswap(tmp_path, *often)
-    else:
-        assert code == 0
-    assert json.loads((stage / "DONE.json").read_text())["result"]["resumed_at"] > 0
+    run.wait(timeout=200)
+    layerswap(tmp_path, *often)
+    assert json.loads((stage / "DONE.json").read_text())["result"]["resumed_at"] >= later > step
+    assert json.loads((stage / "attempt.json").read_text())["number"] == 3
     assert quality(tmp_path) == {key: value for key, value in quality(finished).items() if key in quality(tmp_path)}
     known = weights(finished)
     assert all(known[key] == blob for key, blob in weights(tmp_path).items())
-    assert len(quality(tmp_path)) == 14
+    assert len(quality(tmp_path)) == 4
     _no_point_is_lost_or_doubled(tmp_path, stage)
 
 
-def _wait_for_checkpoint(home: Path) -> Path:
-    """The directory of the teacher, once it has written a checkpoint; a control that trains beside it may be first."""
+def _wait_for_checkpoint(home: Path, attempt: int, above: int = 0) -> tuple[Path, int]:
+    """The directory of the teacher and the step of its newest checkpoint, once it wrote one in that attempt."""
 
-    def look() -> Path | None:
-        stages = {manifest.parents[2] for manifest in home.glob("store/*/*/work/step-*/manifest.json")}
-        return next((s for s in stages if json.loads((s / "spec.json").read_text())["kind"] == "teacher"), None)
+    def look() -> tuple[Path, int] | None:
+        for stage in {manifest.parents[2] for manifest in home.glob("store/*/*/work/step-*/manifest.json")}:
+            step = newest_step(stage / "work")
+            if step > above and json.loads((stage / "attempt.json").read_text())["number"] == attempt:
+                return stage, step
+        return None
 
     return wait_until(look, pause=0.02)
 
@@ -184,11 +215,12 @@ def _no_point_is_lost_or_doubled(home: Path, stage: Path) -> None:
     assert run.info.status == "FINISHED"
 
 
+@pytest.mark.usefixtures("on_cluster")
 def test_a_failed_trial_does_not_stop_the_others_and_the_exit_code_says_so(finished: Path) -> None:
     """A learning rate that diverges fails its own trial; the trial beside it is finished."""
     change = ("--set", "search.space={recipe.optimizer.lr: [0.003, 1.0e+20]}")
     change += ("--set", "controls={skip: false, scratch: none}")
-    done = layerswap(finished, "run", *change, check=1)
+    done = here(finished, "run", *change, check=1)
     assert "failed: trial-01: NonFiniteLoss: step" in done.stderr
     assert "Traceback" not in done.stderr
     rows = records(finished, *change)["records"]
@@ -202,23 +234,27 @@ def test_a_failed_trial_does_not_stop_the_others_and_the_exit_code_says_so(finis
     assert {run.data.tags["layerswap.role"] for run in failed} == {"study", "trial", "stage"}
 
 
-def test_damage_after_the_start_is_said_and_computed_again(finished: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("on_cluster")
+def test_damage_after_the_start_is_said_and_computed_again(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A parent whose bytes change, and one that is deleted, after the driver has looked and before they are used."""
     home = tmp_path / "home"
     shutil.copytree(finished, home)
     rows = [row for row in records(home)["records"] if row["trial"] == "trial-00"]
     flipped, deleted = (home / "store" / row["stage_key"][:2] / row["stage_key"] for row in rows[:2])
-    change = ("--set", "recipe.joint.0.tokens=5_120", "--set", "controls={skip: false, scratch: none}")
-    driver = subprocess.Popen(
-        command(home, "run", *change), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
-    )
-    assert driver.stdout is not None
-    assert "trials ask for" in driver.stdout.readline()
-    shutil.rmtree(deleted)
     [victim] = (flipped / "artefacts").glob("*.safetensors")
-    victim.write_bytes(victim.read_bytes()[:-1] + b"!")
-    told, _ = driver.communicate(timeout=200)
-    assert driver.returncode == 0, told
+    usual = sweep.run_plan
+
+    def damaged(*given: Any) -> Any:
+        shutil.rmtree(deleted, ignore_errors=True)
+        victim.write_bytes(victim.read_bytes()[:-1] + b"!")
+        monkeypatch.setattr(driver, "run_plan", usual)
+        return usual(*given)
+
+    monkeypatch.setattr(driver, "run_plan", damaged)
+    change = ("--set", "recipe.joint.0.tokens=5_120", "--set", "controls={skip: false, scratch: none}")
+    told = here(home, "run", *change).output
     assert f"{flipped.name[:16]}: {victim.name} is damaged or gone: the stage is computed again" in told
     known = weights(finished)
     assert all(known[key] == blob for key, blob in weights(home).items() if key in known)
@@ -227,17 +263,17 @@ def test_damage_after_the_start_is_said_and_computed_again(finished: Path, tmp_p
 def test_a_dead_tracking_server_delays_nothing_and_a_report_sends_everything(finished: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         dead = f"http://127.0.0.1:{free.getsockname()[1]}"
-    done = layerswap(finished, "run", "--tracking-uri", dead)
+    done = here(finished, "run", "--tracking-uri", dead)
     assert "MLflow is behind, nothing is lost, the study goes on" in done.stderr
     assert re.search(r"MLflow lacks (\d+) of \1 stages \(.*layerswap report", done.stderr)
     fresh = tmp_path / "fresh.db"
     for _ in range(2):
-        report(finished, "--tracking-uri", f"sqlite:///{fresh}")
+        here(finished, "report", "--tracking-uri", f"sqlite:///{fresh}")
         sent = points(fresh)
         stages = {stage for stage, *_ in sent}
         assert len(stages) == 14
         assert sent == [point for point in points(finished / "mlflow.db") if point[0] in stages]
-    assert layerswap(finished, "run", "--tracking-uri", "nowhere", check=2).stderr.startswith("--tracking-uri nowhere:")
+    assert here(finished, "run", "--tracking-uri", "nowhere", check=2).stderr.startswith("--tracking-uri nowhere:")
 
 
 def points(database: Path) -> list[Any]:
@@ -250,6 +286,7 @@ def points(database: Path) -> list[Any]:
         return sorted(connection.execute(query).fetchall())
 
 
+@pytest.mark.usefixtures("on_cluster")
 def test_a_full_disk_ends_in_exit_code_1_and_the_same_command_goes_on(tmp_path: Path) -> None:
     """Nothing can be written: no stage, no record, no report."""
     small = ("--set", "controls={skip: false, scratch: none}", "--set", "search.space=[{operator: [{kind: hyena}]}]")
@@ -259,25 +296,26 @@ def test_a_full_disk_ends_in_exit_code_1_and_the_same_command_goes_on(tmp_path: 
     if mounted.returncode:
         pytest.skip("no small file system can be mounted here")
     try:
-        done = layerswap(home, "run", *small, check=1)
+        done = here(home, "run", *small, check=1)
         assert re.search(
             r"failed: trial-00: StoreError: no space left on .*: free \d+ MB, then run the same", done.stderr
         )
         assert "Traceback" not in done.stderr and "go on with: layerswap run" in done.stderr
         subprocess.run(["mount", "-o", "remount,size=200m", str(home)], check=True)
-        layerswap(home, "run", *small)
+        here(home, "run", *small)
     finally:
         subprocess.run(["umount", "--lazy", str(home)], check=True)
 
 
+@pytest.mark.usefixtures("on_cluster")
 def test_early_stopping_ends_a_trial_at_a_stage_boundary_and_stays_decided(finished: Path) -> None:
     change = ("--set", "search.early_stopping={grace_layers: 2, reduction_factor: 2}")
     change += ("--set", "search.space=[{operator.init: [transfer]}, {operator.init: [random], seed: [0, 1]}]")
-    done = layerswap(finished, "run", *change)
+    done = here(finished, "run", *change)
     stopped = [line for line in done.stdout.splitlines() if "was stopped early after" in line]
     assert stopped
     trained = len(weights(finished))
-    again = layerswap(finished, "run", *change)
+    again = here(finished, "run", *change)
     assert len(weights(finished)) == trained
     assert [line for line in again.stdout.splitlines() if "was stopped early after" in line] == stopped
 
@@ -286,5 +324,7 @@ def test_early_stopping_ends_a_trial_at_a_stage_boundary_and_stays_decided(finis
 def test_the_smoke_study_runs_to_its_end(tmp_path: Path) -> None:
     smoke = ROOT / "studies" / "smoke.yaml"
     layerswap(tmp_path, "run", study=smoke)
-    rows = records(tmp_path, study=smoke)["records"]
+    told = CliRunner().invoke(app, command(tmp_path, "report", "--json", str(tmp_path / "out.json"), study=smoke)[3:])
+    assert told.exit_code == 0, told.output
+    rows = json.loads((tmp_path / "out.json").read_text())["records"]
     assert [row["kind"] for row in rows].count("stage") == 9

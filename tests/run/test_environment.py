@@ -37,6 +37,7 @@ controls: {skip: false, scratch: none}
 NAMES = ("datasets", "tokenizers", "transformers", "psutil", "ray", "mlflow", "utils", "guard", "numpy")
 TRAP = "raise SystemExit('a module of the working directory was imported')\n"
 OTHERS = {
+    "HOME": "/proc/nobody",  # cannot be written
     "RAY_ADDRESS": "127.0.0.1:9",
     "RAY_NAMESPACE": "another",
     "RAY_RUNTIME_ENV_HOOK": "no.such.hook",
