@@ -151,6 +151,9 @@ class HyenaConfig:
         sinks: first positions of a text that are weighed so from wherever they are seen.
         near_norm: what those queries and keys go through, of each head or (`_all`) of all heads as one: "rms" divides
             by the root mean square, "layer" takes the mean away first. A swap sets it to what the attention does.
+        tied: far positions are weighed by the near queries and keys too, before these are turned and less a trained
+            centre of the keys, instead of by rows of their own: as many rows as an attention has. Wants `window`,
+            feature_map "power", and neither `key_dim` nor `key_gate`.
         short_taps: length of the depthwise causal convolution after the projections.
         init: "transfer" starts from the attention that is replaced, "random" does not.
         filter: the long filters, one per channel and convolution, or one per head.
@@ -169,6 +172,7 @@ class HyenaConfig:
     window: int | None = field(default=None, metadata=_NEW)
     sinks: int = field(default=0, metadata=_NEW)
     near_norm: NearNorm = field(default="none", metadata=_NEW)
+    tied: bool = field(default=False, metadata=_NEW)
     short_taps: int = 3
     init: Literal["transfer", "random"] = "transfer"
     filter: FilterConfig = field(default_factory=ImplicitFilterConfig, metadata=_FILTER)
@@ -206,6 +210,7 @@ class HyenaConfig:
         if self.window is None:
             _require(self.sinks == 0, "sinks", self.sinks, "0 without a window", "set window, such as 32")
             _require(self.near_norm == "none", "near_norm", self.near_norm, "'none' without a window", "leave it out")
+            _require(not self.tied, "tied", self.tied, "false without a window", "set window, such as 32")
             return
         _check_window(self.window, self.sinks, self.near_norm)
         remedy = "use normalise: true, feature_map: power or hedgehog and filter: {positive: true}"
@@ -213,6 +218,12 @@ class HyenaConfig:
         if isinstance(self.filter, FirFilterConfig):
             fits = self.filter.taps > self.window
             _require(fits, "window", self.window, f"below the filter's {self.filter.taps} taps", "use kind: window")
+        if self.tied:
+            wide = self.key_dim is None and not self.key_gate
+            rule, remedy = "false where far keys are of another width or gated", "leave out key_dim and key_gate"
+            _require(wide, "tied", True, rule, remedy)
+            power = self.feature_map == "power"
+            _require(power, "tied", True, "false but for powers of products", "use feature_map: power")
 
     @property
     def needs_statistics(self) -> bool:
@@ -222,7 +233,7 @@ class HyenaConfig:
     @property
     def fits_products(self) -> bool:
         """Whether queries and keys are fitted to the attention's products instead of copied."""
-        return self.feature_map == "power" or self.key_dim is not None or self.key_gate
+        return not self.tied and (self.feature_map == "power" or self.key_dim is not None or self.key_gate)
 
 
 @dataclass(frozen=True)

@@ -30,17 +30,20 @@ class Near(Wide):
     """What is done to queries and keys after their projection; call `initialise` before use.
 
     Parameters, none a matrix: `frequencies` (K // 2,) which are not trained; `mean_key` (H K,) and `shift` (H,) where
-    there is a level; `query_weight`, `query_bias`, `key_weight`, `key_bias` (H K,) where there is a norm.
+    there is a level; `query_weight`, `query_bias`, `key_weight`, `key_bias` (H K,) where there is a norm; `centre`
+    (H K,) where far positions are weighed by the same queries and keys.
     """
 
     mean_key: nn.Parameter
     shift: nn.Parameter
+    centre: nn.Parameter
 
-    def __init__(self, heads: int, width: int, norm: NearNorm, *, level: bool) -> None:
+    def __init__(self, heads: int, width: int, norm: NearNorm, *, level: bool, tied: bool = False) -> None:
         super().__init__()
         self.heads, self.width, self.norm = heads, width, norm
         self.frequencies = nn.Parameter(torch.zeros(width // 2), requires_grad=False)
         sizes = {"mean_key": heads * width, "shift": heads} if level else {}
+        sizes |= {"centre": heads * width} if tied else {}
         if norm != "none":
             sizes |= {f"{one}_{part}": heads * width for one in ("query", "key") for part in ("weight", "bias")}
         for name, size in sizes.items():
@@ -95,6 +98,10 @@ class Near(Wide):
         """Keys as they are multiplied, and before they are turned."""
         k_BHKn = self._normed("key", k_BHKn)
         return rotated(k_BHKn, self.frequencies, start), k_BHKn
+
+    def centred(self, k_BHKn: Tensor) -> Tensor:
+        """Keys that are not turned as far positions have them."""
+        return k_BHKn - self.centre.view(self.heads, self.width, 1).to(k_BHKn.dtype)
 
     def level(self, q_BHKn: Tensor) -> Tensor:
         """(B, H, 1, n) of queries that are not turned."""

@@ -3,13 +3,16 @@
     y_t = (sum_{s near} exp(q'_t . k'_s - c_t) v_s + sum_{s far} h_{t-s} f(q_t, k_s) g_s v_s) / n_t + direct v_t
 
 Near are the last `window` positions and the first `sinks` of a text; q', k' and the level c are those of `near`, the
-far sum is that of `heads`, n the sum of all weights. The rows of `in_proj` are those of `heads`, then q' and k'. The
-far part reads keys `window` positions late, with filters that begin there, so all forms of `mixing` serve as they are.
+far sum is that of `heads`, n the sum of all weights. The rows of `in_proj` are those of `heads`, then q' and k'; where
+these are `tied`, far positions have them too, before they are turned and keys less a centre, and the rows are those of
+q', k' and v. The far part reads keys `window` positions late, with filters that begin there, so all forms of `mixing`
+serve as they are.
 
 Shapes: as in `heads`, and W positions of the window.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,8 +42,18 @@ from operators.transfer.attention import Affine, AttentionWeights
 from operators.transfer.level import level_for
 
 
+class Rows(NamedTuple):
+    """What the rows say of n positions: near queries and keys, turned and not, and the parts of the far sum."""
+
+    q_BHKn: Tensor
+    still_q_BHKn: Tensor
+    k_BHKn: Tensor
+    still_k_BHKn: Tensor
+    far: list[Tensor]
+
+
 class WindowedHeads(HeadHyena):
-    """E = 2 H K + I (+ H) + 2 I; `near` is a `Near`. Otherwise as `HeadHyena`."""
+    """E = 2 H K + I (+ H) + 2 I, or 3 I where `tied`; `near` is a `Near`. Otherwise as `HeadHyena`."""
 
     STATES = NEAR_STATES
 
@@ -48,10 +61,22 @@ class WindowedHeads(HeadHyena):
         super().__init__(config, d_model, max_length, inner)
         assert config.window is not None
         self.window, self.sinks = config.window, config.sinks
-        self.near = Near(self.heads, self.layout.value_width, config.near_norm, level=True)
+        self.near = Near(self.heads, self.layout.value_width, config.near_norm, level=True, tied=config.tied)
 
     def rows(self) -> int:
-        return super().rows() + 2 * self.inner
+        return super().rows() + (0 if self.config.tied else 2 * self.inner)
+
+    def read(self, u_BEn: Tensor, start: int) -> Rows:
+        """What the rows say of positions from `start` on."""
+        if self.config.tied:
+            q_BHKn, k_BHKn, v_BHVn = self.layout.parts(u_BEn)
+        else:
+            far_BEn, q_BHKn, k_BHKn = _split(u_BEn, self.heads, self.inner)
+        queries, keys = self.near.queries(q_BHKn, start), self.near.keys(k_BHKn, start)
+        if not self.config.tied:
+            return Rows(*queries, *keys, self.layout.parts(far_BEn))
+        still_q, still_k = (x.to(v_BHVn.dtype) for x in (queries[1], self.near.centred(keys[1])))
+        return Rows(*queries, *keys, [still_q, still_k, v_BHVn])
 
     def freeze(self) -> Filters:
         """The filters, whose modes are those of what is left of them behind the window."""
@@ -84,10 +109,8 @@ class WindowedHeads(HeadHyena):
     def combine(
         self, u_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None
     ) -> Tensor:
-        far_BEL, q_BHKL, k_BHKL = _split(u_BEL, self.heads, self.inner)
-        parts, start = self.layout.parts(far_BEL), 0 if state is None else state.length
-        q_BHKL, still_BHKL = self.near.queries(q_BHKL, start)
-        k_BHKL = self.near.keys(k_BHKL, start)[0]
+        start = 0 if state is None else state.length
+        q_BHKL, still_BHKL, k_BHKL, _, parts = self.read(u_BEL, start)
         if state is None:
             seen = whole(k_BHKL, parts[2], self.sinks, mask_BL)
         elif isinstance(state, NearHistory):
@@ -134,9 +157,9 @@ class WindowedHeads(HeadHyena):
         return None
 
     def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
-        far_BEL, q_BHKL, k_BHKL = _split(u_BEL, self.heads, self.inner)
-        parts = self.layout.parts(far_BEL)
-        products, near_LL, still_BHKL = _products(self.near, q_BHKL, k_BHKL, self.window, self.sinks)
+        q_BHKL, still_BHKL, k_BHKL, _, parts = self.read(u_BEL, 0)
+        near_LL = _near(h_CL.shape[1], self.window, self.sinks, h_CL.device)
+        products = q_BHKL.transpose(-1, -2) @ k_BHKL
         q_BHKL, k_BHKL, v_BHXL = features(parts, self.hedgehog, None, normalised=True)
         place_L = torch.arange(h_CL.shape[1], device=h_CL.device)
         v_BHXL = v_BHXL * (place_L >= self.sinks)
@@ -154,33 +177,38 @@ class WindowedHeads(HeadHyena):
             self._set_level(attention.seen_near()[0])
 
     def maps(self, attention: AttentionWeights) -> tuple[Affine, ...]:
-        return *super().maps(attention), *self.near.transfer(attention, self.heads, self.layout.value_width)
+        far = () if self.config.tied else super().maps(attention)
+        return *far, *self.near.transfer(attention, self.heads, self.layout.value_width)
 
     def _set_level(self, x_BLD: Tensor) -> None:
-        """From whole texts of inputs, one at a time."""
-        x_BLD = x_BLD[:, : self.max_length]
-        weight_ED, bias_E = self.in_proj.weight, self.in_proj.bias
+        """From whole texts of inputs, one at a time; before it the centre that far keys are taken from, their mean."""
+        x_BLD = x_BLD[:, : self.max_length].to(self.in_proj.weight)
+        means = [self._read_inputs(x_LD).still_k_BHKn.mean((0, 3)) for x_LD in x_BLD]
+        mean_HK = torch.stack(means).mean(0)
+        if self.config.tied:
+            self.near.centre.copy_(mean_HK.flatten())
         h_HL, found = self.filter(x_BLD.shape[1]), []
-        for x_LD in x_BLD.to(weight_ED):
-            p_1EL = (weight_ED @ x_LD.t() + bias_E[:, None])[None]
-            far_1EL, q_1HKL, k_1HKL = _split(p_1EL, self.heads, self.inner)
-            parts = self.layout.parts(far_1EL)
-            q_1HKL, still_q_1HKL = self.near.queries(q_1HKL, 0)
-            k_1HKL, still_k_1HKL = self.near.keys(k_1HKL, 0)
+        for x_LD in x_BLD:
+            q_1HKL, still_q_1HKL, k_1HKL, _, parts = self._read_inputs(x_LD)
             seen = whole(k_1HKL, parts[2], self.sinks, None)
             lse, of_all = (near(q_1HKL, seen, window)[1][:, :, 0] for window in (self.window, len(x_LD)))
             qf, kf, vf = features(parts, self.hedgehog, None, normalised=True)
             sums = self._far([qf, kf, without_first(vf, self.sinks, None, 0)], h_HL, None)[:, :, -1]
-            found.append((still_q_1HKL, still_k_1HKL, lse, of_all, sums))
-        q_BHKL, k_BHKL, lse_BHL, of_all_BHL, sums_BHL = (torch.cat(parts) for parts in zip(*found, strict=True))
+            found.append((still_q_1HKL, lse, of_all, sums))
+        q_BHKL, lse_BHL, of_all_BHL, sums_BHL = (torch.cat(parts) for parts in zip(*found, strict=True))
         there_BHL = sums_BHL >= SMALLEST
         odds_BHL, share_BHL = lse_BHL - sums_BHL.clamp_min(SMALLEST).log(), (lse_BHL - of_all_BHL).exp()
         q_HNK, odds_HN, share_HN, there_HN = (
             x.transpose(0, 1).flatten(1, 2) for x in (q_BHKL.transpose(2, 3), odds_BHL, share_BHL, there_BHL)
         )
-        key_HK, shift_H = level_for(q_HNK, odds_HN, share_HN, there_HN, k_BHKL.mean((0, 3)))
+        key_HK, shift_H = level_for(q_HNK, odds_HN, share_HN, there_HN, mean_HK)
         self.near.mean_key.copy_(key_HK.flatten())
         self.near.shift.copy_(shift_H)
+
+    def _read_inputs(self, x_LD: Tensor) -> Rows:
+        """Of one text without the short convolution, which starts as the identity."""
+        p_EL = self.in_proj.weight @ x_LD.t() + self.in_proj.bias[:, None]
+        return self.read(p_EL[None], 0)
 
     def _summed(self, y_BHVL: Tensor, v_BHVL: Tensor) -> Tensor:
         return _with_direct(y_BHVL, v_BHVL, self.direct)
@@ -224,7 +252,8 @@ class WindowAttention(Hyena):
     def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
         v_BIL, q_BHKL, k_BHKL = _split(u_BEL, self.heads, self.inner)
         v_BHVL = v_BIL.unflatten(1, (self.heads, -1))
-        products, near_LL, _ = _products(self.near, q_BHKL, k_BHKL, self.window, self.sinks)
+        near_LL = _near(h_CL.shape[1], self.window, self.sinks, h_CL.device)
+        products = self.near.queries(q_BHKL, 0)[0].transpose(-1, -2) @ self.near.keys(k_BHKL, 0)[0]
         weights_BHLL = products.masked_fill(~near_LL, float("-inf")).softmax(-1)
         return _with_direct(v_BHVL @ weights_BHLL.transpose(-1, -2), v_BHVL, self.direct)
 
@@ -247,13 +276,11 @@ def _split(u_BEL: Tensor, heads: int, inner: int) -> tuple[Tensor, Tensor, Tenso
     return first_BEL, q_BIL.unflatten(1, (heads, -1)), k_BIL.unflatten(1, (heads, -1))
 
 
-def _products(near: Near, q_BHKL: Tensor, k_BHKL: Tensor, window: int, sinks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of all queries with all keys, (B, H, L, L), which of them are near, (L, L), and queries that are not turned."""
-    q_BHKL, still_BHKL = near.queries(q_BHKL, 0)
-    place_L = torch.arange(q_BHKL.shape[-1], device=q_BHKL.device)
+def _near(length: int, window: int, sinks: int, device: torch.device) -> Tensor:
+    """Which positions are near to which, (L, L)."""
+    place_L = torch.arange(length, device=device)
     lag_LL = place_L[:, None] - place_L
-    near_LL = (lag_LL >= 0) & ((lag_LL < window) | (place_L < sinks))
-    return q_BHKL.transpose(-1, -2) @ near.keys(k_BHKL, 0)[0], near_LL, still_BHKL
+    return (lag_LL >= 0) & ((lag_LL < window) | (place_L < sinks))
 
 
 def _with_direct(y_BHVL: Tensor, v_BHVL: Tensor, direct_I: Tensor) -> Tensor:

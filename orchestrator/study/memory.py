@@ -143,7 +143,7 @@ def _near_parameters(config: HyenaConfig | WindowConfig, between: int, heads: in
     if config.window is None:
         return 0, 0
     heads = config.heads or heads
-    level = 0 if isinstance(config, WindowConfig) else between + heads
+    level = 0 if isinstance(config, WindowConfig) else (2 if config.tied else 1) * between + heads
     return level + (0 if config.near_norm == "none" else 4 * between), between // heads // 2
 
 
@@ -343,7 +343,7 @@ def _rows(config: HyenaConfig | WindowConfig, between: int) -> int:
         return 3 * between
     if not config.heads:
         return (config.order + 1) * between
-    near = 0 if config.window is None else 2 * between
+    near = 0 if config.window is None or config.tied else 2 * between
     return near + 2 * config.heads * _key_width(config, between) + between + (config.heads if config.key_gate else 0)
 
 

@@ -29,6 +29,7 @@ from tests.texts import write_tokens
 
 POSITIVE = ImplicitFilterConfig(positive=True, width=16, features=9)
 POWER: dict[str, Any] = {"feature_map": "power", "key_dim": 4, "normalise": True, "key_gate": True, "filter": POSITIVE}
+TIED: dict[str, Any] = {"feature_map": "power", "degree": 8, "normalise": True, "tied": True, "filter": POSITIVE}
 
 
 def windowed(model: Any, config: HyenaConfig | WindowConfig, ids: Tensor) -> list[Any]:
@@ -55,12 +56,12 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("far", [False, True], ids=["alone", "with a far part"])
-def test_a_window_as_long_as_the_text_is_the_attention(name: str, far: bool) -> None:
+@pytest.mark.parametrize("far", [None, POWER, TIED], ids=["alone", "with a far part", "tied"])
+def test_a_window_as_long_as_the_text_is_the_attention(name: str, far: Any) -> None:
     """Grouped heads, rotations of some channels, of neighbours, the other way round, or none, norms, scales."""
     model, ids = teacher_of(name), text()
     wanted = logits(model, ids)
-    operator = HyenaConfig(heads=4, window=14, **POWER) if far else WindowConfig(window=3, sinks=14)
+    operator = HyenaConfig(heads=4, window=14, **far) if far else WindowConfig(window=3, sinks=14)
     windowed(model, operator, ids)
     near_enough = 5e-5 if "normed" in name else 1e-5  # the norm's own epsilon is not read
     assert (logits(model, ids) - wanted).abs().max() <= near_enough * wanted.abs().max()
@@ -93,10 +94,11 @@ def test_statistics_have_the_inputs_of_the_first_texts(teacher: Any) -> None:
     assert torch.equal(found, teacher.gpt_neox.layers[0].input_layernorm(teacher.gpt_neox.embed_in(ids[:EXAMPLES])))
 
 
+@pytest.mark.parametrize("far", [POWER, TIED], ids=["rows of its own", "tied"])
 @pytest.mark.parametrize("sinks", [0, 2])
 @torch.no_grad()
 def test_near_positions_start_with_the_share_of_the_weight_that_they_have_in_the_attention(
-    teacher: Any, sinks: int
+    teacher: Any, sinks: int, far: Any
 ) -> None:
     ids, window = torch.randint(1, 300, (3, 40), generator=torch.Generator().manual_seed(2)), 8
     for layer in teacher.gpt_neox.layers:
@@ -107,7 +109,7 @@ def test_near_positions_start_with_the_share_of_the_weight_that_they_have_in_the
     lag_LL = torch.arange(40)[:, None] - torch.arange(40)
     near_LL = (lag_LL < window) | (torch.arange(40) < sinks)
     wanted_BHL = (weights_BHLL * near_LL).sum(-1)
-    config = HyenaConfig(heads=4, window=window, sinks=sinks, **POWER)
+    config = HyenaConfig(heads=4, window=window, sinks=sinks, **far)
     [placed] = swap(teacher, [1], config, torch.Generator().manual_seed(0), statistics=statistics)
     found_BHL = share_of(placed.operator, statistics[1].examples)
     later = slice(window + sinks, None)
@@ -139,13 +141,15 @@ def share_of(operator: Any, x_BLD: Tensor) -> Tensor:
     """The near share (B, H, L): what comes out of values that are 1 where a position is near and 0 where it is far."""
     length, width = x_BLD.shape[1], operator.inner // operator.heads
     p_BEL = operator.in_proj(x_BLD).transpose(1, 2)
-    q_BHKL, k_BHKL = (
-        part.unflatten(1, (operator.heads, width)) for part in p_BEL[:, -2 * operator.inner :].chunk(2, 1)
-    )
-    (turned_BHKL, still_BHKL), k_BHKL = operator.near.queries(q_BHKL, 0), operator.near.keys(k_BHKL, 0)[0]
+    rows = p_BEL[:, : 2 * operator.inner] if operator.config.tied else p_BEL[:, -2 * operator.inner :]
+    q_BHKL, k_BHKL = (part.unflatten(1, (operator.heads, width)) for part in rows.chunk(2, 1))
+    (turned_BHKL, still_BHKL), (k_BHKL, still_k_BHKL) = operator.near.queries(q_BHKL, 0), operator.near.keys(k_BHKL, 0)
     lse = near(turned_BHKL, whole(k_BHKL, k_BHKL, operator.sinks, None), operator.window)[1][:, :, 0]
     logs_BHL = lse - operator.near.level(still_BHKL)[:, :, 0]
-    q, k, _, gate = operator.layout.parts(p_BEL[:, : -2 * operator.inner])
+    if operator.config.tied:
+        q, k, gate = still_BHKL, still_k_BHKL - operator.near.centre.view(operator.heads, width, 1), torch.zeros(())
+    else:
+        q, k, _, gate = operator.layout.parts(p_BEL[:, : -2 * operator.inner])
     powers_BHLL = (1 + q.transpose(2, 3) @ k / operator.degree) ** operator.degree * gate.clamp(max=10.0).exp()
     lag_LL = torch.arange(length)[:, None] - torch.arange(length)
     h_HLL = operator.filter(length)[:, lag_LL.clamp_min(0)]
@@ -171,12 +175,15 @@ def test_a_window_wants_the_attentions_heads(teacher: Any, ids: Tensor, config: 
 def test_configurations_from_before_windows_are_what_they_were() -> None:
     before = HyenaConfig(heads=4, **POWER)
     values = {**dataclasses.asdict(before), "filter": dataclasses.asdict(POSITIVE)}
-    for name in ("window", "sinks", "near_norm"):
+    for name in ("window", "sinks", "near_norm", "tied"):
         del values[name]
     assert operator_config(values) == before
 
 
-@pytest.mark.parametrize("config", [HyenaConfig(heads=4, window=5, sinks=2, **POWER), WindowConfig(window=5, sinks=2)])
+@pytest.mark.parametrize(
+    "config",
+    [*(HyenaConfig(heads=4, window=5, sinks=2, **far) for far in (POWER, TIED)), WindowConfig(window=5, sinks=2)],
+)
 @torch.no_grad()
 def test_students_are_saved_exported_and_decode_as_they_read(tiny_teacher: Path, tmp_path: Path, config: Any) -> None:
     teacher = load_teacher(tiny_teacher)

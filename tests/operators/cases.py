@@ -87,6 +87,10 @@ CASES: dict[str, OperatorConfig] = {
         filter=FirFilterConfig(taps=20, positive=True),
     ),
     "window, longer than most": HyenaConfig(window=70, sinks=80, filter=POSITIVE, **POWER),
+    "window, tied": HyenaConfig(window=6, sinks=2, tied=True, filter=POSITIVE, **POWER),
+    "window, tied, normed": HyenaConfig(
+        init="random", window=5, sinks=1, tied=True, near_norm="rms", filter=ModalFilterConfig(positive=True), **POWER
+    ),
     "window alone": WindowConfig(window=6, sinks=2, heads=2),
     "window alone, narrow": WindowConfig(window=1, sinks=0, heads=4, near_norm="rms_all", short_taps=2, init="random"),
     "skip": SkipConfig(),

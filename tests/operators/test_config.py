@@ -55,6 +55,7 @@ def test_configurations_are_frozen_and_forbid_unknown_keys(config: Any) -> None:
         (HyenaConfig, "init", "copy"),
         (HyenaConfig, "sinks", 4),
         (HyenaConfig, "near_norm", "rms"),
+        (HyenaConfig, "tied", True),
         (WindowConfig, "kind", "hyena"),
         (WindowConfig, "window", 0),
         (WindowConfig, "sinks", -1),
@@ -116,6 +117,10 @@ def test_a_window_wants_weights_that_are_divided_by_their_sum() -> None:
     short = {**DIVIDED, "filter": FirFilterConfig(taps=8, positive=True)}
     with pytest.raises(ValueError, match=r"^window must be below the filter's 8 taps but is 8: use kind: window\.$"):
         HyenaConfig(window=8, **short)
+    for unlike in ({"key_dim": 4}, {"key_gate": True}, {"feature_map": "hedgehog"}):
+        remedy = "use feature_map: power" if "feature_map" in unlike else "leave out key_dim and key_gate"
+        with pytest.raises(ValueError, match=rf"^tied must be false .* but is True: {remedy}\.$"):
+            HyenaConfig(window=8, tied=True, **(DIVIDED | unlike))
     assert HyenaConfig(window=7, **short).needs_statistics and WindowConfig().needs_statistics
     assert not WindowConfig(init="random").needs_statistics
 

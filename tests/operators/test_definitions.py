@@ -117,15 +117,20 @@ def window_by_definition(operator: Any, x_LD: Tensor) -> Tensor:
 
 def heads_by_definition(operator: Any, x_LD: Tensor) -> Tensor:
     """y_t = sum_s h_{t-s} f(q_t, k_s) g_s v_s / n_t + direct v_t, g = exp(gate) with gates above 10 taken for 10; with
-    a window near positions have another weight, and g = 1."""
+    a window near positions have another weight, and g = 1. Where queries and keys are tied, far ones are the near
+    queries / sqrt(K) and keys less the centre."""
     config, length, width = operator.config, len(x_LD), operator.inner
     heads, key_width = config.heads, config.key_dim or width // config.heads
-    near_width = width if config.window else 0
+    near_width = width if config.window and not config.tied else 0
     q_EL, k_EL, v_IL, gate_HL, near_q_EL, near_k_EL = convolved(operator, x_LD).split(
         [heads * key_width, heads * key_width, width, heads if config.key_gate else 0, near_width, near_width]
     )
+    if config.tied:
+        near_q_EL, near_k_EL = q_EL, k_EL
     if config.window:
         near_q_EL, near_k_EL = normed(operator, "query", near_q_EL), normed(operator, "key", near_k_EL)
+    if config.tied:
+        q_EL, k_EL = near_q_EL / key_width**0.5, near_k_EL - operator.near.centre[:, None]
     h_HL, outputs = operator.filter(length), []
     for head in range(heads):
         mine, own = (slice(head * each, (head + 1) * each) for each in (key_width, width // heads))

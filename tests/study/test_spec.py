@@ -82,7 +82,7 @@ WORDS = {  # another value for a field whose words are given
     "core": "native", "teacher_dtype": "bfloat16", "sharding": "full", "near_norm": "rms",
 }  # fmt: skip
 HEADED = ("feature_map", "degree", "key_dim", "normalise", "key_gate")  # of an operator with heads only
-NORMALISED = ("window", "sinks", "near_norm")  # of one whose weights are divided by their sum
+NORMALISED = ("window", "sinks", "near_norm", "tied")  # of one whose weights are divided by their sum
 FILLED = {  # a value for a field that is none
     "validation": SOURCE.model_dump(mode="json"), "field": "body", "max_tokens": 9, "teacher": "r", "pretrained": "f",
     "heads": 4, "key_dim": 8, "window": 8, "validation_share": 0.1, "vocabulary": 300,
@@ -170,7 +170,10 @@ def test_the_key_of_a_kind_is_this_one(kind: str) -> None:
 def whole(spec: Any) -> Any:
     """The JSON of a specification with what it leaves out where it is as it was before that field came."""
     value: dict[str, Any] = spec.model_dump(mode="json")
-    before = {"numerics": {"sharding": "none"}, "operator": {"window": None, "sinks": 0, "near_norm": "none"}}
+    before = {
+        "numerics": {"sharding": "none"},
+        "operator": {"window": None, "sinks": 0, "near_norm": "none", "tied": False},
+    }
     return value | {name: {**left_out, **value[name]} for name, left_out in before.items() if name in value}
 
 

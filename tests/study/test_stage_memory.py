@@ -58,6 +58,9 @@ OPERATORS: dict[str, OperatorConfig] = {
     "taps": HyenaConfig(filter=FirFilterConfig(taps=4), init="random"),
     "all of the filter": HyenaConfig(filter=ImplicitFilterConfig(train_features=True, depth=1), init="random"),
     "window": dataclasses.replace(POWER, window=16, sinks=4),
+    "window, tied": HyenaConfig(
+        heads=4, feature_map="power", normalise=True, window=16, tied=True, filter=POSITIVE, init="random"
+    ),
     "window, normed": dataclasses.replace(POWER, window=48, near_norm="rms"),
     "window alone": WindowConfig(window=16, heads=4, init="random"),
     "window alone, normed": WindowConfig(heads=2, near_norm="layer_all", init="random"),
@@ -147,7 +150,9 @@ def kept_bytes(model: Any, ids_BL: Tensor, dtype: str) -> int:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rest_scale", [0.0, 0.1], ids=["operators alone train", "all trains"])
-@pytest.mark.parametrize("name", ["order 2", "order 3", "heads", "power", "modal", "window", "window alone"])
+@pytest.mark.parametrize(
+    "name", ["order 2", "order 3", "heads", "power", "modal", "window", "window, tied", "window alone"]
+)
 def test_activations_are_about_what_torch_keeps(name: str, rest_scale: float, dtype: Any) -> None:
     shape = SHAPE.model_copy(update={"hidden": 128, "intermediate": 512})
     model, layers = new_teacher(shape, 0).eval(), (1, 3)
