@@ -10,10 +10,11 @@ import sqlite3
 import sys
 import uuid
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
+from orchestrator.record.given import bad_input, home_of, job_of, load, needed_by, store_of
 from orchestrator.record.options import (
     BestOf,
     Claims,
@@ -26,15 +27,10 @@ from orchestrator.record.options import (
 )
 from orchestrator.run.environment import own_process
 from orchestrator.run.hardware import hardware
-from orchestrator.study.loader import Document, StudyError, read_document, validate
-from orchestrator.study.peek import check_files
-from orchestrator.study.plan import Plan, make_plan, throughput_specs
-from orchestrator.study.schema import Study
-from orchestrator.study.sources import Location, Resolved, resolve
+from orchestrator.study.plan import throughput_specs
 from orchestrator.study.spec import short
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-EXIT_BAD_INPUT = 2
 
 
 # Large tensors come and go every step: keep their pages instead of giving them back to the kernel (glibc), and let
@@ -64,8 +60,8 @@ def plan(
     """Print the tree of stages before anything runs."""
     from orchestrator.record.plan_view import plan_summary, plan_text
 
-    made, _ = _load(study, overrides, look=True)
-    store = _store(study, home)
+    made, _ = load(study, overrides, look=True)
+    store = store_of(study, home)
     speeds = throughput_specs(made, hardware())
     print(json.dumps(plan_summary(made, store, speeds), indent=1) if as_json else plan_text(made, store, speeds))
 
@@ -98,8 +94,8 @@ def run(
     from orchestrator.run.interrupt import Interrupt
 
     with Interrupt() as interrupt:
-        made, resolved = _load(study, overrides, look=True)
-        job = _job(command, study, home, made, tracking_uri)
+        made, resolved = load(study, overrides, look=True)
+        job = job_of(command, study, home, made, tracking_uri)
         from orchestrator.distill.context import RunContext
         from orchestrator.record.driver import run_study
         from orchestrator.run.cluster import Cluster, ClusterError
@@ -118,16 +114,16 @@ def run(
         try:
             copies = Mirror(mirror) if mirror is not None else None
             check_run(made, context, cluster)
-            known = _store(study, home)
+            known = store_of(study, home)
             check_memory(made, job.speeds, context, cluster, {key for key in known.all_keys() if known.finished(key)})
             if not asked and (idle := idle_gpus(context, cluster)):
                 print(f"note: GPUs of this machine that stay idle: {idle}; --device cuda uses them", file=sys.stderr)
-            store = _store(study, home, write=True)
+            store = store_of(study, home, write=True)
             interrupt.stop = stop
             with job.home.in_use():
                 code = run_study(job, context, cluster, interrupt)
         except (ClusterError, MirrorError) as error:
-            _bad_input(error)
+            bad_input(error)
         unsent = copies.upload_all(store, [*made.specs, *(s.key for s in job.speeds.values())]) if copies else []
         for line in unsent:
             print(line, file=sys.stderr)
@@ -139,8 +135,8 @@ def status(study: StudyFile, overrides: Overrides = None, home: HomeDirectory = 
     """Say what is finished, failed, begun or not begun."""
     from orchestrator.record.plan_view import status_text
 
-    made, _ = _load(study, overrides)
-    print(status_text(made, _store(study, home)))
+    made, _ = load(study, overrides)
+    print(status_text(made, store_of(study, home)))
 
 
 @app.command()
@@ -153,11 +149,11 @@ def report(
     tracking_uri: TrackingUri = None,
 ) -> None:
     """Print the answer from what is finished, write the report's files and send MLflow what it lacks."""
-    made, _ = _load(study, overrides)
-    job = _job(command, study, home, made, tracking_uri)
-    _store(study, home, must_exist=True)
+    made, _ = load(study, overrides)
+    job = job_of(command, study, home, made, tracking_uri)
+    store_of(study, home, must_exist=True)
     if json_file is not None and (json_file.is_dir() or not json_file.parent.is_dir()):
-        _bad_input(f"--json {json_file} cannot be written: give the path of a file in a directory that exists")
+        bad_input(f"--json {json_file} cannot be written: give the path of a file in a directory that exists")
     from orchestrator.files import write_json
     from orchestrator.record import driver
     from orchestrator.record.recorder import Recorder
@@ -180,32 +176,32 @@ def export(
     best: BestOf = None,
 ) -> None:
     """Write a finished student as a Hugging Face folder for AutoModelForCausalLM."""
-    made, _ = _load(study, overrides)
-    job = _job(command, study, home, made)
+    made, _ = load(study, overrides)
+    job = job_of(command, study, home, made)
     from orchestrator.distill.models.export import export_student, swapped_layers
     from orchestrator.distill.models.origin import origin_of
     from orchestrator.record.card import model_card
     from orchestrator.record.choice import exported_stage
     from orchestrator.record.records import make_records
 
-    store = _store(study, home, must_exist=True)
+    store = store_of(study, home, must_exist=True)
     if to.exists():
-        _bad_input(f"--to {to} exists already: give another folder, or remove it")
+        bad_input(f"--to {to} exists already: give another folder, or remove it")
     try:
         records = make_records(made, store, job.speeds, set(), lambda _: None)
         key = exported_stage(made, store, records, trial, stage, best)
         for each in (key, made.teacher.train.key, made.tokens.key):
             if (name := store.damaged(each)) is not None:
-                _bad_input(f"stage {short(each)}: {name} is damaged or gone: run the study again, which computes it")
+                bad_input(f"stage {short(each)}: {name} is damaged or gone: run the study again, which computes it")
         tokenizer, teacher = store.artefacts(made.tokens.key) / "tokenizer", store.artefacts(made.teacher.train.key)
         student = store.artefacts(key)
         card = model_card(made, records, key, trial, swapped_layers(student), origin_of(teacher))
         spec: Any = made.specs[key]
         export_student(student, teacher, tokenizer, to, card, spec.numerics.teacher_dtype)
     except ValueError as error:
-        _bad_input(error)
+        bad_input(error)
     except OSError as error:
-        _bad_input(f"--to {to} cannot be written ({error.strerror or error}): give another folder")
+        bad_input(f"--to {to} cannot be written ({error.strerror or error}): give another folder")
     print(f"wrote stage {short(key)} to {to}; load it with")
     print(f"AutoModelForCausalLM.from_pretrained({str(to)!r}, trust_remote_code=True),")
     print("its tokenizer with AutoTokenizer and the same arguments")
@@ -246,15 +242,15 @@ def evaluate(
             evaluating.check_no_study(trial, stage, best, overrides)
             models, job = evaluating.of_folders(model, teacher), None
         else:
-            made, _ = _load(model, overrides)
-            job = _job(command, model, home, made, tracking_uri)
-            store = _store(model, home, must_exist=True)
+            made, _ = load(model, overrides)
+            job = job_of(command, model, home, made, tracking_uri)
+            store = store_of(model, home, must_exist=True)
             models = evaluating.of_study(job, store, teacher, trial, stage, best)
-        store = _store(model, home, write=True)
-        with Interrupt(), _home(model, home).in_use():
+        store = store_of(model, home, write=True)
+        with Interrupt(), home_of(model, home).in_use():
             failed = evaluating.evaluate(question, models, store, job)
     except ValueError as error:
-        _bad_input(error)
+        bad_input(error)
     raise typer.Exit(1 if failed else 0)
 
 
@@ -265,10 +261,10 @@ def gc(
     delete: Annotated[bool, typer.Option("--delete", help="delete them; without it they are only listed")] = False,
 ) -> None:
     """List, or delete, the stages that none of the given studies needs."""
-    store = _store(studies[0], home, write=delete, must_exist=True)
+    store = store_of(studies[0], home, write=delete, must_exist=True)
     kept: set[str] = set()
     for study in studies:
-        kept |= _needed(_load(study, None)[0])
+        kept |= needed_by(load(study, None)[0])
     from orchestrator.record.plan_view import gc_text
 
     print(gc_text(store, kept, delete))
@@ -281,9 +277,9 @@ def doctor(
     fix: Annotated[bool, typer.Option("--fix", help="remove what is surely safe to remove")] = False,
 ) -> None:
     """Name what interrupted runs left behind, and what to do about it; exit code 1 where something needs attention."""
-    needed = None if study is None else _needed(_load(study, None)[0])
-    place = _home(study or Path("study"), home)
-    _store(study or Path("study"), home)
+    needed = None if study is None else needed_by(load(study, None)[0])
+    place = home_of(study or Path("study"), home)
+    store_of(study or Path("study"), home)
     from orchestrator.record.doctor import doctor_text, examine
 
     text, code = doctor_text(examine(place, needed), fix)
@@ -298,101 +294,23 @@ def ui(
     port: Annotated[int, typer.Option(help="port of the MLflow UI", min=1, max=65_535)] = 5000,
 ) -> None:
     """Serve the MLflow UI on the study's records until Ctrl-C."""
-    place = _home(study, home)
+    place = home_of(study, home)
     if not (place.root / "mlflow.db").exists():
-        _bad_input(f"{place.root} holds nothing yet: run the study first, or give its --home")
+        bad_input(f"{place.root} holds nothing yet: run the study first, or give its --home")
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
-        _bad_input(f"--port {port} is taken by another program: give another one")
+        bad_input(f"--port {port} is taken by another program: give another one")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from orchestrator.record.database import renew_places
 
     try:
         renew_places(place)
     except sqlite3.Error as error:
-        _bad_input(f"{place.root / 'mlflow.db'} cannot be read ({error}): `layerswap doctor` says what to do about it")
+        bad_input(f"{place.root / 'mlflow.db'} cannot be read ({error}): `layerswap doctor` says what to do about it")
     where = ["--backend-store-uri", place.database, "--default-artifact-root", place.artefacts]
     command = [sys.executable, "-m", "mlflow", "server", *where, "--host", "127.0.0.1", "--port", str(port)]
     print(f"MLflow UI on http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
     os.chdir(place.root)  # the server imports what lies in its working directory
     os.execv(sys.executable, command)
-
-
-def _load(study: Path, overrides: list[str] | None, *, look: bool = False) -> tuple[Plan, Resolved]:
-    """The plan of a study; with `look` the teacher's model is looked at too, which takes seconds."""
-    try:
-        document = read_document(study, tuple(overrides or ()))
-        valid = validate(document)
-        resolved = _resolve(document, valid, study.parent, look)
-        return make_plan(document, valid, resolved), resolved
-    except StudyError as error:
-        _bad_input(error)
-
-
-def _resolve(document: Document, valid: Study, base: Path, look: bool) -> Resolved:
-    """What the study refers to, looked at; errors placed in the study file by the key they begin with."""
-    try:
-        resolved = resolve(valid, base)
-        check_files(valid, resolved)
-        if look and resolved.teacher is not None:
-            _look(resolved.locations[resolved.teacher])
-        return resolved
-    except StudyError as error:
-        key = str(error).split(":")[0]
-        path = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
-        raise StudyError(f"{document.place(path)}: {error}") from None
-
-
-def _look(teacher: Location) -> None:
-    """Ask the loader whether a local teacher is whole, and say what stands in for what its tokenizer lacks."""
-    if teacher.hub is not None:
-        return  # the stage that imports it looks
-    try:
-        from orchestrator.distill.models.whole import Given, look  # and installed families, which may be wrong
-
-        found = look(Given(teacher.files[0], gguf=teacher.gguf))
-    except ValueError as error:
-        raise StudyError(f"teacher.folder: {error}") from None
-    for note in found.notes:
-        print(f"note: {note}", file=sys.stderr)
-
-
-def _needed(made: Plan) -> set[str]:
-    return made.specs.keys() | {spec.key for spec in throughput_specs(made, hardware()).values()}
-
-
-def _bad_input(error: object) -> NoReturn:
-    print(error, file=sys.stderr)
-    raise typer.Exit(EXIT_BAD_INPUT)
-
-
-def _home(study: Path, home: Path | None) -> Any:
-    from orchestrator.record.home import Home, default_home
-
-    return Home(home or default_home(study))
-
-
-def _store(study: Path, home: Path | None, *, write: bool = False, must_exist: bool = False) -> Any:
-    from orchestrator.run.store import Store, StoreError
-
-    place = _home(study, home)
-    try:
-        store = Store(place.store, write=False)
-        if must_exist and not place.store.is_dir():
-            _bad_input(f"{place.root} holds nothing yet: run the study first, or give its --home")
-        return Store(place.store) if write else store
-    except StoreError as error:
-        _bad_input(error)
-
-
-def _job(command: typer.Context, study: Path, home: Path | None, made: Plan, tracking_uri: str | None = None) -> Any:
-    from orchestrator.record.commands import commands_of
-    from orchestrator.record.driver import Job
-    from orchestrator.record.home import Home
-
-    place = Home(_home(study, home).root, tracking_uri)
-    if tracking_uri is not None and "://" not in tracking_uri:
-        _bad_input(f"--tracking-uri {tracking_uri}: no URI; write http://HOST:PORT, or sqlite:////FILE for a database")
-    return Job(made, place, throughput_specs(made, hardware()), commands_of(command))
 
 
 if __name__ == "__main__":

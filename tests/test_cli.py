@@ -91,7 +91,7 @@ def test_the_ui_of_what_is_no_database_says_so_in_a_line(ui: list[Sequence[str]]
 def refused(hand: Hand, to: Path) -> str:
     """What an export of the best student says that is refused."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("orchestrator.cli.check_files", lambda *_: None)  # there is one document
+        patch.setattr("orchestrator.record.given.check_files", lambda *_: None)  # there is one document
         words = ["export", str(hand.file), "--home", str(hand.home.root), "--to", str(to)]
         result = CliRunner().invoke(app, words)
     assert result.exit_code == 2, result.output

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from orchestrator.cli import _load, _store
+from orchestrator.record.given import load, store_of
 from orchestrator.run.hardware import hardware
 from orchestrator.run.store import Store
 from orchestrator.study.plan import Plan, stage_memory, throughput_specs
@@ -56,8 +56,8 @@ def main() -> None:
         "|---|---|--:|--:|--:|--:|",
     ]
     for path in told.studies:
-        plan, _ = _load(path, told.overrides, look=True)
-        lines += rows(plan.study.study, list(pairs(plan, _store(path, told.home))))
+        plan, _ = load(path, told.overrides, look=True)
+        lines += rows(plan.study.study, list(pairs(plan, store_of(path, told.home))))
     table = "\n".join(lines)
     print(table)
     Path(__file__).with_name("planned.md").write_text(f"{HEAD}\n{table}\n", encoding="utf-8")

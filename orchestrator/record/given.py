@@ -1,0 +1,104 @@
+"""What the words of a command mean: a study laid out, its home and store, the job; bad input ends the command here.
+
+Place in the flow: the commands of `cli` begin here. Invariant: nothing is written but by `store_of` with `write`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import typer
+
+from orchestrator.run.hardware import hardware
+from orchestrator.study.loader import Document, StudyError, read_document, validate
+from orchestrator.study.peek import check_files
+from orchestrator.study.plan import Plan, make_plan, throughput_specs
+from orchestrator.study.schema import Study
+from orchestrator.study.sources import Location, Resolved, resolve
+
+EXIT_BAD_INPUT = 2
+
+
+def load(study: Path, overrides: list[str] | None, *, look: bool = False) -> tuple[Plan, Resolved]:
+    """The plan of a study; with `look` the teacher's model is looked at too, which takes seconds."""
+    try:
+        document = read_document(study, tuple(overrides or ()))
+        valid = validate(document)
+        resolved = _resolve(document, valid, study.parent, look)
+        return make_plan(document, valid, resolved), resolved
+    except StudyError as error:
+        bad_input(error)
+
+
+def _resolve(document: Document, valid: Study, base: Path, look: bool) -> Resolved:
+    """What the study refers to, looked at; errors placed in the study file by the key they begin with."""
+    try:
+        resolved = resolve(valid, base)
+        check_files(valid, resolved)
+        if look and resolved.teacher is not None:
+            _look(resolved.locations[resolved.teacher])
+        return resolved
+    except StudyError as error:
+        key = str(error).split(":")[0]
+        path = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+        raise StudyError(f"{document.place(path)}: {error}") from None
+
+
+def _look(teacher: Location) -> None:
+    """Ask the loader whether a local teacher is whole, and say what stands in for what its tokenizer lacks."""
+    if teacher.hub is not None:
+        return  # the stage that imports it looks
+    try:
+        from orchestrator.distill.models.whole import Given, look  # and installed families, which may be wrong
+
+        found = look(Given(teacher.files[0], gguf=teacher.gguf))
+    except ValueError as error:
+        raise StudyError(f"teacher.folder: {error}") from None
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def needed_by(made: Plan) -> set[str]:
+    """Keys of all stages of a plan, its measurements on this machine included."""
+    return made.specs.keys() | {spec.key for spec in throughput_specs(made, hardware()).values()}
+
+
+def bad_input(error: object) -> NoReturn:
+    """Say what is wrong and end the command with code 2."""
+    print(error, file=sys.stderr)
+    raise typer.Exit(EXIT_BAD_INPUT)
+
+
+def home_of(study: Path, home: Path | None) -> Any:
+    """The `Home` that was given, or the study's usual one."""
+    from orchestrator.record.home import Home, default_home
+
+    return Home(home or default_home(study))
+
+
+def store_of(study: Path, home: Path | None, *, write: bool = False, must_exist: bool = False) -> Any:
+    """Its `Store`, to be read unless `write`; bad input where it is unusable, or must exist and does not."""
+    from orchestrator.run.store import Store, StoreError
+
+    place = home_of(study, home)
+    try:
+        store = Store(place.store, write=False)
+        if must_exist and not place.store.is_dir():
+            bad_input(f"{place.root} holds nothing yet: run the study first, or give its --home")
+        return Store(place.store) if write else store
+    except StoreError as error:
+        bad_input(error)
+
+
+def job_of(command: typer.Context, study: Path, home: Path | None, made: Plan, tracking_uri: str | None = None) -> Any:
+    """The `Job` of a plan, with the words that started it."""
+    from orchestrator.record.commands import commands_of
+    from orchestrator.record.driver import Job
+    from orchestrator.record.home import Home
+
+    place = Home(home_of(study, home).root, tracking_uri)
+    if tracking_uri is not None and "://" not in tracking_uri:
+        bad_input(f"--tracking-uri {tracking_uri}: no URI; write http://HOST:PORT, or sqlite:////FILE for a database")
+    return Job(made, place, throughput_specs(made, hardware()), commands_of(command))
