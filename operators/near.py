@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from operators.config import NearNorm, OperatorConfig, SkipConfig, WindowConfig
+from operators.convolution.causal import compute_dtype
 from operators.filters.base import HALF, Wide
-from operators.mixing.near import float_of, rotated
+from operators.mixing.near import rotated, turns
 from operators.transfer.attention import Affine, AttentionWeights
 from operators.transfer.near import norm_kind, turned
 from operators.transfer.rotation import Rotation
@@ -89,15 +90,12 @@ class Near(Wide):
                 getattr(self, f"{name}_bias").copy_(made.norm[1])
         return query.rows, key.rows
 
-    def queries(self, q_BHKn: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Queries as they are multiplied, and before they are turned."""
+    def products(self, q_BHKn: Tensor, k_BHKn: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries as they are multiplied, and before they are turned; then keys. In their precision."""
         q_BHKn = self._normed("query", q_BHKn) / math.sqrt(self.width)
-        return rotated(q_BHKn, self.frequencies, start), q_BHKn
-
-    def keys(self, k_BHKn: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Keys as they are multiplied, and before they are turned."""
         k_BHKn = self._normed("key", k_BHKn)
-        return rotated(k_BHKn, self.frequencies, start), k_BHKn
+        by = turns(self.frequencies, start, q_BHKn.shape[-1], q_BHKn.dtype)
+        return rotated(q_BHKn, by), q_BHKn, rotated(k_BHKn, by), k_BHKn
 
     def centred(self, k_BHKn: Tensor) -> Tensor:
         """Keys that are not turned as far positions have them."""
@@ -109,9 +107,9 @@ class Near(Wide):
         return mean_H1K.to(q_BHKn.dtype) @ q_BHKn + shift_H11.to(q_BHKn.dtype)
 
     def _normed(self, name: str, x_BHKn: Tensor) -> Tensor:
-        x_BHKn = float_of(x_BHKn)
         if self.norm == "none":
             return x_BHKn
+        dtype, x_BHKn = x_BHKn.dtype, x_BHKn.to(compute_dtype(x_BHKn.dtype))
         over = (1, 2) if self.norm.endswith("_all") else (2,)
         if self.norm.startswith("layer"):
             x_BHKn = x_BHKn - x_BHKn.mean(over, keepdim=True)
@@ -120,7 +118,7 @@ class Near(Wide):
             getattr(self, f"{name}_{part}").view(self.heads, self.width, 1).to(x_BHKn.dtype)
             for part in ("weight", "bias")
         )
-        normed: Tensor = x_BHKn * weight + bias
+        normed: Tensor = torch.addcmul(bias, x_BHKn, weight).to(dtype)
         return normed
 
 

@@ -72,11 +72,10 @@ class WindowedHeads(HeadHyena):
             q_BHKn, k_BHKn, v_BHVn = self.layout.parts(u_BEn)
         else:
             far_BEn, q_BHKn, k_BHKn = _split(u_BEn, self.heads, self.inner)
-        queries, keys = self.near.queries(q_BHKn, start), self.near.keys(k_BHKn, start)
+        products = self.near.products(q_BHKn, k_BHKn, start)
         if not self.config.tied:
-            return Rows(*queries, *keys, self.layout.parts(far_BEn))
-        still_q, still_k = (x.to(v_BHVn.dtype) for x in (queries[1], self.near.centred(keys[1])))
-        return Rows(*queries, *keys, [still_q, still_k, v_BHVn])
+            return Rows(*products, self.layout.parts(far_BEn))
+        return Rows(*products, [products[1], self.near.centred(products[3]), v_BHVn])
 
     def freeze(self) -> Filters:
         """The filters, whose modes are those of what is left of them behind the window."""
@@ -118,7 +117,7 @@ class WindowedHeads(HeadHyena):
         else:
             assert isinstance(state, NearMemory)
             seen = state.see(k_BHKL, parts[2], mask_BL, self.window, self.sinks)
-        y_BHVL, lse_BH1L = near(q_BHKL, seen, self.window)
+        y_BHVL, lse_BH1L = near(q_BHKL.to(seen.k_BHKT.dtype), seen, self.window)
         qf_BHKL, kf_BHKL, vf_BHXL = features(parts, self.hedgehog, mask_BL, normalised=True)
         vf_BHXL = without_first(vf_BHXL, self.sinks, seen.padding_B, start)
         far_BHXL = self._far([qf_BHKL, kf_BHKL, vf_BHXL], filters, state)
@@ -241,19 +240,21 @@ class WindowAttention(Hyena):
     ) -> Tensor:
         v_BIL, q_BHKL, k_BHKL = _split(u_BEL, self.heads, self.inner)
         v_BHVL, start = v_BIL.unflatten(1, (self.heads, -1)), 0 if state is None else state.length
-        k_BHKL = self.near.keys(k_BHKL, start)[0]
+        q_BHKL, _, k_BHKL, _ = self.near.products(q_BHKL, k_BHKL, start)
         if state is None:
             seen = whole(k_BHKL, v_BHVL, self.sinks, mask_BL)
         else:
             assert isinstance(state, WindowMemory)
             seen = state.see(k_BHKL, v_BHVL, mask_BL, self.window, self.sinks)
-        return _with_direct(near(self.near.queries(q_BHKL, start)[0], seen, self.window)[0], v_BHVL, self.direct)
+        q_BHKL = q_BHKL.to(seen.k_BHKT.dtype)
+        return _with_direct(near(q_BHKL, seen, self.window)[0], v_BHVL, self.direct)
 
     def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
         v_BIL, q_BHKL, k_BHKL = _split(u_BEL, self.heads, self.inner)
         v_BHVL = v_BIL.unflatten(1, (self.heads, -1))
         near_LL = _near(h_CL.shape[1], self.window, self.sinks, h_CL.device)
-        products = self.near.queries(q_BHKL, 0)[0].transpose(-1, -2) @ self.near.keys(k_BHKL, 0)[0]
+        q_BHKL, _, k_BHKL, _ = self.near.products(q_BHKL, k_BHKL, 0)
+        products = q_BHKL.transpose(-1, -2) @ k_BHKL
         weights_BHLL = products.masked_fill(~near_LL, float("-inf")).softmax(-1)
         return _with_direct(v_BHVL @ weights_BHLL.transpose(-1, -2), v_BHVL, self.direct)
 

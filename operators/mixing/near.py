@@ -3,21 +3,24 @@
     near_t = {s: t - s < window, or s among the first `sinks`},   lse_t = log sum_{s near} exp(q_t . k_s)
     y_t = sum_{s near} exp(q_t . k_s - lse_t) v_s
 
-Blocks of queries against the keys that they can see, O(L window); products and exponentials in float32 or float64.
+Blocks of queries against the keys that they can see, O(L window); all in the inputs' precision, where that is bfloat16
+the softmax itself in float32.
 
 Shapes: B batch, H heads, K width of query and key, V of value, Q queries, T keys (T >= Q; the queries are the last of
 their positions), S sinks, N blocks, R rows of a block, C keys of a block. Positions are last.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from operators.convolution.causal import compute_dtype
 
 ROWS = 64  # of a block at least
+NEVER = -1e30  # added to the product with a key that does not count: finite, for padded queries have no other
 SMALLEST = 1e-30  # of a sum of far weights that counts
 
 
@@ -60,18 +63,25 @@ def whole(k_BHKL: Tensor, v_BHVL: Tensor, sinks: int, mask_BL: Tensor | None) ->
     return Seen(k_BHKL, v_BHVL, sink_k, sink_v, padding_B, k_BHKL.shape[-1])
 
 
-def rotated(x_BHKn: Tensor, frequencies_P: Tensor, start: int) -> Tensor:
-    """Channels i and P + i turned by position times frequency i; those behind stay."""
-    pairs, new = len(frequencies_P), x_BHKn.shape[-1]
-    place_n = torch.arange(start, start + new, dtype=x_BHKn.dtype, device=x_BHKn.device)
-    angle_Pn = frequencies_P.to(x_BHKn.dtype)[:, None] * place_n
-    cos_Pn, sin_Pn = angle_Pn.cos(), angle_Pn.sin()
-    one, other, rest = x_BHKn.split_with_sizes([pairs, pairs, x_BHKn.shape[2] - 2 * pairs], 2)
-    return torch.cat([one * cos_Pn - other * sin_Pn, other * cos_Pn + one * sin_Pn, rest], dim=2)
+def turns(frequencies_P: Tensor, start: int, new: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (P, n) of position times frequency, in that precision."""
+    place_n = torch.arange(start, start + new, dtype=frequencies_P.dtype, device=frequencies_P.device)
+    angle_Pn = frequencies_P[:, None] * place_n
+    return angle_Pn.cos().to(dtype), angle_Pn.sin().to(dtype)
+
+
+def rotated(x_BHKn: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+    """Channels i and P + i turned as `turns` says; those behind stay."""
+    cos_Pn, sin_Pn = turns
+    pairs = len(cos_Pn)
+    one, other, *rest = x_BHKn.split([pairs, pairs, *([1] * (x_BHKn.shape[2] - 2 * pairs))], 2)
+    first = torch.addcmul(one * cos_Pn, other, sin_Pn, value=-1)
+    return torch.cat([first, torch.addcmul(other * cos_Pn, one, sin_Pn), *rest], dim=2)
 
 
 def near(q_BHKQ: Tensor, seen: Seen, window: int) -> tuple[Tensor, Tensor]:
-    """Values by softmax (B, H, V, Q), in their own precision, and the logarithms of the sums, (B, H, 1, Q)."""
+    """Values by softmax (B, H, V, Q) and the logarithms of the sums (B, H, 1, Q); differentiable where the queries are
+    of all positions."""
     queries, keys = q_BHKQ.shape[-1], seen.k_BHKT.shape[-1]
     if queries == 1 and seen.padding_B is None:
         return _near_one(q_BHKQ, seen, window)
@@ -79,26 +89,85 @@ def near(q_BHKQ: Tensor, seen: Seen, window: int) -> tuple[Tensor, Tensor]:
     rows = min(queries, max(window, ROWS))
     blocks = -(-queries // rows)
     back = before if blocks == 1 else window - 1
-    around = (back - before, blocks * rows - queries)
-    k_BHNKC, v_BHNVC = (
-        pad(x[..., keys - queries - before :], around).unfold(-1, back + rows, rows).transpose(2, 3)
-        for x in (seen.k_BHKT, seen.v_BHVT)
-    )
-    q_BHNRK = pad(q_BHKQ, (0, around[1])).unflatten(-1, (blocks, rows)).permute(0, 1, 3, 4, 2)
     place_NR1 = torch.arange(blocks * rows, device=q_BHKQ.device).view(blocks, rows, 1) + seen.stop - queries
     place_N1C = place_NR1[:, :1] - back + torch.arange(back + rows, device=q_BHKQ.device)
-    products = [q_BHNRK @ k_BHNKC, q_BHNRK @ seen.sink_k_BHKS[:, :, None]]
     counted = _counted(seen, window, place_NR1, place_N1C)
-    products_BHNRX = torch.cat(products, dim=-1)
-    products_BHNRX = products_BHNRX.masked_fill(~counted, torch.finfo(products_BHNRX.dtype).min)
-    largest_BHNR1, place_BHNR1 = products_BHNRX.max(-1, keepdim=True)
-    weights_BHNRX = products_BHNRX.softmax(-1)
-    lse_BHNR1 = largest_BHNR1 - weights_BHNRX.gather(-1, place_BHNR1).log()  # logsumexp would go over all once more
-    parts = weights_BHNRX.to(v_BHNVC.dtype).split_with_sizes([back + rows, seen.sink_k_BHKS.shape[-1]], -1)
-    band_BHNRC, sinks_BHNRS = parts
-    y_BHNVR = v_BHNVC @ band_BHNRC.transpose(-1, -2) + seen.sink_v_BHVS[:, :, None] @ sinks_BHNRS.transpose(-1, -2)
-    y_BHVQ = y_BHNVR.transpose(2, 3).flatten(3)[..., :queries]
-    return y_BHVQ, lse_BHNR1.flatten(2)[:, :, None, :queries]
+    added_NRX = torch.zeros(counted.shape, dtype=q_BHKQ.dtype, device=q_BHKQ.device).masked_fill_(~counted, NEVER)
+    k_BHKT, v_BHVT = (x[..., keys - queries - before :] for x in (seen.k_BHKT, seen.v_BHVT))
+    parts = (q_BHKQ, k_BHKT, v_BHVT, seen.sink_k_BHKS, seen.sink_v_BHVS, added_NRX)
+    return cast(tuple[Tensor, Tensor], _Near.apply((rows, back, before), *parts))  # type: ignore[no-untyped-call]
+
+
+class _Near(torch.autograd.Function):
+    """All blocks at once, keys of a block behind the sinks; weights of blocks are kept for backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        sizes: tuple[int, int, int],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sink_k: Tensor,
+        sink_v: Tensor,
+        added: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        rows, back, before = sizes
+        queries, blocks = q.shape[-1], added.shape[-3]
+        q_BHNKR = _in_blocks(q, rows, blocks)
+        k_BHNKX, v_BHNVX = (_behind_sinks(x, first, sizes, blocks) for x, first in ((k, sink_k), (v, sink_v)))
+        products_BHNRX = (q_BHNKR.transpose(-1, -2) @ k_BHNKX).add_(added)
+        largest_BHNR = products_BHNRX.amax(-1)
+        weights_BHNRX = products_BHNRX.softmax(-1)  # in bfloat16 it computes in float32
+        share_BHNR = weights_BHNRX.amax(-1).to(compute_dtype(q.dtype))
+        lse_BHNR = largest_BHNR - share_BHNR.log()  # logsumexp would go over all once more
+        y_BHNVR = v_BHNVX @ weights_BHNRX.transpose(-1, -2)
+        ctx.save_for_backward(q_BHNKR, k_BHNKX, v_BHNVX, weights_BHNRX, y_BHNVR)
+        ctx.sizes = rows, back, queries, sink_k.shape[-1]
+        assert before == 0 or not any(ctx.needs_input_grad), "queries of some positions have no gradients"
+        return _in_line(y_BHNVR, queries), lse_BHNR.flatten(2)[:, :, None, :queries]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BHVQ: Tensor, dlse_BH1Q: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights, y = ctx.saved_tensors
+        rows, back, queries, sinks = ctx.sizes
+        blocks = q.shape[2]
+        dy_BHNVR = _in_blocks(dy_BHVQ.to(v.dtype), rows, blocks)
+        dlse_BHNR1 = _in_blocks(dlse_BH1Q, rows, blocks).transpose(-1, -2)
+        taken_BHNR1 = (dy_BHNVR * y).sum(3, dtype=compute_dtype(v.dtype))[..., None] - dlse_BHNR1
+        dproducts = (dy_BHNVR.transpose(-1, -2) @ v).sub_(taken_BHNR1).mul_(weights)
+        dq = _in_line(k @ dproducts.transpose(-1, -2), queries)
+        found = []
+        for dx_BHNKX in (q @ dproducts, dy_BHNVR @ weights):
+            own = dx_BHNKX[..., sinks + back :].clone()
+            if back and blocks > 1:
+                own[:, :, :-1, :, rows - back :] += dx_BHNKX[:, :, 1:, :, sinks : sinks + back]
+            found.append((_in_line(own, queries), dx_BHNKX[..., :sinks].sum(2)))
+        (dk, dsink_k), (dv, dsink_v) = found
+        return None, dq, dk, dv, dsink_k, dsink_v, None
+
+
+def _in_blocks(x_BHKQ: Tensor, rows: int, blocks: int) -> Tensor:
+    """(B, H, N, K, R), contiguous, zeros behind the end."""
+    padded = pad(x_BHKQ, (0, blocks * rows - x_BHKQ.shape[-1]))
+    blocked: Tensor = padded.unflatten(-1, (blocks, rows)).transpose(2, 3)
+    return blocked.contiguous()
+
+
+def _in_line(x_BHNKR: Tensor, queries: int) -> Tensor:
+    return x_BHNKR.transpose(2, 3).flatten(3)[..., :queries]
+
+
+def _behind_sinks(x_BHKT: Tensor, sinks_BHKS: Tensor, sizes: tuple[int, int, int], blocks: int) -> Tensor:
+    """Those of the sinks, then those that a block sees, (B, H, N, K, S + C)."""
+    rows, back, before = sizes
+    count, start = sinks_BHKS.shape[-1], back - before
+    whole = pad(x_BHKT, (start, blocks * rows + before - x_BHKT.shape[-1]))
+    made = x_BHKT.new_empty(*x_BHKT.shape[:2], blocks, x_BHKT.shape[2], count + back + rows)
+    made[..., :count] = sinks_BHKS[:, :, None]
+    made[..., count:] = whole.unfold(-1, back + rows, rows).transpose(2, 3)
+    return made
 
 
 def _near_one(q_BHK1: Tensor, seen: Seen, window: int) -> tuple[Tensor, Tensor]:
@@ -108,22 +177,22 @@ def _near_one(q_BHK1: Tensor, seen: Seen, window: int) -> tuple[Tensor, Tensor]:
     if (sinks := min(seen.sink_k_BHKS.shape[-1], first)) > 0:
         near_k_BHKC = torch.cat([seen.sink_k_BHKS[..., :sinks], near_k_BHKC], dim=-1)
         near_v_BHVC = torch.cat([seen.sink_v_BHVS[..., :sinks], near_v_BHVC], dim=-1)
-    products_BH1C = q_BHK1.transpose(-1, -2) @ near_k_BHKC
+    products_BH1C = (q_BHK1.transpose(-1, -2) @ near_k_BHKC).to(compute_dtype(q_BHK1.dtype))
     lse_BH11 = products_BH1C.logsumexp(-1, keepdim=True)
     weights_BH1C = products_BH1C.softmax(-1).to(near_v_BHVC.dtype)
     return near_v_BHVC @ weights_BH1C.transpose(-1, -2), lse_BH11
 
 
 def _counted(seen: Seen, window: int, place_NR1: Tensor, place_N1C: Tensor) -> Tensor:
-    """Which keys count, (B or 1, 1, N, R, C + S); a sink inside the window does so once."""
+    """Which sinks and keys count, ((B, 1,) N, R, S + C); a sink inside the window does so once."""
     lag_NRC = place_NR1 - place_N1C
     sink_S = torch.arange(seen.sink_k_BHKS.shape[-1], device=lag_NRC.device)
     if seen.padding_B is None:
         band = (lag_NRC >= 0) & (lag_NRC < window) & (place_N1C >= 0)
-        return torch.cat([band, place_NR1 - sink_S >= window], dim=-1)
+        return torch.cat([place_NR1 - sink_S >= window, band], dim=-1)
     padding_B111 = seen.padding_B[:, None, None, None]
     band = (lag_NRC >= 0) & (lag_NRC < window) & (place_N1C >= padding_B111)
-    return torch.cat([band, place_NR1 - (padding_B111 + sink_S) >= window], dim=-1)[:, None]
+    return torch.cat([place_NR1 - (padding_B111 + sink_S) >= window, band], dim=-1)[:, None]
 
 
 def without_first(v_BHVn: Tensor, sinks: int, padding_B: Tensor | None, start: int) -> Tensor:
@@ -147,8 +216,8 @@ def joined(y_BHVn: Tensor, lse_BH1n: Tensor, level_BH1n: Tensor, far_BHXn: Tenso
     counted_BH1n = sum_BH1n.clamp_min(SMALLEST)
     odds_BH1n = lse_BH1n - level_BH1n - counted_BH1n.log()
     there = sum_BH1n >= SMALLEST
-    nearly = torch.where(there, odds_BH1n.sigmoid(), 1.0), torch.where(there, (-odds_BH1n).sigmoid(), 0.0)
-    return nearly[0] * y_BHVn + nearly[1] * (far_BHVn / counted_BH1n)
+    near_BH1n = torch.where(there, odds_BH1n.sigmoid(), 1.0)
+    return torch.lerp(far_BHVn / counted_BH1n, y_BHVn.to(far_BHVn.dtype), near_BH1n)
 
 
 def joined_reference(
@@ -162,8 +231,3 @@ def joined_reference(
     far_BHLX = far_BHXL.transpose(-1, -2) * (-largest_BHL1).exp()
     mixed_BHLV = weights_BHLL @ v_BHVL.transpose(-1, -2) + far_BHLX[..., :-1]
     return (mixed_BHLV / (weights_BHLL.sum(-1, keepdim=True) + far_BHLX[..., -1:])).transpose(-1, -2)
-
-
-def float_of(x: Tensor) -> Tensor:
-    """In the precision of products."""
-    return x.to(compute_dtype(x.dtype))

@@ -43,7 +43,7 @@ WEIGHTS = 1 << 24  # numbers of attention's weights looked at together, as `stat
 EVALUATION = 1.3  # of what an evaluation computes with, as measured: pieces that are free but too small
 OF_LOGITS = {"kl": 8, "ce": 4, "evaluate": 5}  # tensors as large as a chunk at once
 NARROW, NARROW_HEADS = 0.58, 0.34  # of activations under bfloat16 autocast: norms, filters and FFTs stay float32
-NARROW_NEAR = 0.8  # of those of operators with a window, whose products and softmax do
+NARROW_NEAR = 0.58  # of those of operators with a window, whose far and near values are joined in float32
 NEAR_ROWS = 64  # queries of a block at least, as `operators.mixing.near` has it
 GATED = ("silu", "swish", "swiglu")  # activations of blocks that multiply two maps of their input
 PLAIN = ("gpt", "opt", "bloom", "falcon", "mpt", "codegen", "xglm", "biogpt")  # types whose blocks do not, unsaid
@@ -290,7 +290,7 @@ def _layer_bytes(sizes: Sizes, tokens: int, operator: Any, rest_trains: bool, na
         mixer = 4.8 * width + 1.5 * rows if operator.heads else 1.5 * width + 1.5 * rows
         mixer += _near(operator, sizes)
     elif isinstance(operator, WindowConfig):
-        mixer = 3.5 * width + 1.5 * _rows(operator, sizes.between) + _near(operator, sizes)
+        mixer = 2.5 * width + 1.5 * _rows(operator, sizes.between) + _near(operator, sizes)
     elif operator is not None:
         mixer = 0
     least = NARROW_HEADS if getattr(operator, "heads", None) is not None else NARROW

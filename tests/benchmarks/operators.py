@@ -58,6 +58,17 @@ def kinds(heads: int) -> dict[str, OperatorConfig]:
         "heads smooth": HyenaConfig(init="random", heads=heads, filter=ImplicitFilterConfig(sine_frequency=1.0)),
         "power": power,
         "power, window": dataclasses.replace(power, window=64, sinks=4),
+        "tied window": HyenaConfig(
+            init="random",
+            heads=heads,
+            feature_map="power",
+            degree=8,
+            normalise=True,
+            window=64,
+            sinks=4,
+            tied=True,
+            filter=POSITIVE,
+        ),
         "window alone": WindowConfig(init="random", heads=heads),
     }
 
@@ -83,7 +94,9 @@ def contenders(width: int, length: int, device: str = "cpu") -> dict[str, Any]:
 def fits(name: str, mode: str, dtype: str, batch: int, length: int, device: str) -> bool:
     """Whether a contender is measured: the textbook has no state, and what is quadratic takes too long."""
     name = name.removesuffix(NATIVE).removesuffix(TORCH)
-    quadratic = name in ("heads", "power", "power, window") or (name == "heads smooth" and dtype == "float32")
+    quadratic = name in ("heads", "power", "power, window", "tied window") or (
+        name == "heads smooth" and dtype == "float32"
+    )
     if quadratic and device == "cpu" and (length > QUADRATIC_LIMIT or batch * length > 2 * QUADRATIC_LIMIT):
         return False
     return name != "textbook" or mode != "decode"

@@ -143,7 +143,7 @@ def share_of(operator: Any, x_BLD: Tensor) -> Tensor:
     p_BEL = operator.in_proj(x_BLD).transpose(1, 2)
     rows = p_BEL[:, : 2 * operator.inner] if operator.config.tied else p_BEL[:, -2 * operator.inner :]
     q_BHKL, k_BHKL = (part.unflatten(1, (operator.heads, width)) for part in rows.chunk(2, 1))
-    (turned_BHKL, still_BHKL), (k_BHKL, still_k_BHKL) = operator.near.queries(q_BHKL, 0), operator.near.keys(k_BHKL, 0)
+    turned_BHKL, still_BHKL, k_BHKL, still_k_BHKL = operator.near.products(q_BHKL, k_BHKL, 0)
     lse = near(turned_BHKL, whole(k_BHKL, k_BHKL, operator.sinks, None), operator.window)[1][:, :, 0]
     logs_BHL = lse - operator.near.level(still_BHKL)[:, :, 0]
     if operator.config.tied:

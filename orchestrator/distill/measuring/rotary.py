@@ -49,7 +49,8 @@ def _error(attention: AttentionWeights, rotation: Rotation, x_LD: Tensor, weight
     near.initialise()
     for weight, bias in near.follow(attention, rotation):
         found.append((x_LD.double() @ weight.t() + bias).t().reshape(1, heads, width, -1))
-    logits_HLL = (near.queries(found[0], 0)[0].transpose(-1, -2) @ near.keys(found[1], 0)[0])[0]
+    q_1HKL, _, k_1HKL, _ = near.products(found[0], found[1], 0)
+    logits_HLL = (q_1HKL.transpose(-1, -2) @ k_1HKL)[0]
     counted = weights_HLL > LEAST
     parts = []
     for logs_HLL in (weights_HLL.double().clamp_min(LEAST).log(), logits_HLL):
