@@ -18,6 +18,7 @@ from operators.transfer.attention import AttentionStatistics
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.data import batch, load_tokens, prepare_tokens
 from orchestrator.distill.measuring.evaluate import evaluate
+from orchestrator.distill.measuring.probes import probe
 from orchestrator.distill.measuring.statistics import SEQUENCES, attention_statistics
 from orchestrator.distill.measuring.tasks import measure_task
 from orchestrator.distill.measuring.throughput import measure_throughput
@@ -187,6 +188,7 @@ STAGES: dict[str, Callable[[Any, Workplace], Result]] = {
     "scratch": train_from_scratch,
     "distil": distil,
     "evaluate": evaluate,
+    "probes": probe,
     "throughput": measure_throughput,
     "tasks": measure_task,
 }

@@ -35,6 +35,7 @@ def missing(plan: Plan, store: Store, speeds: dict[str, ThroughputSpec], stopped
     for trial in plan.trials:
         steps += trial.steps[: stopped.get(trial.name, len(trial.steps))]
     wanted = [plan.tokens.key, *(spec.key for step in steps for spec in (step.train, step.evaluate))]
+    wanted += [spec.key for step in steps for spec in step.probed]
     wanted += [speeds[step.train.key].key for step in steps if step.train.key in speeds]
     return [key for key in dict.fromkeys(wanted) if not store.finished(key)]
 
@@ -57,6 +58,8 @@ def run_plan(plan: Plan, context: RunContext, speeds: dict[str, ThroughputSpec],
             broker.begin.remote(_from_the_start(plan))
             _run_trials(plan, broker, outcome, nodes)
             _collect(controls, outcome)
+            probes = _probeable(Store(Path(context.store)), plan)
+            _collect({name: [broker.want.remote(key)] for name, key in probes.items()}, outcome)
             # Speed is measured when all training is over: each measurement asks for every core, so one runs at a time.
             measurements = _measurable(Store(Path(context.store)), speeds)
             _collect({name: [broker.want.remote(key)] for name, key in measurements.items()}, outcome)
@@ -173,6 +176,13 @@ def _judge(plan: Plan, result: Any, outcome: Outcome) -> None:
     outcome.stopped.pop(name, None)
     if finished < len(trial.steps):
         outcome.stopped[name] = finished
+
+
+def _probeable(store: Store, plan: Plan) -> dict[str, str]:
+    """Name -> key of the probes whose model is finished and evaluated; what a trial was stopped before has none."""
+    steps = [step for step in plan.steps if store.finished(step.train.key) and store.finished(step.evaluate.key)]
+    keys = dict.fromkeys(spec.key for step in steps for spec in step.probed)
+    return {f"probes {key[:8]}": key for key in keys}
 
 
 def _measurable(store: Store, speeds: dict[str, ThroughputSpec]) -> dict[str, str]:

@@ -30,6 +30,7 @@ from orchestrator.study.spec import (
     DistilSpec,
     EvaluateSpec,
     ImportSpec,
+    ProbesSpec,
     ScratchSpec,
     TeacherSpec,
     ThroughputSpec,
@@ -38,6 +39,7 @@ from orchestrator.study.spec import (
 PROCESS = {"cpu": 610e6, "cuda": 0.6e9}  # a worker of Ray with torch and transformers; on a GPU context and libraries
 SLACK = 1.15  # of what is allocated: pieces that are free but too small, and what stages before left in the process
 LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # numbers of one chunk, as `losses` has it
+PASSED = 4096  # tokens whose hidden states are made together, as `probes` has it
 EXAMPLES = 4  # texts whose inputs are kept, as `statistics` has it
 WEIGHTS = 1 << 24  # numbers of attention's weights looked at together, as `statistics` has it
 EVALUATION = 1.3  # of what an evaluation computes with, as measured: pieces that are free but too small
@@ -182,7 +184,7 @@ def held_bytes(spec: Any, sizes: Sizes, swapped: tuple[int, ...], subject: Any =
     operator = 4 * (matrices + others + sum(each.fixed for each in placed))
     alone = isinstance(spec, TeacherSpec | ScratchSpec)  # no frozen teacher beside it
     weights = (2 if _narrow(spec) else 4) * sizes.parameters + operator
-    if isinstance(spec, EvaluateSpec):  # the subject, where it is no teacher, has of its own what it trained
+    if isinstance(spec, EvaluateSpec | ProbesSpec):  # a subject that is no teacher has what it trained
         moved = isinstance(subject, ScratchSpec) or bool(getattr(subject, "phases", ()))
         return weights + (4 * sum(_trained_rest(subject, sizes, swapped)) if moved else 0)
     body, tables = _trained_rest(spec, sizes, swapped)
@@ -224,7 +226,10 @@ def _spread(spec: Any) -> bool:
 
 def _narrow(spec: Any) -> bool:
     """Whether the stage has a frozen teacher, in bfloat16."""
-    return isinstance(spec, DistilSpec | EvaluateSpec | ThroughputSpec) and spec.numerics.teacher_dtype == "bfloat16"
+    return (
+        isinstance(spec, DistilSpec | EvaluateSpec | ProbesSpec | ThroughputSpec)
+        and spec.numerics.teacher_dtype == "bfloat16"
+    )
 
 
 def passing_bytes(spec: Any, sizes: Sizes, swapped: tuple[int, ...], device: str = "cpu") -> int:
@@ -238,6 +243,13 @@ def passing_bytes(spec: Any, sizes: Sizes, swapped: tuple[int, ...], device: str
         hidden = 8 * settings.tokens * sizes.shape.hidden
         layer, logits = _layer_bytes(sizes, batch, None, True), _logits(sizes, length, "evaluate", device)
         return round(EVALUATION * (hidden + layer + logits))
+    if isinstance(spec, ProbesSpec):
+        longest = max(spec.lengths)
+        passed = max(longest, min(PASSED, spec.windows * longest))
+        layer, logits = _layer_bytes(sizes, passed, None, False), _logits(sizes, longest, "evaluate", device)
+        keys = sizes.attention // (2 * sizes.shape.hidden) - sizes.between  # and as many values a position
+        caches = 2 * sizes.shape.layers * 4 * 2 * longest * keys if spec.needles else 0  # what was read and a copy
+        return round(EVALUATION * (4 * passed * sizes.shape.hidden + layer + max(logits, caches)))
     size: int = spec.train_batch_size if isinstance(spec, ThroughputSpec) else spec.batch_size
     tokens = size * length // spec.numerics.world_size
     phases = [phase.losses for phase in getattr(spec, "phases", ())]

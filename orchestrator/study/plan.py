@@ -27,7 +27,7 @@ from orchestrator.study.spec import (
     ThroughputSpec,
     TokensSpec,
 )
-from orchestrator.study.stages import Step, alone, evaluation_of, path_of, roots, whole
+from orchestrator.study.stages import Step, alone, evaluation_of, path_of, probes_of, roots, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,9 @@ class Plan:
         first: list[Spec] = [self.teacher.train, self.tokens]
         if isinstance(self.teacher.train, TeacherSpec):
             first.reverse()
-        rest = [(step.evaluate.of(step.evaluate.teacher), step.train, step.evaluate) for step in self.steps]
+        rest = [
+            (step.evaluate.of(step.evaluate.teacher), step.train, step.evaluate, *step.probed) for step in self.steps
+        ]
         ordered = [*first, *(spec for several in rest for spec in several)]
         return {spec.key: spec for spec in ordered}
 
@@ -104,7 +106,8 @@ def make_plan(document: Document, study: Study, resolved: Resolved) -> Plan:
         with _placed(at):
             steps = tuple(path_of(point, tokens, teacher, resolved))
         trials.append(Trial(f"trial-{index:02d}", values, point, steps))
-    root = Step(teacher, evaluation_of(study, tokens, teacher, teacher.key), (), 0)
+    probes = probes_of(study, tokens, teacher, teacher.key)
+    root = Step(teacher, evaluation_of(study, tokens, teacher, teacher.key), (), 0, probes=probes)
     controls = dict(_controls(study, resolved, tokens, teacher, trials))
     return Plan(study, tokens, root, controls, tuple(trials), layers, resolved.sizes or sizes_of(resolved.architecture))
 
@@ -142,7 +145,8 @@ def stage_memory(plan: Plan, speeds: Mapping[str, ThroughputSpec], device: str) 
     for step in plan.steps:
         operator = operator_name(getattr(step.train, "operator", SkipConfig()))
         name = names.get(step.train.key, f"{operator} in layers {', '.join(map(str, step.swapped))}")
-        asked = {"": step.train, "evaluation of ": step.evaluate, "speed of ": speeds.get(step.train.key)}
+        asked: dict[str, Spec | None] = {"": step.train, "evaluation of ": step.evaluate, "probes of ": step.probes}
+        asked["speed of "] = speeds.get(step.train.key)
         for prefix, spec in asked.items():
             taken = None if spec is None else stage_bytes(spec, plan.sizes, step.swapped, device, step.train)
             if spec is not None and taken is not None:
@@ -163,6 +167,12 @@ def _check_lengths(document: Document, study: Study, resolved: Resolved) -> None
             f"{document.place(('evaluation', 'new_tokens'))}: evaluation.new_tokens: {new} after a prompt of {prompt} "
             f"tokens exceeds the teacher's {longest} positions: lower new_tokens or prompt_tokens"
         )
+    for length in (study.evaluation.probes and study.evaluation.probes.lengths) or ():
+        if length > longest:
+            raise StudyError(
+                f"{document.place(('evaluation', 'probes', 'lengths'))}: evaluation.probes.lengths: {length} exceeds "
+                f"the teacher's {longest} positions: lower it"
+            )
     for length in study.throughput.lengths:
         if not study.throughput.decode_tokens < length <= longest:
             raise StudyError(
@@ -246,7 +256,8 @@ def _controls(
                 operator=SkipConfig(), phases=(), batch_size=1, sequence_length=study.data.sequence_length,
                 first_sequence=0, freeze=(), optimizer=study.recipe.optimizer, numerics=alone(study.numerics), seed=0,
             )  # fmt: skip
-            yield name, Step(skip, evaluation_of(study, tokens, teacher, skip.key), skipped, 0)
+            probes = probes_of(study, tokens, teacher, skip.key) if skipped == resolved.sites else None
+            yield name, Step(skip, evaluation_of(study, tokens, teacher, skip.key), skipped, 0, probes=probes)
 
 
 def operator_name(operator: Any) -> str:

@@ -283,7 +283,22 @@ class Evaluation(Model):
     prompts: NonNegative = 16  # begun texts that model and teacher go on with, greedily and by sampling
     prompt_tokens: Positive = 64
     new_tokens: Positive = 32
-    seed: NonNegative = 0  # of the samples
+    seed: NonNegative = 0  # of the samples, and of the keys of `probes`
+
+
+class Probes(Model):
+    """What perplexity hides, measured of the teacher, every student and `skip all` on validation text."""
+
+    # Tokens of the windows; none: data.sequence_length. Positions and hits are told of the longest ones.
+    lengths: Annotated[tuple[Annotated[int, Field(ge=8)], ...], Field(min_length=1)] | None = None
+    windows: Positive = 8  # of the longest length; of the others as many as have the same tokens
+    needles: NonNegative = 16  # texts with keys to find, for every length and depth; 0: none
+
+
+class Measured(Evaluation):
+    """The same, and what is off where a study does not ask for it."""
+
+    probes: Probes | None = None
 
 
 class Throughput(Model):
@@ -370,7 +385,7 @@ class Study(Model):
     schedule: Schedule = Schedule()
     recipe: Recipe
     numerics: Numerics = Numerics()
-    evaluation: Evaluation = Evaluation()
+    evaluation: Measured = Measured()
     throughput: Throughput = Throughput()
     controls: Controls = Controls()
     search: Search = Search()

@@ -177,6 +177,25 @@ class EvaluateSpec(Spec):
         return self.changed(subject=subject, reference=reference)
 
 
+class ProbesSpec(Spec):
+    """What perplexity hides of a finished stage, on validation text."""
+
+    kind: Literal["probes"] = "probes"
+    tokens: str
+    teacher: str
+    subject: str
+    sequence_length: int  # of the windows that the text was made for
+    lengths: tuple[int, ...]  # ascending
+    windows: int
+    needles: int
+    numerics: Numerics
+    seed: int
+
+    def of(self, subject: str) -> ProbesSpec:
+        """The same probes of another subject."""
+        return self.changed(subject=subject)
+
+
 class ThroughputSpec(Spec):
     """Speed of a student's architecture against its teacher's; weights do not enter, hardware does."""
 
@@ -220,7 +239,15 @@ class TasksSpec(Spec):
 
 
 StageSpec = Annotated[
-    TokensSpec | TeacherSpec | ImportSpec | DistilSpec | ScratchSpec | EvaluateSpec | ThroughputSpec | TasksSpec,
+    TokensSpec
+    | TeacherSpec
+    | ImportSpec
+    | DistilSpec
+    | ScratchSpec
+    | EvaluateSpec
+    | ProbesSpec
+    | ThroughputSpec
+    | TasksSpec,
     Field(discriminator="kind"),
 ]
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(StageSpec)

@@ -12,9 +12,18 @@ from typing import Any
 
 from orchestrator.study.loader import StudyError
 from orchestrator.study.schedule import swap_order
-from orchestrator.study.schema import Numerics, Phase, Pretrain, Study
+from orchestrator.study.schema import Evaluation, Numerics, Phase, Pretrain, Study
 from orchestrator.study.sources import Resolved
-from orchestrator.study.spec import DistilSpec, EvaluateSpec, ImportSpec, PhaseSpec, Spec, TeacherSpec, TokensSpec
+from orchestrator.study.spec import (
+    DistilSpec,
+    EvaluateSpec,
+    ImportSpec,
+    PhaseSpec,
+    ProbesSpec,
+    Spec,
+    TeacherSpec,
+    TokensSpec,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +35,12 @@ class Step:
     swapped: tuple[int, ...]
     tokens: int  # trained on the path so far, this stage included
     joint: bool = False
+    probes: ProbesSpec | None = None
+
+    @property
+    def probed(self) -> tuple[ProbesSpec, ...]:
+        """The probes of its teacher and its own; none where nothing is asked for."""
+        return () if self.probes is None else (self.probes.of(self.probes.teacher), self.probes)
 
     @property
     def own_tokens(self) -> int:
@@ -85,10 +100,28 @@ def evaluation_of(study: Study, tokens: TokensSpec, teacher: Spec, subject: str)
         teacher=teacher.key,
         subject=teacher.key,
         sequence_length=study.data.sequence_length,
-        evaluation=study.evaluation,
+        evaluation=Evaluation(**{name: getattr(study.evaluation, name) for name in Evaluation.model_fields}),
         numerics=alone(study.numerics),
     )
     return own if subject == teacher.key else own.of(subject, own.key)
+
+
+def probes_of(study: Study, tokens: TokensSpec, teacher: Spec, subject: str) -> ProbesSpec | None:
+    """The probes of the stage with the key `subject`; none where the study asks for none."""
+    asked, length = study.evaluation.probes, study.data.sequence_length
+    if asked is None:
+        return None
+    return ProbesSpec(
+        tokens=tokens.key,
+        teacher=teacher.key,
+        subject=subject,
+        sequence_length=length,
+        lengths=tuple(sorted({*(asked.lengths or (length,))})),
+        windows=asked.windows,
+        needles=asked.needles,
+        numerics=alone(study.numerics),
+        seed=study.evaluation.seed,
+    )
 
 
 def alone(numerics: Numerics) -> Numerics:
@@ -135,7 +168,8 @@ def path_of(study: Study, tokens: TokensSpec, teacher: Spec, resolved: Resolved)
         sequences += window * sum(phase.steps for phase in planned)
         parent = spec.key
         trained_tokens = sequences * study.data.sequence_length
-        yield Step(spec, evaluation_of(study, tokens, teacher, spec.key), swapped, trained_tokens, joint)
+        asked = (study, tokens, teacher, spec.key)
+        yield Step(spec, evaluation_of(*asked), swapped, trained_tokens, joint, probes_of(*asked))
 
 
 def _phase(phase: Phase, layers: int, study: Study, key: str) -> PhaseSpec:

@@ -21,7 +21,7 @@ from operators.config import HyenaConfig, ImplicitFilterConfig
 from orchestrator.cli import PROCESS as PROCESS_OF_STAGES
 from orchestrator.study.memory import PROCESS, held_bytes, operator_parameters, passing_bytes, sizes_of, stage_bytes
 from orchestrator.study.schema import Evaluation, Losses, Numerics, Optimizer
-from orchestrator.study.spec import Architecture, DistilSpec, EvaluateSpec, PhaseSpec, TeacherSpec
+from orchestrator.study.spec import Architecture, DistilSpec, EvaluateSpec, PhaseSpec, ProbesSpec, TeacherSpec
 
 POWER = HyenaConfig(
     heads=4, feature_map="power", key_dim=8, normalise=True, key_gate=True,
@@ -77,6 +77,11 @@ class Case:
         if self.kind == "evaluate":
             settings = Evaluation(tokens=16 * self.batch * self.length, batch_size=self.batch)
             return EvaluateSpec(**common, teacher="r", subject="r", evaluation=settings)
+        if self.kind == "probes":
+            lengths = (self.length // 4, self.length)
+            return ProbesSpec(
+                **common, teacher="r", subject="r", lengths=lengths, windows=8 * self.batch, needles=2, seed=0
+            )
         if self.kind == "teacher":
             numerics = self.numerics.model_copy(update={"teacher_dtype": "float32"})
             budget = 2 * self.batch * self.length
@@ -122,7 +127,7 @@ def _here(told: dict[str, Any]) -> dict[str, float]:
     from orchestrator.distill.training import loop
     from orchestrator.distill.training.memory import give_back_freed_memory, peak_mb, reset_peak
     from tests.held import held_bytes as bytes_now
-    from tests.texts import random_tokens, write_tokens
+    from tests.texts import random_tokens, save_tokenizer, write_tokens
 
     filters = ImplicitFilterConfig(**told["operator"].pop("filter"))
     case = Case(**{
@@ -136,6 +141,7 @@ def _here(told: dict[str, Any]) -> dict[str, float]:
         root = Path(name)
         text = random_tokens(case.length * max(64, 16 * case.batch))
         write_tokens(root / "tokens", train=text, valid=text)
+        save_tokenizer(root / "tokens" / "tokenizer", ["a long convolution"], 300)
         for folder in ("work", "out"):
             (root / folder).mkdir()
         if case.kind != "teacher":

@@ -150,6 +150,13 @@ class Hand:
             spec = self.speeds[self.key(name)]
             self.write(spec, speed(*SPEEDS[name], core), started=started, seconds=5.0)
 
+    def probe(self, *names: str, started: float = START + 200.0) -> None:
+        """Let stages be probed, in three seconds each; of a study that asks for it."""
+        for name in names:
+            spec = self.steps[name].probes
+            assert spec is not None
+            self.write(spec, probes(RATIOS[name]), started=started, seconds=3.0)
+
     def all_done(self) -> None:
         """Let everything be there; stage number n of `steps` begins n minutes after the first."""
         self.text()
@@ -196,3 +203,26 @@ def speed(prefill: float, decode: float, core: str = "torch") -> dict[str, Any]:
         "prefill_ratio": {"16": prefill / 2, "32": prefill},
         "decode_ratio": {"16": decode / 2, "32": decode},
     }
+
+
+def probes(ratio: float) -> dict[str, Any]:
+    """The result of probes: losses grow by what the ratio has over 1, keys are found as many times less often."""
+    more = ratio - 1.0
+
+    def needle(right: float, items: int) -> dict[str, Any]:
+        return {"items": items, "accuracy": right / ratio, "margin": 2.0 - more}
+
+    return {
+        "loss": {"1": 5.0 + more, "16": 3.0 + more / 2, "32": 2.0 + 2 * more},
+        "hit_nll": {"1": 1.0 + more, "128": 1.5 + more},
+        "hit_tokens": {"1": 30, "128": 5},
+        "bits_per_byte": 2.0 + more,
+        "nll": {"8": 4.0 + more, "64": 3.0 + 3 * more},
+        "needle": {
+            "8": {**needle(0.25, 24), "chance": 0.125, "stderr": 0.0625, "depths": {"0.5": needle(0.25, 24)}},
+            "64": {
+                **needle(0.75, 24), "chance": 0.125, "stderr": 0.09,
+                "depths": {"0.1": needle(0.5, 12), "0.9": needle(1.0, 12)},
+            },
+        },
+    }  # fmt: skip

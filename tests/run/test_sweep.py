@@ -309,3 +309,43 @@ def test_stages_that_train_are_waited_for_when_a_run_is_asked_to_stop(
         run_plan(hand.plan, context, hand.speeds, Cluster(cpus=2, gpus=0))
     assert machine.broker.settled == asked_to_stop
     assert machine.got == (["settled"] if asked_to_stop else [])
+
+
+PROBES = "evaluation.probes={}"
+
+
+def probes(hand: Hand, *names: str) -> list[str]:
+    """The keys of the probes of stages."""
+    return [spec.key for name in names if (spec := hand.steps[name].probes) is not None]
+
+
+def test_probes_are_missing_until_they_are_there_and_only_of_what_was_not_stopped(tmp_path: Path) -> None:
+    hand = Hand(tmp_path, PROBES)
+    names = ["teacher", "skip all", "two 0", "two 1", "two joint", "two mixed", "heads 0", "heads 1", "heads joint"]
+    hand.all_done()
+    assert missing(hand.plan, hand.store, hand.speeds, {}) == probes(hand, *names)
+    assert missing(hand.plan, hand.store, hand.speeds, {"trial-02": 1}) == probes(hand, *names[:-2])
+    hand.probe("teacher", *names[2:])
+    assert missing(hand.plan, hand.store, hand.speeds, {}) == probes(hand, "skip all")
+    hand.probe("skip all")
+    assert missing(hand.plan, hand.store, hand.speeds, {}) == []
+
+
+def test_probes_come_between_trials_and_speeds_of_models_that_are_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hand = Hand(tmp_path, PROBES)
+    asked: list[str] = []
+
+    def trials(plan: Plan, broker: Broker, outcome: Outcome, nodes: tuple[Node, ...]) -> None:
+        hand.finish("teacher", "two 0")
+        hand.train("two 1")  # not evaluated, for the run was stopped
+        asked.extend([*broker.asked, *broker.begun])
+
+    machine = Machine(monkeypatch, trials)
+    run_plan(hand.plan, RunContext(store=str(hand.home.store)), hand.speeds, Cluster(cpus=2, gpus=0))
+    every = probes(hand, *hand.steps)
+    assert not set(every) & set(asked) and set(every) <= machine.specs.keys()
+    measured = [key for keys in machine.got for key in keys][-5:]
+    assert measured[:2] == probes(hand, "teacher", "two 0")
+    assert sorted(measured[2:]) == sorted(hand.speeds[hand.key(name)].key for name in ("teacher", "two 0", "two 1"))

@@ -193,6 +193,10 @@ def test_a_budget_that_is_no_whole_number_of_steps_is_rounded_down() -> None:
             "throughput.lengths: 32 must exceed decode_tokens (32) and be at most the teacher's 1024 positions",
         ),
         (
+            ["evaluation.probes={lengths: [1024, 1025]}"],
+            "evaluation.probes.lengths: 1025 exceeds the teacher's 1024 positions: lower it",
+        ),
+        (
             ["recipe.phases.1.tokens=63"],
             "recipe.phases.1.tokens: 63 tokens are less than one step of 64 (batch_size x sequence_length)" + RAISE,
         ),

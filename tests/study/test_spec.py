@@ -20,6 +20,7 @@ from orchestrator.study.spec import (
     EvaluateSpec,
     ImportSpec,
     PhaseSpec,
+    ProbesSpec,
     ScratchSpec,
     SourceIdentity,
     TasksSpec,
@@ -59,6 +60,10 @@ SPECS: dict[str, Any] = {
         teacher="r", operator=HyenaConfig(), layers=(0,), throughput=Throughput(), train_batch_size=2,
         sequence_length=32, numerics=Numerics(), hardware="h", rest_trains=False, freeze=("lm_head.*",),
     ),
+    "probes": ProbesSpec(
+        tokens="t", teacher="r", subject="s", sequence_length=32, lengths=(32, 64), windows=8, needles=16,
+        numerics=Numerics(), seed=0,
+    ),
     "tasks": TasksSpec(
         tokens="t", teacher="r", subject="s", folder="d", task="choice", fingerprint="f", harness="0.4.13", limit=10,
         rotate=True, batch_size=16, numerics=Numerics(), seed=1234,
@@ -74,6 +79,7 @@ KEYS = {
     "scratch": "4c994f329ea87ff2e700468162dd53b91354709f1ece96e93fb2c1a8050a5182",
     "evaluate": "00f3ab7881cd792bd3b5715e5c8639adcda10d9c82d8db9be32a2d3523fbaf51",
     "throughput": "001c972526e06af606ddf82094379827740fefb6ba1ed46007905482eae5cd13",
+    "probes": "82fc2369f324b06547c57dc44df4580bc44d29878fb7033b8aacc06062971037",
     "tasks": "2aa73476720fdebb2a76fa8b29f9acef6019cd6aed9339a86856c21185d2e6c5",
 }
 WORDS = {  # another value for a field whose words are given
@@ -263,6 +269,7 @@ def test_where_a_stage_runs_shares_no_name_with_what_it_is() -> None:
         ("distil", {"tokens": "t", "teacher": "r", "parent": "p"}),
         ("scratch", {"tokens": "t"}),
         ("evaluate", {"tokens": "t", "teacher": "r", "subject": "s", "reference": "e"}),
+        ("probes", {"tokens": "t", "teacher": "r", "subject": "s"}),
         ("throughput", {"teacher": "r"}),
     ],
 )

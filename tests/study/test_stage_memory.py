@@ -22,6 +22,7 @@ from operators.config import (
 )
 from operators.mixing.near import ROWS
 from operators.registry import build
+from orchestrator.distill.measuring.probes import PASSED
 from orchestrator.distill.measuring.statistics import EXAMPLES, NUMBERS
 from orchestrator.distill.models.student import new_teacher, parameter_count
 from orchestrator.distill.models.swap import swap
@@ -231,6 +232,7 @@ def test_pieces_are_as_large_as_the_stages_take_them() -> None:
     """The plan must not import what they are stated by: it imports torch."""
     assert {"cpu": LOGITS_PER_CHUNK, "cuda": LOGITS_ELSEWHERE} == memory.LOGITS
     assert (memory.WEIGHTS, memory.EXAMPLES, memory.NEAR_ROWS) == (NUMBERS, EXAMPLES, ROWS)
+    assert memory.PASSED == PASSED
 
 
 LARGER = Architecture(layers=6, hidden=384, heads=4, intermediate=1536, max_length=512, vocabulary=12_000)
@@ -239,6 +241,7 @@ PEAKS = {
     "operators trained, teacher in bfloat16": Case(SHAPES["57 M"]),
     "activations made again": Case(LARGER, rest_scale=0.1, numerics=Numerics(), length=512, again=True),
     "evaluation": Case(LARGER, kind="evaluate", numerics=Numerics(), length=512, batch=2),
+    "probes": Case(LARGER, kind="probes", numerics=Numerics(), length=512),
     "teacher": Case(LARGER, kind="teacher", numerics=Numerics(), length=256, batch=2),
 }
 

@@ -82,14 +82,19 @@ def _check_finite(result: dict[str, float]) -> None:
 
 def trigram_hits(window_L: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Which predicted tokens (positions 1 .. L - 1) complete a trigram already seen in the window, (L - 1,) bool."""
-    seen: set[tuple[int, int, int]] = set()
-    hits = np.zeros(len(window_L) - 1, dtype=bool)
+    return trigram_gaps(window_L) > 0
+
+
+def trigram_gaps(window_L: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """How far back the trigram that a predicted token completes was seen last in the window, (L - 1,); 0: never."""
+    seen: dict[tuple[int, int, int], int] = {}
+    gaps = np.zeros(len(window_L) - 1, dtype=np.int64)
     values = window_L.tolist()
     for end in range(2, len(values)):
         trigram = (values[end - 2], values[end - 1], values[end])
-        hits[end - 1] = trigram in seen
-        seen.add(trigram)
-    return hits
+        gaps[end - 1] = end - seen.get(trigram, end)
+        seen[trigram] = end
+    return gaps
 
 
 @torch.no_grad()
