@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -101,7 +102,8 @@ def trial_words(plan: Plan) -> dict[str, str]:
     """
     alike: dict[str, list[dict[str, Any]]] = {}
     for trial in plan.trials:
-        alike.setdefault(operator_name(trial.study.operator), []).append(leaves(trial.values.get("operator")))
+        operator = trial.study.operator
+        alike.setdefault(operator_name(operator), []).append(leaves(dataclasses.asdict(operator)))
 
     def words(trial: Trial, key: str, value: Any) -> str:
         if key != "operator":

@@ -36,7 +36,7 @@ from orchestrator.study.spec import (
     ThroughputSpec,
 )
 
-PROCESS = {"cpu": 610e6, "cuda": 0.6e9}  # a worker of Ray with torch and transformers; on a GPU context and libraries
+PROCESS = {"cpu": 660e6, "cuda": 0.6e9}  # a worker of Ray with torch and transformers; on a GPU context and libraries
 SLACK = 1.15  # of what is allocated: pieces that are free but too small, and what stages before left in the process
 LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # numbers of one chunk, as `losses` has it
 PASSED = 4096  # tokens whose hidden states are made together, as `probes` has it

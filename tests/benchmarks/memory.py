@@ -44,7 +44,7 @@ HEAD = """\
 `python -m tests.benchmarks.memory`: teachers held in bfloat16, what trains in float32, Muon, one text of 64 tokens a
 step. Held are weights, gradients and the optimizer's state; counted is the same by `orchestrator.study.memory`; the
 goal is 2.1 N + 16 O bytes with operators alone trained, 16 N with all. The peak, and what `plan` tells of it, are over
-the 610 MB that a worker's process takes before its stage.
+the 660 MB that a worker's process takes before its stage.
 """
 NARROW = Numerics(dtype="bfloat16", teacher_dtype="bfloat16")
 

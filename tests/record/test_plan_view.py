@@ -24,7 +24,7 @@ controls: scratch hyena-2, scratch hyena-4h, skip (4)
 
 3 trials ask for 9 stages, 7 distinct: sharing factor 1.29 in stages, 1.25 in tokens
 in the store: 0 of them; with teacher and controls 0 of 14
-memory of a stage: teacher 645 MB, evaluate 630-631 MB, throughput 623-630 MB, scratch 628-630 MB, distil 611-636 MB
+memory of a stage: teacher 695 MB, evaluate 680-681 MB, throughput 673-680 MB, scratch 678-680 MB, distil 661-686 MB
 to do: 174 k tokens to train; time and disk are not known yet: no stage was measured in this store
 """
 
@@ -53,7 +53,7 @@ def test_the_default_study_fits_a_screen(tmp_path: Path) -> None:
     lines = plan(tmp_path / "home", study="layerwise").splitlines()
     assert len(lines) <= 30
     assert max(map(len, lines)) <= 120
-    assert sum("trial-" in line for line in lines) == 18
+    assert sum("trial-" in line for line in lines) == 16
 
 
 def test_memory_is_told_for_every_stage_that_holds_a_model(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_memory_is_told_for_every_stage_that_holds_a_model(tmp_path: Path) -> No
     kinds = {told["kind"] for told in found.values()}
     assert kinds == {"teacher", "evaluate", "throughput", "scratch", "distil"}
     named = {told["name"]: told["megabytes"] for told in found.values()}
-    assert named["skip 0"] < named["hyena-2 in layers 0, 1"] < named["hyena-3 in layers 0, 1, 2, 3, 4, 5"] < 850
+    assert named["skip 0"] < named["hyena-2 in layers 0, 1"] < named["hyena-3 in layers 0, 1, 2, 3, 4, 5"] < 900
     assert {f"{before}the teacher" for before in ("", "evaluation of ", "speed of ")} < named.keys()
 
 

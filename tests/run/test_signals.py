@@ -142,6 +142,7 @@ def test_ctrl_c_stops_at_a_checkpoint_and_says_how_to_go_on(long: Long, stranger
     assert stranger.stdout.readline() == "still here\n"
 
 
+@pytest.mark.slow  # two processes of two more, that load everything
 def test_ctrl_c_stops_all_ranks_of_a_stage_at_one_checkpoint(tmp_path: Path) -> None:
     ranked = Long(tmp_path)
     told, step = stopped_by_ctrl_c(ranked, ranked.start("--set", "numerics.world_size=2"))

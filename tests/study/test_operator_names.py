@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from operators.config import FirFilterConfig, HyenaConfig, ModalFilterConfig, WindowConfig
+from orchestrator.record.records import trial_words
 from orchestrator.study.loader import StudyError, read_document, validate
 from orchestrator.study.plan import make_plan, operator_name
 from tests.study.test_size import RESOLVED, STUDY
@@ -37,3 +38,18 @@ def test_a_window_has_the_teachers_heads(wrong: str, tmp_path: Path) -> None:
     for right in (wrong.replace("heads: 2", "heads: 4"), wrong.replace("heads: 2", "heads: 2, init: random")):
         document = read_document(study, [f"operator={right}"])
         assert make_plan(document, validate(document), RESOLVED).trials
+
+
+def test_a_swept_operator_that_is_the_studys_own_needs_no_more_than_its_name(tmp_path: Path) -> None:
+    """Others of that name are told by what differs, the study's own values included."""
+    study = tmp_path / "study.yaml"
+    study.write_text(STUDY, encoding="utf-8")
+    own = "operator={kind: hyena, heads: 4, filter: {width: 16}}"
+    for swept, wanted in (
+        ("{kind: hyena, heads: 4, filter: {width: 16, depth: 2}}", "operator=hyena-4h"),
+        ("{kind: hyena, heads: 4, filter: {width: 8}}", "operator=hyena-4h(filter.width:8)"),
+    ):
+        space = f"search.space=[{{seed: [7]}}, {{operator: [{swept}]}}]"
+        document = read_document(study, [own, space])
+        plan = make_plan(document, validate(document), RESOLVED)
+        assert list(trial_words(plan).values()) == ["seed=7", wanted]
