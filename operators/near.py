@@ -132,3 +132,22 @@ def fitting(config: OperatorConfig, attention: AttentionWeights | None) -> Opera
     norm = cast(NearNorm, norm_kind(attention) if config.init == "transfer" else config.near_norm)
     heads = attention.heads if isinstance(config, WindowConfig) and config.heads is None else config.heads
     return replace(config, near_norm=norm, heads=heads)
+
+
+def split_rows(u_BEL: Tensor, heads: int, inner: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All rows but the last, near queries (B, H, K, L) and near keys."""
+    first_BEL, q_BIL, k_BIL = u_BEL.split_with_sizes([u_BEL.shape[1] - 2 * inner, inner, inner], 1)
+    return first_BEL, q_BIL.unflatten(1, (heads, -1)), k_BIL.unflatten(1, (heads, -1))
+
+
+def near_places(length: int, window: int, sinks: int, device: torch.device) -> Tensor:
+    """Which positions are near to which, (L, L)."""
+    place_L = torch.arange(length, device=device)
+    lag_LL = place_L[:, None] - place_L
+    return (lag_LL >= 0) & ((lag_LL < window) | (place_L < sinks))
+
+
+def with_direct(y_BHVL: Tensor, v_BHVL: Tensor, direct_I: Tensor) -> Tensor:
+    """(B, I, L) with the direct term of the values."""
+    values_BIL = v_BHVL.flatten(1, 2)
+    return torch.addcmul(y_BHVL.flatten(1, 2).to(v_BHVL.dtype), values_BIL, direct_I[:, None].to(v_BHVL.dtype))

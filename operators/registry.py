@@ -24,7 +24,8 @@ from operators.decoding.state import State
 from operators.heads import HeadHyena
 from operators.skip import Skip
 from operators.transfer.attention import AttentionWeights
-from operators.windowed import WindowAttention, WindowedHeads
+from operators.window import WindowAttention
+from operators.windowed import WindowedHeads
 
 
 class Operator(Protocol):

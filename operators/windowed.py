@@ -1,4 +1,4 @@
-"""Near positions and sinks by softmax, as attention has them, and far ones by convolution, over one sum; or near alone.
+"""Near positions and sinks by softmax, as attention has them, and far ones by convolution, over one sum.
 
     y_t = (sum_{s near} exp(q'_t . k'_s - c_t) v_s + sum_{s far} h_{t-s} f(q_t, k_s) g_s v_s) / n_t + direct v_t
 
@@ -17,27 +17,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from operators.config import HyenaConfig, WindowConfig
+from operators.config import HyenaConfig
 from operators.decoding.frozen import Filters
 from operators.decoding.multihead import (
     NEAR_STATES,
-    WINDOW_STATES,
     KeysAndValues,
     NearHistory,
     NearMemory,
-    WindowMemory,
 )
 from operators.decoding.state import HyenaState
 from operators.filters.modes import Modes
-from operators.filters.none import NoFilter
 from operators.heads import HeadHyena
 from operators.hyena import Hyena
-from operators.mixing.features import features
+from operators.mixing.features import LARGEST_GATE, features
 from operators.mixing.forms import Path
 from operators.mixing.head_states import extend, first_state, step
 from operators.mixing.masked import mix_reference, mix_step
 from operators.mixing.near import SMALLEST, joined, joined_reference, near, whole, without_first
-from operators.near import Near
+from operators.native.decode import step_window_heads, takes
+from operators.native.window import Far, mix_window, takes_whole
+from operators.near import Near, near_places, split_rows, with_direct
 from operators.transfer.attention import Affine, AttentionWeights
 from operators.transfer.level import level_for
 
@@ -71,7 +70,7 @@ class WindowedHeads(HeadHyena):
         if self.config.tied:
             q_BHKn, k_BHKn, v_BHVn = self.layout.parts(u_BEn)
         else:
-            far_BEn, q_BHKn, k_BHKn = _split(u_BEn, self.heads, self.inner)
+            far_BEn, q_BHKn, k_BHKn = split_rows(u_BEn, self.heads, self.inner)
         products = self.near.products(q_BHKn, k_BHKn, start)
         if not self.config.tied:
             return Rows(*products, self.layout.parts(far_BEn))
@@ -92,7 +91,8 @@ class WindowedHeads(HeadHyena):
         return None if self.filter.lags is None else self.filter.lags - self.window
 
     def path(self, batch: int, length: int, dtype: torch.dtype = torch.float32) -> Path:
-        """How the far part of whole sequences is computed, see `HeadHyena.path`; the near part is torch's."""
+        """How the far part of whole sequences is computed, see `HeadHyena.path`, but for what the core
+        computes in one pass with the near part (`native.window`)."""
         if length <= self.window:
             return Path("masked", "torch", fused=False)
         with torch.no_grad():
@@ -109,7 +109,10 @@ class WindowedHeads(HeadHyena):
         self, u_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None
     ) -> Tensor:
         start = 0 if state is None else state.length
-        q_BHKL, still_BHKL, k_BHKL, _, parts = self.read(u_BEL, start)
+        rows = self.read(u_BEL, start)
+        if start == 0 and not isinstance(state, NearMemory) and takes_whole(rows.q_BHKn, rows.far[0], mask_BL):
+            return self._by_core(rows, filters, state)
+        q_BHKL, still_BHKL, k_BHKL, _, parts = rows
         if state is None:
             seen = whole(k_BHKL, parts[2], self.sinks, mask_BL)
         elif isinstance(state, NearHistory):
@@ -122,6 +125,23 @@ class WindowedHeads(HeadHyena):
         vf_BHXL = without_first(vf_BHXL, self.sinks, seen.padding_B, start)
         far_BHXL = self._far([qf_BHKL, kf_BHKL, vf_BHXL], filters, state)
         return self._summed(joined(y_BHVL, lse_BH1L, self.near.level(still_BHKL), far_BHXL), parts[2])
+
+    def _by_core(self, rows: Rows, filters: Tensor | Filters, state: HyenaState | None) -> Tensor:
+        """`combine` of whole sequences in one pass."""
+        parts, length = rows.far, rows.q_BHKn.shape[-1]
+        qf_BHKL, kf_BHKL, vf_BHXL = features(parts, self.hedgehog, None, normalised=True)
+        if state is not None:
+            assert isinstance(state, NearHistory)
+            state.see(rows.k_BHKn, parts[2], None, self.sinks)
+            state.keys.append(0, kf_BHKL)
+            state.values.append(0, without_first(vf_BHXL, self.sinks, None, 0))
+        far = None
+        if length > self.window:
+            h_HL = filters if isinstance(filters, Tensor) else filters.first(length)
+            counted = vf_BHXL[:, :, -1:] if self.config.key_gate else None
+            level = self.near.level(rows.still_q_BHKn)
+            far = Far(qf_BHKL, kf_BHKL, h_HL[:, self.window :], level, counted, self.degree or 0)
+        return self._summed(mix_window(rows.q_BHKn, rows.k_BHKn, parts[2], far, self.window, self.sinks), parts[2])
 
     def _far(self, parts: list[Tensor], filters: Tensor | Filters, state: HyenaState | None) -> Tensor:
         """What new positions gather from behind the window, (B, H, V + 1, n)."""
@@ -152,12 +172,18 @@ class WindowedHeads(HeadHyena):
         return torch.nn.functional.pad(mixed_BHXn, (new - count, 0))
 
     def between(self, x_B1D: Tensor, p_B1E: Tensor, filters: Filters, state: HyenaState) -> Tensor | None:
-        """None: the compiled core knows no window."""
-        return None
+        plain = self.hedgehog is None and self.config.near_norm == "none"
+        if not (plain and isinstance(state, NearHistory) and takes(state, x_B1D, p_B1E)):
+            return None
+        near = [self.near.frequencies, self.near.mean_key, self.near.shift]
+        near += [self.near.centre] if self.config.tied else []
+        how = {"degree": self.degree or 0, "gated": self.config.key_gate, "largest_gate": LARGEST_GATE}
+        how |= {"window": self.window, "sinks": self.sinks}
+        return step_window_heads(x_B1D, p_B1E, self.short_of(state), near, self.direct, state, **how)
 
     def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
         q_BHKL, still_BHKL, k_BHKL, _, parts = self.read(u_BEL, 0)
-        near_LL = _near(h_CL.shape[1], self.window, self.sinks, h_CL.device)
+        near_LL = near_places(h_CL.shape[1], self.window, self.sinks, h_CL.device)
         products = q_BHKL.transpose(-1, -2) @ k_BHKL
         q_BHKL, k_BHKL, v_BHXL = features(parts, self.hedgehog, None, normalised=True)
         place_L = torch.arange(h_CL.shape[1], device=h_CL.device)
@@ -210,81 +236,4 @@ class WindowedHeads(HeadHyena):
         return self.read(p_EL[None], 0)
 
     def _summed(self, y_BHVL: Tensor, v_BHVL: Tensor) -> Tensor:
-        return _with_direct(y_BHVL, v_BHVL, self.direct)
-
-
-class WindowAttention(Hyena):
-    """Near positions and sinks alone: E = 3 I, rows for query, key and value; `near` is a `Near` without a level."""
-
-    STATES = WINDOW_STATES
-    config: WindowConfig  # type: ignore[assignment]
-
-    def __init__(self, config: WindowConfig, d_model: int, max_length: int, inner: int | None = None) -> None:
-        super().__init__(config, d_model, max_length, inner)
-        if config.heads is None:
-            raise ValueError("heads must be set where there is no attention to take them from but is None: set heads.")
-        if self.inner % config.heads:
-            raise ValueError(f"heads must divide the width {self.inner} but is {config.heads}: choose a divisor of it.")
-        self.heads, self.window, self.sinks = config.heads, config.window, config.sinks
-        self.build(3 * self.inner, NoFilter(max_length), self.inner)
-        self.near = Near(self.heads, self.inner // self.heads, config.near_norm, level=False)
-
-    def step_modes(self) -> tuple[str, ...]:
-        return ("window",)
-
-    def described(self) -> str:
-        return "with a window alone "
-
-    def combine(
-        self, u_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None
-    ) -> Tensor:
-        v_BIL, q_BHKL, k_BHKL = _split(u_BEL, self.heads, self.inner)
-        v_BHVL, start = v_BIL.unflatten(1, (self.heads, -1)), 0 if state is None else state.length
-        q_BHKL, _, k_BHKL, _ = self.near.products(q_BHKL, k_BHKL, start)
-        if state is None:
-            seen = whole(k_BHKL, v_BHVL, self.sinks, mask_BL)
-        else:
-            assert isinstance(state, WindowMemory)
-            seen = state.see(k_BHKL, v_BHVL, mask_BL, self.window, self.sinks)
-        q_BHKL = q_BHKL.to(seen.k_BHKT.dtype)
-        return _with_direct(near(q_BHKL, seen, self.window)[0], v_BHVL, self.direct)
-
-    def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
-        v_BIL, q_BHKL, k_BHKL = _split(u_BEL, self.heads, self.inner)
-        v_BHVL = v_BIL.unflatten(1, (self.heads, -1))
-        near_LL = _near(h_CL.shape[1], self.window, self.sinks, h_CL.device)
-        q_BHKL, _, k_BHKL, _ = self.near.products(q_BHKL, k_BHKL, 0)
-        products = q_BHKL.transpose(-1, -2) @ k_BHKL
-        weights_BHLL = products.masked_fill(~near_LL, float("-inf")).softmax(-1)
-        return _with_direct(v_BHVL @ weights_BHLL.transpose(-1, -2), v_BHVL, self.direct)
-
-    @torch.no_grad()
-    def initialise(self, attention: AttentionWeights | None, generator: torch.Generator) -> None:
-        """As `Hyena.initialise`; queries and keys are the attention's."""
-        self.near.initialise()
-        super().initialise(attention, generator)
-
-    def transfer(self, attention: AttentionWeights, generator: torch.Generator) -> None:
-        maps = self.near.transfer(attention, self.heads, self.inner // self.heads)
-        rows, biases = zip(*maps, strict=True)
-        self.in_proj.weight.copy_(torch.cat([attention.value, *rows]))
-        self.in_proj.bias.copy_(torch.cat([attention.bias_of("value"), *biases]))
-
-
-def _split(u_BEL: Tensor, heads: int, inner: int) -> tuple[Tensor, Tensor, Tensor]:
-    """All rows but the last, near queries (B, H, K, L) and near keys."""
-    first_BEL, q_BIL, k_BIL = u_BEL.split_with_sizes([u_BEL.shape[1] - 2 * inner, inner, inner], 1)
-    return first_BEL, q_BIL.unflatten(1, (heads, -1)), k_BIL.unflatten(1, (heads, -1))
-
-
-def _near(length: int, window: int, sinks: int, device: torch.device) -> Tensor:
-    """Which positions are near to which, (L, L)."""
-    place_L = torch.arange(length, device=device)
-    lag_LL = place_L[:, None] - place_L
-    return (lag_LL >= 0) & ((lag_LL < window) | (place_L < sinks))
-
-
-def _with_direct(y_BHVL: Tensor, v_BHVL: Tensor, direct_I: Tensor) -> Tensor:
-    """(B, I, L) with the direct term of the values."""
-    values_BIL = v_BHVL.flatten(1, 2)
-    return torch.addcmul(y_BHVL.flatten(1, 2).to(v_BHVL.dtype), values_BIL, direct_I[:, None].to(v_BHVL.dtype))
+        return with_direct(y_BHVL, v_BHVL, self.direct)

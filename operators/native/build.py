@@ -17,8 +17,20 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-HEADERS = ("fft.h", "rows.h", "conv.h", "step.h", "heads.h", "product.h", "mixing.h", "tensors.h")
-SOURCES = ("core.cpp", "decode.cpp", "mixing.cpp")
+HEADERS = (
+    "fft.h",
+    "rows.h",
+    "conv.h",
+    "step.h",
+    "heads.h",
+    "near.h",
+    "product.h",
+    "mixing.h",
+    "tensors.h",
+    "steps.h",
+    "window.h",
+)
+SOURCES = ("core.cpp", "decode.cpp", "near.cpp", "window.cpp", "mixing.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi")
 PATIENCE = 900  # seconds that a build, or another process's, may take
 

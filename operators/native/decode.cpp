@@ -1,7 +1,6 @@
 // Decoding in torch.ops.layerswap, on the CPU: checks and threads around step.h and heads.h.
-#include "heads.h"
 #include "product.h"
-#include "tensors.h"
+#include "steps.h"
 
 namespace {
 
@@ -49,33 +48,6 @@ void fold(at::TensorList histories, int64_t seen, const Tensor& spectra, const T
                complexes(spectra) + (i * blocks + block) * size, size,
                windows + (sequence * convolutions + i) * window * padded + block * kLanes, window, padded);
   });
-}
-
-// Writes x (B, 1, D) to a position of its history (B, D, positions); D need not be the width of what is mixed.
-template <class Bits>
-void remember(const Tensor& x, const Tensor& history, int64_t position) {
-  TORCH_CHECK(x.element_size() == sizeof(Bits) && history.stride(1) == 1 && history.size(2) > position, "history of inputs");
-  const Bits* from = static_cast<const Bits*>(x.const_data_ptr());
-  const int64_t width = x.size(-1);
-  Bits* to = static_cast<Bits*>(history.mutable_data_ptr()) + position * history.stride(2);
-  for (int64_t sequence = 0; sequence < x.size(0); ++sequence)
-    std::copy_n(from + sequence * width, width, to + sequence * history.stride(0));
-}
-
-// Short convolutions by weights (K, E) of `recent`, K - 1 of (B, 1, E), and p (B, 1, E), which comes last, to u (B, E).
-void short_conv_of(const Tensor& p, at::TensorList recent, const Tensor& weight, const Tensor& bias, float* u) {
-  const int64_t taps = weight.size(0), rows = weight.size(1), batch = p.numel() / rows;
-  TORCH_CHECK(int64_t(recent.size()) == taps - 1 && bias.numel() == rows, "recent projections do not fit");
-  for (int64_t i = 0; i < batch; ++i) std::copy_n(bias.const_data_ptr<float>(), rows, u + i * rows);
-  for (int64_t k = 0; k < taps; ++k) {
-    const Tensor& from = k < taps - 1 ? recent[k] : p;
-    const float* w = weight.const_data_ptr<float>() + k * rows;
-    TORCH_CHECK(from.is_contiguous() && from.numel() == batch * rows, "projections do not fit");
-    for (int64_t i = 0; i < batch; ++i) {
-      if (from.scalar_type() == at::kFloat) add_tap(from.const_data_ptr<float>() + i * rows, w, rows, u + i * rows);
-      else add_tap(reinterpret_cast<const BFloat*>(from.const_data_ptr<at::BFloat16>()) + i * rows, w, rows, u + i * rows);
-    }
-  }
 }
 
 template <class T>
@@ -131,30 +103,16 @@ Tensor step(const Tensor& p, at::TensorList recent, const Tensor& weight, const 
 
 // One position of multi-head Hyena: the short convolution, then work(item, input, y) for every head of every sequence.
 template <class F>
-Tensor heads_step_with(const HeadStep& step, const Tensor& p, at::TensorList recent, const Tensor& weight,
-                       const Tensor& bias, const Tensor& direct, const Tensor& x, const Tensor& inputs, int64_t position,
-                       const F& work) {
-  const int64_t batch = x.size(0), heads = step.heads, width = heads * step.values, rows = weight.size(1);
-  check_float(weight, "short weight");
-  check_float(bias, "short bias");
-  check_float(direct, "direct");
-  TORCH_CHECK(rows == 2 * heads * step.keys + width + (step.gated ? heads : 0), "rows do not fit");
-  TORCH_CHECK(x.is_contiguous() && x.scalar_type() == inputs.scalar_type() && x.size(-1) == inputs.size(1), "inputs do not fit");
-  if (x.element_size() == 4) remember<uint32_t>(x, inputs, position);
-  else remember<uint16_t>(x, inputs, position);
-  std::vector<float> u(batch * rows), y(batch * width);
-  short_conv_of(p, recent, weight, bias, u.data());
-  each(batch * heads, [&](int64_t item) {
+Tensor heads_step_with(const HeadStep& step, const StepInputs& given, const Tensor& direct, const F& work) {
+  const int64_t heads = step.heads, keys = heads * step.keys, width = heads * step.values;
+  return step_with(given, heads, width, 2 * keys + width + (step.gated ? heads : 0), direct,
+                   [&](int64_t item, const float* q, float* y) {
     const int64_t head = item % heads;
-    const float *q = u.data() + item / heads * rows, *k = q + heads * step.keys, *v = k + heads * step.keys;
+    const float *k = q + keys, *v = k + keys;
     const HeadInput in{q + head * step.keys, k + head * step.keys, v + head * step.values,
                        step.gated ? v[width + head] : 0.0f};
-    work(item, in, direct.const_data_ptr<float>() + head * step.values, y.data() + item * step.values);
+    work(item, in, direct.const_data_ptr<float>() + head * step.values, y);
   });
-  Tensor out = at::empty({batch, 1, width}, p.options());
-  if (p.scalar_type() == at::kFloat) store_row(y.data(), batch * width, out.mutable_data_ptr<float>());
-  else store_row(y.data(), batch * width, reinterpret_cast<BFloat*>(out.mutable_data_ptr<at::BFloat16>()));
-  return out;
 }
 
 // Histories are those of inputs x, of keys (B, H, K, positions) and of values.
@@ -170,13 +128,10 @@ Tensor heads_step(const Tensor& p, at::TensorList recent, const Tensor& weight, 
     TORCH_CHECK(t->scalar_type() == at::kFloat && t->is_contiguous() && t->size(3) > position, "histories do not fit");
   TORCH_CHECK(value.size(1) == heads && step.values > 0, "rows of values do not fit");
   TORCH_CHECK(lags.scalar_type() == at::kFloat && touching(lags) && lags.size(1) == position + 1, "lags do not fit");
-  const auto history = [](const Tensor& t, int64_t item) {
-    return History{t.mutable_data_ptr<float>() + item * t.size(2) * t.size(3), t.size(3)};
-  };
-  return heads_step_with(step, p, recent, weight, bias, direct, x, histories[0], position,
+  return heads_step_with(step, {p, recent, weight, bias, x, histories[0], position}, direct,
                          [&](int64_t item, const HeadInput& in, const float* direct_of, float* y) {
     const float* lags_of = lags.const_data_ptr<float>() + item % heads * lags.stride(0);
-    head_step(step, in, direct_of, history(key, item), history(value, item), lags_of, position, y);
+    head_step(step, in, direct_of, history_of(key, item), history_of(value, item), lags_of, position, y);
   });
 }
 
@@ -198,7 +153,7 @@ Tensor heads_modal_step(const Tensor& p, at::TensorList recent, const Tensor& we
     TORCH_CHECK(t->is_contiguous() && t->numel() == heads * modes, "modes do not fit");
   float* memories = static_cast<float*>(memory.mutable_data_ptr());
   const int64_t size = parts * modes * step.keys * step.values;
-  return heads_step_with(step, p, recent, weight, bias, direct, x, inputs, position,
+  return heads_step_with(step, {p, recent, weight, bias, x, inputs, position}, direct,
                          [&](int64_t item, const HeadInput& in, const float* direct_of, float* y) {
     const int64_t first = item % heads * modes * parts;
     const HeadModes of{modes, numbers(decay) + first, numbers(residue) + first};

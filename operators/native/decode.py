@@ -5,7 +5,9 @@ convolution computes it along with the outputs, up to the next power of two that
 It opens anew where it ends or where something else than a step came between. Inside, the work of every step is bounded
 (`step.h`).
 
-Heads read their history of keys and values as in torch, or go through their memory of modes once.
+Heads read their history of keys and values as in torch, or go through their memory of modes once. With a window their
+step has the near positions in it, and so has that of a window alone; queries and keys that are normed, and texts that
+are padded, are left to torch.
 
 Shapes: B batch, E rows of the projection, D model width, I inner width, H heads, L lags, N convolutions, P channels in
 whole vectors, S modes, T positions with the new one, W positions of the window.
@@ -13,6 +15,7 @@ whole vectors, S modes, T positions with the new one, W positions of the window.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -21,7 +24,7 @@ from torch import Tensor
 from operators.decoding.channelwise import CoreTables, CoreWindow, Tiled
 from operators.decoding.frozen import Filters
 from operators.decoding.history import History
-from operators.decoding.multihead import HeadMemory, KeysAndValues
+from operators.decoding.multihead import HeadMemory, KeysAndValues, NearHistory, WindowMemory
 from operators.decoding.state import HyenaState, ShortConv
 from operators.native import LONGEST, serves
 from operators.native.channels import spectra_of, transform_size
@@ -93,12 +96,49 @@ def step_modal_heads(
     return cast(Tensor, torch.ops.layerswap.heads_modal_step(p_B1E, _recent(state, p_B1E), *weights, *inputs, **how))
 
 
+def step_window_heads(
+    x_B1D: Tensor,
+    p_B1E: Tensor,
+    short: ShortConv,
+    near: Sequence[Tensor],
+    direct_D: Tensor,
+    state: NearHistory,
+    **how: Any,
+) -> Tensor:
+    """`step_heads` with near positions; `near` are frequencies, the level's key and shift, and where queries and keys
+    are tied the centre."""
+    assert state.filters is not None
+    weights = (short.weight_KE, short.bias_E, state.filters.reversed(state.length + 1), direct_D.detach().float())
+    every = (state.inputs, state.keys, state.values, state.near_keys, state.near_values)
+    inputs = (x_B1D.contiguous(), _buffers(*every, position=state.length))
+    parts = [part.detach().float() for part in near]
+    given = (p_B1E, _recent(state, p_B1E), *weights, *inputs, parts, state.length)
+    return cast(Tensor, torch.ops.layerswap.heads_window_step(*given, **how))
+
+
+def step_window(
+    x_B1D: Tensor, p_B1E: Tensor, short: ShortConv, frequencies_P: Tensor, direct_D: Tensor, state: WindowMemory
+) -> Tensor:
+    """`step` of a window alone."""
+    weights = (short.weight_KE, short.bias_E, direct_D.detach().float())
+    state.memory[1:5] = memory = [part.contiguous() for part in state.memory[1:5]]
+    inputs = (x_B1D.contiguous(), *_buffers(state.inputs, position=state.length), memory)
+    given = (p_B1E, _recent(state, p_B1E), *weights, *inputs, frequencies_P.detach().float(), state.length)
+    return cast(Tensor, torch.ops.layerswap.window_step(*given))
+
+
 def takes(state: HyenaState, x_B1D: Tensor, p_B1E: Tensor) -> bool:
     """Whether the core computes this step: it wants histories in float32, which keys and values of heads are not that
     were seen under autocast."""
     if not (serves(p_B1E) and state.croppable and state.max_length <= LONGEST):
         return False
     keys = state.keys.buffer if isinstance(state, KeysAndValues) else None
+    if isinstance(state, NearHistory) and state.padding_B is not None:
+        return False
+    if isinstance(state, WindowMemory):
+        keys = None if state.padded or not state.memory else state.memory[1]
+        if keys is None:
+            return False
     inputs = state.inputs.buffer
     return inputs is not None and inputs.dtype == x_B1D.dtype and (keys is None or keys.dtype == torch.float32)
 

@@ -20,33 +20,44 @@ struct History {
   int64_t stride;
 };
 
-// scores[s] = f(q . k_s) h(last - s) of `length` positions; `lags` is h reversed, its last entry that of lag 0.
+// scores[s] += sum_i weight[i] row_i[s] of Rows rows `stride` apart.
+template <int Rows>
+inline void add_rows(const float* weights, const float* rows, int64_t stride, int64_t length, float* scores) {
+  int64_t s = 0;
+  for (; s + kLanes <= length; s += kLanes) {
+    Vec sum = read(scores + s);
+    for (int row = 0; row < Rows; ++row) __builtin_prefetch(rows + (Rows + row) * stride + s);  // rows lie on other pages
+    for (int row = 0; row < Rows; ++row) sum += weights[row] * read(rows + row * stride + s);
+    write(scores + s, sum);
+  }
+  if (s == length) return;
+  Vec sum = read_some(scores + s, length - s);
+  for (int row = 0; row < Rows; ++row) sum += weights[row] * read_some(rows + row * stride + s, length - s);
+  write_some(scores + s, sum, length - s);
+}
+
+// scores[s] = f(q . k_s) h(last - s) of `length` positions; `lags` is h reversed, its last entry that of lag 0. A few rows
+// at a time from end to end, as memory is read best.
 inline void score(const HeadStep& step, const float* q, History key, const float* lags, int64_t length, float* scores) {
-  for (int64_t s = 0; s < length; s += 4 * kLanes) {
-    const int64_t left = length - s;
-    Vec sum[4] = {};
-    for (int64_t k = 0; k < step.keys; ++k) {
-      const float* row = key.data + k * key.stride + s;
-      const float weight = q[k];
-      if (left >= 4 * kLanes) {
-        for (int j = 0; j < 4; ++j) sum[j] += weight * read(row + j * kLanes);
-      } else {
-        for (int64_t j = 0; j * kLanes < left; ++j) sum[j] += weight * read_some(row + j * kLanes, left - j * kLanes);
-      }
-    }
-    for (int64_t j = 0; j < 4 && j * kLanes < left; ++j) {
-      const int64_t count = left - j * kLanes;
-      const Vec value = Power{step.degree}.of(sum[j]);
-      write_some(scores + s + j * kLanes, value * read_some(lags + s + j * kLanes, count), count);
-    }
+  std::fill(scores, scores + length, 0.0f);
+  int64_t k = 0;
+  for (; k + 8 <= step.keys; k += 8) add_rows<8>(q + k, key.data + k * key.stride, key.stride, length, scores);
+  for (; k < step.keys; ++k) add_rows<1>(q + k, key.data + k * key.stride, key.stride, length, scores);
+  for (int64_t s = 0; s < length; s += kLanes) {
+    const int64_t count = length - s;
+    write_some(scores + s, Power{step.degree}.of(read_some(scores + s, count)) * read_some(lags + s, count), count);
   }
 }
 
-inline float dot(const float* a, const float* b, int64_t length) {
+// Sum of products; the next row of b, `stride` further on, is read soon.
+inline float dot(const float* a, const float* b, int64_t length, int64_t stride) {
   Vec sum[4] = {};
   int64_t s = 0;
   for (; s + 4 * kLanes <= length; s += 4 * kLanes)
-    for (int j = 0; j < 4; ++j) sum[j] += read(a + s + j * kLanes) * read(b + s + j * kLanes);
+    for (int j = 0; j < 4; ++j) {
+      __builtin_prefetch(b + stride + s + j * kLanes);
+      sum[j] += read(a + s + j * kLanes) * read(b + s + j * kLanes);
+    }
   for (; s < length; s += kLanes) sum[0] += read_some(a + s, length - s) * read_some(b + s, length - s);
   return total((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
@@ -75,9 +86,9 @@ inline void head_step(const HeadStep& step, const HeadInput& in, const float* di
   score(step, query.data(), key, lags, position + 1, scores.data());
   float sum = 1.0f;
   if (step.normalised)
-    sum = dot(scores.data(), value.data + step.values * value.stride, position + 1) + step.smallest_sum;
+    sum = dot(scores.data(), value.data + step.values * value.stride, position + 1, 0) + step.smallest_sum;
   for (int64_t row = 0; row < step.values; ++row)
-    y[row] = dot(scores.data(), value.data + row * value.stride, position + 1) / sum + direct[row] * in.v[row];
+    y[row] = dot(scores.data(), value.data + row * value.stride, position + 1, value.stride) / sum + direct[row] * in.v[row];
 }
 
 // Modes of a head, real ones or pairs of real and imaginary part.

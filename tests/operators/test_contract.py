@@ -15,7 +15,8 @@ from operators.decoding.state import State
 from operators.heads import HeadHyena
 from operators.registry import OPERATORS, Operator
 from operators.skip import Skip
-from operators.windowed import WindowAttention, WindowedHeads
+from operators.window import WindowAttention
+from operators.windowed import WindowedHeads
 from tests.operators.cases import CASES, MAX, B, D, attention, close, draw, empty_like, generator, make
 
 SWITCHING = [20, *[1] * 10, 10, *[1] * 10, 7, *[1] * 23]  # chunks between steps

@@ -32,6 +32,11 @@ HEADS = (
     "modal, heads",
     "modal, heads, gated",
     "modal, heads, power",
+    "window, power",
+    "window, longer than most",
+    "window, tied",
+    "window, tied, normed",
+    "window alone",
 )
 CHANNELS = ("order 2", "order 3", "order 4", "linear window", "modal, order 2", "fir, order 2")  # taps 3, 3, 1 and 4
 ELSEWHERE = (
@@ -42,23 +47,6 @@ ELSEWHERE = (
     "no_step_transforms",
     "sizes_of_transforms",
 )  # float64, or no operator
-
-
-@pytest.fixture(scope="session")
-def compiled() -> None:
-    """The core, built if need be; without a compiler what needs it is skipped."""
-    try:
-        build.build()
-    except RuntimeError as error:
-        pytest.skip(f"the core cannot be built here: {error}")
-
-
-@pytest.fixture
-def core(compiled: None) -> Iterator[None]:
-    """The core in use."""
-    assert native.use(True)
-    yield
-    native.use(False)
 
 
 def contract() -> Iterator[Any]:

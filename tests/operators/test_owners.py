@@ -22,7 +22,8 @@ from operators.decoding.frozen import Filters
 from operators.decoding.kept import frozen_filters
 from operators.heads import HeadHyena
 from operators.registry import build
-from operators.windowed import WindowAttention, WindowedHeads
+from operators.window import WindowAttention
+from operators.windowed import WindowedHeads
 from tests.operators.cases import CASES, MAX, B, D, attention, close, draw, empty_like, generator, make
 
 KINDS = ("order 3", "heads", "modal, order 2", "modal, heads", "fir, order 2", "power, full")

@@ -1,0 +1,203 @@
+// Whole sequences of a head with a window in bfloat16: sixty-four queries at a time against the keys that they see, near
+// ones by softmax and far ones by power and lag, over one sum. Products are transposed, keys by queries, so that what is
+// done to them goes along queries, and pairs of their rows are at once what the product with the values reads.
+#pragma once
+
+#include <ATen/native/CPUBlas.h>
+
+#include "rows.h"
+
+namespace layerswap {
+
+constexpr int64_t kQueries = 64, kFarKeys = 512;
+
+struct WindowHead {
+  int64_t length, keys, far_keys, values;   // widths of a near key, a far one (0: nothing is far) and a value
+  int64_t window, sinks, degree;
+  Rows<const BFloat> q, k, v, far_q, far_k;  // rows `channel` apart, positions touch
+  const float *h, *counted, *level;          // h: kQueries zeros, lags from the window on, zeros; counted may be null
+};
+
+// e^x of numbers up to 0.
+FORCED Vec exp_of(Vec x) {
+  const Vec magic = Vec{} + 12582912.0f;
+  x = (x > -87.0f) ? x : Vec{} - 87.0f;
+  const Vec t = x * 1.44269504f + magic, n = t - magic;
+  const Vec r = x - n * 0.693145752f - n * 1.42860677e-6f;
+  const Vec p = 1.0f + r * (1.0f + r * (0.5f + r * (0.16666667f + r * (0.041666668f + r * 0.0083333338f))));
+  return (Vec)((Words)p + ((Words)t << 23));
+}
+
+FORCED Words narrow(Vec v) {
+  BFloat rounded[16];
+  write(rounded, v);
+  Halves h;
+  std::memcpy(&h, rounded, sizeof h);
+  return __builtin_convertvector(h, Words);
+}
+
+// Two rows of sixty-four in bfloat16, the first in the lower halves.
+FORCED void pair(const Vec* first, const Vec* second, uint32_t* to) {
+  for (int j = 0; j < kQueries / kLanes; ++j) {
+    const Words both = narrow(first[j]) | narrow(second[j]) << 16;
+    std::memcpy(to + j * kLanes, &both, sizeof both);
+  }
+}
+
+// Queries t0 to t0 + n of `width` rows as pairs of rows.
+inline void pack_queries(Rows<const BFloat> q, int64_t width, int64_t t0, int64_t n, uint32_t* to) {
+  for (int64_t k = 0; k < width; k += 2, to += kQueries) {
+    const BFloat *a = q.data + k * q.channel + t0, *b = a + q.channel;
+    for (int64_t r = 0; r < n; ++r) to[r] = uint32_t(a[r].bits) | uint32_t(b[r].bits) << 16;
+    std::fill(to + n, to + kQueries, 0u);
+  }
+}
+
+// Keys with the channels of a position side by side, (length, width).
+inline void turn_keys(Rows<const BFloat> k, int64_t width, int64_t length, BFloat* to) {
+  for (int64_t c = 0; c < width; c += kLanes) {
+    const int64_t lanes = std::min(kLanes, width - c);
+    for (int64_t s = 0; s < length; s += kLanes) {
+      const int64_t count = std::min(kLanes, length - s);
+      Vec tile[16];
+      load_tile(Rows<const BFloat>{k.data + c * k.channel, k.channel, 1, lanes}, s, count, tile);
+      for (int64_t i = 0; i < count; ++i) write_some(to + (s + i) * width + c, tile[i], lanes);
+    }
+  }
+}
+
+inline void product(int64_t rows, int64_t inner, int64_t stride, const BFloat* a, const uint32_t* b, bool add, float* c) {
+  at::native::cpublas::brgemm(rows, kQueries, inner, stride, kQueries, kQueries, add,
+                              reinterpret_cast<const at::BFloat16*>(a), reinterpret_cast<const at::BFloat16*>(b), c);
+}
+
+class WindowMixer {
+ public:
+  explicit WindowMixer(const WindowHead& head)
+      : head_(head), stride_(head.length + 2), turned_(head.length * head.keys), far_(head.length * head.far_keys),
+        v_(head.values * stride_), query_(head.keys / 2 * kQueries), far_query_(head.far_keys / 2 * kQueries),
+        near_(std::max(head.values, head.sinks + head.window + kQueries) * kQueries), far_products_(kFarKeys * kQueries),
+        weights_((head.sinks + head.window + kQueries + kFarKeys + 4) / 2 * kQueries), y_(head.values * kQueries),
+        far_y_(head.values * kQueries) {
+    turn_keys(head.k, head.keys, head.length, turned_.data());
+    if (head.far_keys) turn_keys(head.far_k, head.far_keys, head.length, far_.data());
+    for (int64_t row = 0; row < head.values; ++row)
+      std::copy_n(head.v.data + row * head.v.channel, head.length, v_.data() + row * stride_);
+  }
+
+  // Queries from t0 on, rows of y `length` apart.
+  void block(int64_t t0, BFloat* y) {
+    const int64_t n = std::min(kQueries, head_.length - t0);
+    pack_queries(head_.q, head_.keys, t0, n, query_.data());
+    near(t0, n);
+    Vec share[kVecs], rest[kVecs] = {};
+    for (int j = 0; j < kVecs; ++j) share[j] = 1.0f / sum_[j];
+    if (head_.far_keys && t0 + n > head_.window + head_.sinks) {
+      far(t0, n);
+      shares(t0, n, share, rest);
+    } else {
+      std::fill(far_y_.begin(), far_y_.end(), 0.0f);
+    }
+    for (int64_t row = 0; row < head_.values; ++row)
+      for (int j = 0; j * kLanes < n; ++j) {
+        const int64_t at = row * kQueries + j * kLanes;
+        write_some(y + row * head_.length + t0 + j * kLanes, read(&y_[at]) * share[j] + read(&far_y_[at]) * rest[j],
+                   n - j * kLanes);
+      }
+  }
+
+ private:
+  static constexpr int kVecs = kQueries / kLanes;
+
+  // A key's products where it counts as near, `other` where it does not.
+  void row_of(const float* products, int64_t s, int64_t t0, float other, Vec* row) const {
+    constexpr Vec kPlace = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const float first = float(s - t0), last = s < head_.sinks ? float(kQueries) : float(s - t0 + head_.window);
+    for (int j = 0; j < kVecs; ++j) {
+      const Vec place = kPlace + float(j * kLanes);
+      const auto counts = (place >= first) & (place < last);
+      row[j] = counts ? read(products + j * kLanes) : Vec{} + other;
+    }
+  }
+
+  // Sums of exponentials relative to the largest, which are kept, and the values by them.
+  void near(int64_t t0, int64_t n) {
+    const int64_t low = std::max<int64_t>(0, t0 - head_.window + 1), sinks = std::min(head_.sinks, low);
+    const int64_t all = sinks + t0 + n - low;
+    if (sinks) product(sinks, head_.keys, head_.keys, turned_.data(), query_.data(), false, near_.data());
+    product(all - sinks, head_.keys, head_.keys, &turned_[low * head_.keys], query_.data(), false, &near_[sinks * kQueries]);
+    const auto place = [&](int64_t i) { return i < sinks ? i : low + i - sinks; };
+    for (int j = 0; j < kVecs; ++j) largest_[j] = Vec{} - 1e30f, sum_[j] = Vec{};
+    Vec row[kVecs], next[kVecs];
+    for (int64_t i = 0; i < all; ++i) {
+      row_of(&near_[i * kQueries], place(i), t0, -1e30f, row);
+      for (int j = 0; j < kVecs; ++j) largest_[j] = row[j] > largest_[j] ? row[j] : largest_[j];
+    }
+    const auto weigh = [&](int64_t i, int64_t end, Vec* to) {
+      if (i >= end) return std::fill(to, to + kVecs, Vec{});
+      row_of(&near_[i * kQueries], place(i), t0, -1e30f, to);
+      for (int j = 0; j < kVecs; ++j) sum_[j] += to[j] = exp_of(to[j] - largest_[j]);
+    };
+    bool add = false;
+    for (const auto& [from, end] : {std::pair{int64_t{0}, sinks}, std::pair{sinks, all}}) {
+      if (from == end) continue;
+      for (int64_t i = from; i < end; i += 2) {
+        weigh(i, end, row), weigh(i + 1, end, next);
+        pair(row, next, &weights_[(i - from) / 2 * kQueries]);
+      }
+      product(head_.values, (end - from + 1) / 2 * 2, stride_, &v_[place(from)], weights_.data(), add, y_.data());
+      add = true;
+    }
+  }
+
+  // Values by far weights, and the sums of these.
+  void far(int64_t t0, int64_t n) {
+    pack_queries(head_.far_q, head_.far_keys, t0, n, far_query_.data());
+    const int64_t stop = t0 + n - head_.window;
+    for (int j = 0; j < kVecs; ++j) far_sum_[j] = Vec{};
+    const Power power{head_.degree};
+    for (int64_t start = head_.sinks; start < stop; start += kFarKeys) {
+      const int64_t count = std::min(kFarKeys, stop - start);
+      product(count, head_.far_keys, head_.far_keys, &far_[start * head_.far_keys], far_query_.data(), false,
+              far_products_.data());
+      const auto weigh = [&](int64_t i, Vec* to) {
+        if (i >= count) return std::fill(to, to + kVecs, Vec{});
+        const int64_t s = start + i;
+        const float* lags = head_.h + kQueries + t0 - s - head_.window;
+        const float counted = head_.counted ? head_.counted[s] : 1.0f;
+        for (int j = 0; j < kVecs; ++j) {
+          to[j] = power.of(read(&far_products_[i * kQueries + j * kLanes])) * read(lags + j * kLanes) * counted;
+          far_sum_[j] += to[j];
+        }
+      };
+      for (int64_t i = 0; i < count; i += 2) {
+        Vec row[kVecs], next[kVecs];
+        weigh(i, row), weigh(i + 1, next);
+        pair(row, next, &weights_[i / 2 * kQueries]);
+      }
+      product(head_.values, (count + 1) / 2 * 2, stride_, &v_[start], weights_.data(), start > head_.sinks, far_y_.data());
+    }
+  }
+
+  // What near and far values are multiplied by.
+  void shares(int64_t t0, int64_t n, Vec* share, Vec* rest) const {
+    for (int64_t r = 0; r < n; ++r) {
+      const int64_t j = r / kLanes, i = r % kLanes;
+      if (far_sum_[j][i] < 1e-30f) continue;
+      const float near = largest_[j][i] + std::log(sum_[j][i]) - head_.level[t0 + r];
+      const float part = 1.0f / (1.0f + std::exp(std::log(far_sum_[j][i]) - near));
+      share[j][i] = part / sum_[j][i], rest[j][i] = (1.0f - part) / far_sum_[j][i];
+    }
+  }
+
+  const WindowHead& head_;
+  int64_t stride_;
+  std::vector<BFloat> turned_, far_, v_;
+  std::vector<uint32_t> query_, far_query_;
+  std::vector<float> near_, far_products_;
+  std::vector<uint32_t> weights_;
+  std::vector<float> y_, far_y_;
+  Vec largest_[kVecs], sum_[kVecs], far_sum_[kVecs];
+};
+
+}  // namespace layerswap

@@ -1,0 +1,89 @@
+"""Near positions and sinks by softmax, as attention has them, and nothing far: the control to `windowed`.
+
+    y_t = sum_{s near} exp(q'_t . k'_s) v_s / sum_{s near} exp(q'_t . k'_s) + direct v_t
+
+Shapes: as in `hyena`, and H heads, K the width of a head's query and key, V of its value.
+"""
+
+import torch
+from torch import Tensor
+
+from operators.config import WindowConfig
+from operators.decoding.frozen import Filters
+from operators.decoding.multihead import WINDOW_STATES, WindowMemory
+from operators.decoding.state import HyenaState
+from operators.filters.none import NoFilter
+from operators.hyena import Hyena
+from operators.mixing.near import near, whole
+from operators.native.decode import step_window, takes
+from operators.native.window import mix_window, takes_whole
+from operators.near import Near, near_places, split_rows, with_direct
+from operators.transfer.attention import AttentionWeights
+
+
+class WindowAttention(Hyena):
+    """Near positions and sinks alone: E = 3 I, rows for query, key and value; `near` is a `Near` without a level."""
+
+    STATES = WINDOW_STATES
+    config: WindowConfig  # type: ignore[assignment]
+
+    def __init__(self, config: WindowConfig, d_model: int, max_length: int, inner: int | None = None) -> None:
+        super().__init__(config, d_model, max_length, inner)
+        if config.heads is None:
+            raise ValueError("heads must be set where there is no attention to take them from but is None: set heads.")
+        if self.inner % config.heads:
+            raise ValueError(f"heads must divide the width {self.inner} but is {config.heads}: choose a divisor of it.")
+        self.heads, self.window, self.sinks = config.heads, config.window, config.sinks
+        self.build(3 * self.inner, NoFilter(max_length), self.inner)
+        self.near = Near(self.heads, self.inner // self.heads, config.near_norm, level=False)
+
+    def step_modes(self) -> tuple[str, ...]:
+        return ("window",)
+
+    def described(self) -> str:
+        return "with a window alone "
+
+    def combine(
+        self, u_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None
+    ) -> Tensor:
+        v_BIL, q_BHKL, k_BHKL = split_rows(u_BEL, self.heads, self.inner)
+        v_BHVL, start = v_BIL.unflatten(1, (self.heads, -1)), 0 if state is None else state.length
+        q_BHKL, _, k_BHKL, _ = self.near.products(q_BHKL, k_BHKL, start)
+        if state is None:
+            seen = whole(k_BHKL, v_BHVL, self.sinks, mask_BL)
+        else:
+            assert isinstance(state, WindowMemory)
+            seen = state.see(k_BHKL, v_BHVL, mask_BL, self.window, self.sinks)
+        q_BHKL = q_BHKL.to(seen.k_BHKT.dtype)
+        if start == 0 and takes_whole(q_BHKL, None, mask_BL):
+            y_BHVL = mix_window(q_BHKL, k_BHKL, v_BHVL, None, self.window, self.sinks)
+        else:
+            y_BHVL = near(q_BHKL, seen, self.window)[0]
+        return with_direct(y_BHVL, v_BHVL, self.direct)
+
+    def between(self, x_B1D: Tensor, p_B1E: Tensor, filters: Filters, state: HyenaState) -> Tensor | None:
+        if self.config.near_norm != "none" or not takes(state, x_B1D, p_B1E):
+            return None
+        assert isinstance(state, WindowMemory)
+        return step_window(x_B1D, p_B1E, self.short_of(state), self.near.frequencies, self.direct, state)
+
+    def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
+        v_BIL, q_BHKL, k_BHKL = split_rows(u_BEL, self.heads, self.inner)
+        v_BHVL = v_BIL.unflatten(1, (self.heads, -1))
+        near_LL = near_places(h_CL.shape[1], self.window, self.sinks, h_CL.device)
+        q_BHKL, _, k_BHKL, _ = self.near.products(q_BHKL, k_BHKL, 0)
+        products = q_BHKL.transpose(-1, -2) @ k_BHKL
+        weights_BHLL = products.masked_fill(~near_LL, float("-inf")).softmax(-1)
+        return with_direct(v_BHVL @ weights_BHLL.transpose(-1, -2), v_BHVL, self.direct)
+
+    @torch.no_grad()
+    def initialise(self, attention: AttentionWeights | None, generator: torch.Generator) -> None:
+        """As `Hyena.initialise`; queries and keys are the attention's."""
+        self.near.initialise()
+        super().initialise(attention, generator)
+
+    def transfer(self, attention: AttentionWeights, generator: torch.Generator) -> None:
+        maps = self.near.transfer(attention, self.heads, self.inner // self.heads)
+        rows, biases = zip(*maps, strict=True)
+        self.in_proj.weight.copy_(torch.cat([attention.value, *rows]))
+        self.in_proj.bias.copy_(torch.cat([attention.bias_of("value"), *biases]))

@@ -1,0 +1,75 @@
+"""Operators with a window by the compiled core: whole sequences in bfloat16, and that steps are the core's.
+
+That steps agree with torch's is part of the contract (`test_native`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from operators import native
+from operators.config import FirFilterConfig, HyenaConfig, ImplicitFilterConfig, WindowConfig
+from operators.registry import build
+from tests.operators import test_contract
+from tests.operators.cases import B, D, close, draw, generator, make
+
+DIVIDED: dict[str, Any] = {
+    "feature_map": "power", "normalise": True, "filter": ImplicitFilterConfig(positive=True, width=16, features=9)
+}  # fmt: skip
+WINDOWS: dict[str, HyenaConfig | WindowConfig] = {
+    "rows of its own": HyenaConfig(heads=2, key_dim=6, key_gate=True, window=70, sinks=3, **DIVIDED),
+    "tied": HyenaConfig(heads=2, window=16, sinks=5, tied=True, degree=8, **DIVIDED),
+    "few taps": HyenaConfig(
+        heads=2, window=16, tied=True, **{**DIVIDED, "filter": FirFilterConfig(taps=40, positive=True)}
+    ),
+    "one position": HyenaConfig(heads=2, window=1, tied=True, **DIVIDED),
+    "all sinks": HyenaConfig(heads=2, window=9, sinks=500, tied=True, **DIVIDED),
+    "alone": WindowConfig(window=100, sinks=2, heads=2),
+    "alone, no sinks": WindowConfig(window=3, sinks=0, heads=4),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("length", [1, 64, 75, 200, 601])
+@torch.no_grad()
+def test_whole_sequences_with_a_window_agree_with_the_definition(
+    name: str, length: int, core: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one pass under autocast: nearer than torch's products, which are rounded before they are weighed."""
+    if not torch.ops.layerswap.window_served():
+        pytest.skip("no products in bfloat16 on this processor")
+    operator: Any = build(replace(WINDOWS[name], init="random"), 32, 601)
+    operator.initialise(None, generator())
+    operator.in_proj.weight.mul_(3.0)  # so that weights differ
+    x_BLD, calls = draw(2, length, 32), []
+    mix = torch.ops.layerswap.window_mix
+    monkeypatch.setattr(torch.ops.layerswap, "window_mix", lambda *given: calls.append(1) or mix(*given))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, state = operator(x_BLD), operator.init_state(2)
+        again = operator.extend(x_BLD, state)[0]
+    assert len(calls) == 2 and torch.equal(found, again)
+    wanted = operator.reference(x_BLD)
+    close(found.float(), wanted, 0.03)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        native.use(False)
+        theirs = operator(x_BLD)
+    assert (found - wanted).norm() <= 1.1 * (theirs - wanted).norm()
+
+
+@pytest.mark.parametrize(("case", "step"), [("window, tied", "heads_window_step"), ("window alone", "window_step")])
+@torch.no_grad()
+def test_steps_with_a_window_are_the_cores(case: str, step: str, core: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the contract held for torch's; and those of padded texts are torch's."""
+    operator, x_BLD, calls = make(case), draw(B, 12, D), []
+    core_step = getattr(torch.ops.layerswap, step)
+    monkeypatch.setattr(torch.ops.layerswap, step, lambda *a, **k: calls.append(1) or core_step(*a, **k))
+    test_contract.extended(operator, x_BLD, [8, 1, 1, 1, 1])
+    assert len(calls) == 4
+    state = operator.init_state(B)
+    operator.extend(x_BLD[:, :8], state, torch.arange(8).expand(B, 8) > 2)
+    operator.extend(x_BLD[:, 8:9], state)
+    assert len(calls) == 4
