@@ -18,6 +18,7 @@ from orchestrator.run.store import Store, tree_bytes
 from orchestrator.study.plan import Plan, Trial, operator_name, stage_memory
 from orchestrator.study.spec import ThroughputSpec, short
 
+KINDS = 5  # of stages that a line tells the memory of
 Node = dict[str, Any]  # a stage of the tree: key, swapped layers, state, trials that end here, children
 
 
@@ -105,8 +106,10 @@ def status_text(plan: Plan, store: Store) -> str:
     lines = []
     for key, (name, step) in distinct_steps(plan).items():
         failure = store.failure(key) or store.failure(step.evaluate.key)
+        unprobed = step.probes and store.failure(step.probes.key)
         if store.finished(key) and store.finished(step.evaluate.key):
             state = f"finished, perplexity ratio {store.result(step.evaluate.key)['perplexity_ratio']:.3f}"
+            state += f"; probes failed: {unprobed['error']}" if unprobed else ""
         elif failure is not None:
             state = f"failed: {failure['error']}"
         elif store.attempt(key) is not None:
@@ -183,8 +186,9 @@ def _memory_lines(memory: Iterable[dict[str, Any]]) -> Iterator[str]:
     for kind, each in kinds.items():
         least = "" if min(each) == max(each) else f"{min(each)}-"
         parts.append(f"{kind} {least}{_megabytes(max(each))}")
-    if parts:
-        yield f"memory of a stage: {', '.join(parts)}"
+    for start in range(0, len(parts), KINDS):
+        told = ", ".join(parts[start : start + KINDS]) + ("," if start + KINDS < len(parts) else "")
+        yield f"{'' if start else 'memory of a stage:':18} {told}"
 
 
 def _megabytes(count: int) -> str:

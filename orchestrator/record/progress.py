@@ -20,7 +20,8 @@ from orchestrator.study.spec import ThroughputSpec
 from orchestrator.study.stages import Step
 
 EVERY = 20.0  # seconds between lines when nothing happens
-EVALUATION, SPEED = 2.0, 5.0  # seconds of an evaluation and of a measurement of speed, before the first of them
+# Seconds of an evaluation, of probes and of a measurement of speed, before the first of them.
+EVALUATION, PROBES, SPEED = 2.0, 5.0, 5.0
 BEGINNING = 1.0  # seconds from a stage's start to its first step
 
 
@@ -42,6 +43,8 @@ class Progress:
         self.reused = set(self.finished)
         self.started: set[str] = set()
         self.measured = {key for key in self.speeds if store.finished(key)}
+        self.probes = {spec.key for step in plan.steps for spec in step.probed}
+        self.probed = {key for key in self.probes if store.finished(key)}
         self.data_told = store.finished(plan.tokens.key)
         self.rates: dict[str, float] = {}
         self.before = {key: store.attempt(key) for key in self.steps}  # of earlier runs
@@ -86,6 +89,10 @@ class Progress:
                     users = self.users.get(key, [])
                     shared = f", for {len(users)} trials" if len(users) > 1 else ""
                     self._say(f"start  {name}: {step.own_tokens:,} tokens{shared}")
+        for key in sorted(self.probes - self.probed):
+            if self.store.finished(key):
+                self.probed.add(key)
+                self._say(f"probes {len(self.probed)} of {len(self.probes)} models")
         for key in self.speeds:
             if key not in self.measured and self.store.finished(key):
                 self.measured.add(key)
@@ -128,6 +135,7 @@ class Progress:
         evaluated = self._median(spec.evaluate.key for _, spec in self.steps.values())
         chains = {key: (evaluated or EVALUATION) + self._seconds(step, done[key]) for key, step in unfinished.items()}
         work = sum(seconds * unfinished[key].train.cores for key, seconds in chains.items())
+        work += (self._median(self.probed) or PROBES) * len(self.probes - self.probed)
         longest = max((sum(chains.get(s.train.key, 0.0) for s in t.steps) for t in self.plan.trials), default=0.0)
         longest += chains.get(self.plan.teacher.train.key, 0.0)
         speeds = (self._median(self.measured) or SPEED) * (len(self.speeds) - len(self.measured))

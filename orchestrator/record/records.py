@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from orchestrator.record.probe_results import probe_result
 from orchestrator.record.task_results import task_results
 from orchestrator.run.store import Store
 from orchestrator.study.plan import Plan, Trial, operator_name
@@ -25,7 +26,8 @@ def make_records(
 ) -> list[Record]:
     """The rows of every finished step; `trained` holds the keys that the last run trained itself.
 
-    A metric that was not measured has no entry; nothing is filled in. `tasks` has what students were asked beside it.
+    A metric that was not measured has no entry; nothing is filled in. `tasks` has what students were asked beside it,
+    `probes` what perplexity hides.
     """
     asked = task_results(store)
 
@@ -57,6 +59,7 @@ def make_records(
             "reused": step.train.key not in trained,
             "metrics": metrics,
             "tasks": asked.get(step.train.key, {}),
+            "probes": probe_result(store, step),
             **more,
         }
 
@@ -82,6 +85,15 @@ def best_path(records: list[Record]) -> list[Record]:
         return []
     best = min(last, key=lambda row: (-len(row["swapped_layers"]), row["metrics"]["perplexity_ratio"]))
     return [row for row in records if row["trial"] == best["trial"]]
+
+
+def ends(records: list[Record]) -> list[Record]:
+    """The last stage of every trial that is finished, most swapped layers and lowest perplexity ratio first."""
+    trials: dict[str, Record] = {}
+    for row in records:
+        if row["kind"] == "stage":
+            trials[row["trial"]] = row
+    return sorted(trials.values(), key=lambda row: (-len(row["swapped_layers"]), row["metrics"]["perplexity_ratio"]))
 
 
 def pareto_front(records: list[Record], speed: str, length: str) -> list[Record]:

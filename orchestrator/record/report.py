@@ -12,7 +12,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from orchestrator.files import write_json, write_text
-from orchestrator.record.records import Record, best_path, pareto_front
+from orchestrator.record.probe_table import LEGEND as PROBE_LEGEND
+from orchestrator.record.probe_table import draw_probes, drawn, probe_table, probed_rows
+from orchestrator.record.records import Record, best_path, ends, pareto_front
 from orchestrator.record.task_table import LEGEND as TASK_LEGEND
 from orchestrator.record.task_table import task_table
 from orchestrator.study.plan import Plan
@@ -34,13 +36,15 @@ def legend(records: list[Record], length: str) -> str:
 
 
 def write_report(plan: Plan, records: list[Record], run: dict[str, Any], folder: Path) -> dict[str, Path]:
-    """Write `report.md`, `pareto.png`, `records.csv` and `records.json` into `folder`; returns them by name."""
+    """Write `report.md`, `records.csv`, `records.json` and pictures into `folder`; returns them by name."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / name for name in ("report.md", "records.json", "records.csv")}
     write_json(paths["records.json"], {"study": plan.study.study, "run": run, "records": records})
     write_text(paths["records.csv"], pd.json_normalize(records).to_csv(index=False))
     if draw_pareto(plan, records, folder / "pareto.png"):
         paths["pareto.png"] = folder / "pareto.png"
+    if draw_probes(plan.study.study, probed_rows(records), folder / "probes.png"):
+        paths["probes.png"] = folder / "probes.png"
     write_text(paths["report.md"], markdown(plan, records, run))
     return paths
 
@@ -58,7 +62,9 @@ def answer(plan: Plan, records: list[Record], run: dict[str, Any], commands: lis
             text_table(table(path, length)),
             "",
         ]
-    lines += [text_table(table(_ends(records), length, "trial")), ""] if len(_ends(records)) > 1 else []
+    lines += [text_table(table(ends(records), length, "trial")), ""] if len(ends(records)) > 1 else []
+    probed = probed_rows(records)
+    lines += [text_table(probe_table(probed)), PROBE_LEGEND, ""] if probed else []
     tasks = _tasks(records)
     lines += [text_table(task_table(tasks)), TASK_LEGEND, ""] if tasks else []
     lines += [legend(records, length), "", resources(run), "", *commands]
@@ -79,12 +85,15 @@ def markdown(plan: Plan, records: list[Record], run: dict[str, Any]) -> str:
             f"`{path[0]['words']}`",
             pipe_table(table(path, length)),
         ]
-    parts += ["## Every trial at its last stage", pipe_table(table(_ends(records), length, "trial"))]
+    parts += ["## Every trial at its last stage", pipe_table(table(ends(records), length, "trial"))]
     stages = [row for row in records if row["kind"] == "stage"]
     parts += ["## Quality against speed", "![Pareto picture](pareto.png)"]
     front = pareto_front(records, "prefill_ratio", length)
     parts += [pipe_table(table(front, length))] if front else []
     parts += ["## Every stage", pipe_table(table(stages, length)), legend(records, length)]
+    if probed := probed_rows(records):
+        parts += ["## What perplexity hides", pipe_table(probe_table(probed)), PROBE_LEGEND]
+        parts += ["![Loss by position and by length](probes.png)"] if drawn(probed) else []
     tasks = _tasks(records)
     parts += ["## Tasks", pipe_table(task_table(tasks)), TASK_LEGEND] if tasks else []
     parts += ["## Cost", resources(run)]
@@ -221,14 +230,6 @@ def _label_front(axis: Any, front: list[Record], xs: list[float], ys: list[float
         if count not in seen:
             seen.add(count)
             axis.annotate(f"{count} swapped", (x, y), textcoords="offset points", xytext=(6, -10), fontsize=8)
-
-
-def _ends(records: list[Record]) -> list[Record]:
-    trials: dict[str, Record] = {}
-    for row in records:
-        if row["kind"] == "stage":
-            trials[row["trial"]] = row
-    return sorted(trials.values(), key=lambda row: (-len(row["swapped_layers"]), row["metrics"]["perplexity_ratio"]))
 
 
 def _tasks(records: list[Record]) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from orchestrator.distill.training.journal import read_journal
 from orchestrator.record.home import Home
+from orchestrator.record.probe_results import probe_numbers, probe_result
 from orchestrator.record.runs import MARKER, Point, Runs
 from orchestrator.record.task_results import task_numbers, task_results
 from orchestrator.run.store import Store
@@ -64,11 +65,11 @@ class Tracker:
     def finish(self, stopped: dict[str, int], failures: dict[str, str], summary: dict[str, float]) -> None:
         """Send the rest and give every run its true status: trials of `stopped` were ended early, the rest is read."""
         self.sync()
-        self._tasks()
+        self._asked()
         alone = [self.plan.teacher, *self.plan.controls.values()]
-        complete = all(self.store.finished(step.evaluate.key) for step in alone)
+        complete = all(self._finished(step) for step in alone)
         for trial in self.plan.trials:
-            done = trial.name in stopped or all(self.store.finished(step.evaluate.key) for step in trial.steps)
+            done = trial.name in stopped or all(self._finished(step) for step in trial.steps)
             complete &= done
             run = self.runs.ids.get(self._trial_identity(trial))
             if run is None:
@@ -88,12 +89,16 @@ class Tracker:
         self.runs.score(study, summary)
         self.runs.close(study, "FINISHED" if complete and not failures else "FAILED" if failed else "KILLED")
 
-    def _tasks(self) -> None:
-        """What students and their teacher were asked, beside the rest of their runs."""
-        for key, tasks in task_results(self.store).items():
+    def _asked(self) -> None:
+        """What tasks and probes found of students and their teacher, beside the rest of their runs."""
+        found = {key: task_numbers(tasks) for key, tasks in task_results(self.store).items()}
+        for step in self.plan.steps:
+            numbers = probe_numbers(probe_result(self.store, step)) if step.probes else {}
+            found[step.train.key] = found.get(step.train.key, {}) | numbers
+        for key, numbers in found.items():
             run = self.runs.ids.get(f"stage:{key}")
-            if run is not None:
-                self.runs.score(run, task_numbers(tasks))
+            if run is not None and numbers:
+                self.runs.score(run, numbers)
 
     def add_files(self, files: list[Path]) -> None:
         """Give the study run its files, and MLflow a model for every finished student, without copying weights."""
@@ -109,9 +114,12 @@ class Tracker:
         """The MLflow run of a step's stage."""
         return self.runs.ids.get(f"stage:{step.train.key}")
 
+    def _finished(self, step: Step) -> bool:
+        return all(self.store.finished(spec.key) for spec in (step.evaluate, *step.probed))
+
     def _failure(self, step: Step) -> str | None:
-        failure = self.store.failure(step.train.key) or self.store.failure(step.evaluate.key)
-        return None if failure is None else str(failure["error"])
+        failures = (self.store.failure(spec.key) for spec in (step.train, step.evaluate, *step.probed))
+        return next((str(failure["error"]) for failure in failures if failure is not None), None)
 
     def _study_run(self) -> str:
         study = self.plan.study

@@ -24,7 +24,8 @@ controls: scratch hyena-2, scratch hyena-4h, skip (4)
 
 3 trials ask for 9 stages, 7 distinct: sharing factor 1.29 in stages, 1.25 in tokens
 in the store: 0 of them; with teacher and controls 0 of 14
-memory of a stage: teacher 695 MB, evaluate 680-681 MB, throughput 673-680 MB, scratch 678-680 MB, distil 661-686 MB
+memory of a stage: teacher 695 MB, evaluate 680-681 MB, probes 670-671 MB, throughput 673-680 MB, scratch 678-680 MB,
+                   distil 661-686 MB
 to do: 174 k tokens to train; time and disk are not known yet: no stage was measured in this store
 """
 
@@ -103,7 +104,7 @@ def test_an_estimate_is_made_of_measured_rates(tmp_path: Path) -> None:
     assert after["tokens_to_train"] == told["tokens_to_train"] - 61_440 == 112_640
     assert cost["core_seconds"] == pytest.approx(112.64)
     assert cost["wall_seconds"] == pytest.approx(max(112.64 / cost["cores"], 25.6))
-    assert cost["unmeasured"] == ["distil", "evaluate", "scratch", "skip", "throughput", "tokens"]
+    assert cost["unmeasured"] == ["distil", "evaluate", "probes", "scratch", "skip", "throughput", "tokens"]
     first = after["tree"][1]
     done(store, first["key"], "distil", tokens_per_s=100.0, seconds=10.0, resumed_at=0)
     cost = summary(tmp_path)["estimate"]

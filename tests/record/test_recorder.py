@@ -31,7 +31,10 @@ from orchestrator.study.stages import Step
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
-ONE_TRIAL = ("controls={skip: false, scratch: none}", "search.space=[{operator: [{kind: hyena, order: 2}]}]")
+ONE_TRIAL = (
+    "controls={skip: false, scratch: none}", "search.space=[{operator: [{kind: hyena, order: 2}]}]",
+    "evaluation.probes=null",
+)  # fmt: skip
 LINES = 130  # of eight points each: more than one batch holds
 AGAIN = "layerswap report smoke.yaml"
 

@@ -44,7 +44,7 @@ def expected(hand: Hand, step: str, tokens: int, own: int, **more: Any) -> Recor
         "kind": "control", "name": step, "trial": None, "stage_index": None, "stage_count": None, "operator": "skip",
         "swapped_layers": [], "total_layers": 2, "values": {}, "words": "", "stage_key": hand.key(step),
         "run_id": f"run of {hand.key(step)}", "reused": True, "metrics": metrics,
-        "tasks": {},
+        "tasks": {}, "probes": {},
     }  # fmt: skip
     return row | more
 

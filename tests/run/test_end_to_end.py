@@ -328,3 +328,5 @@ def test_the_smoke_study_runs_to_its_end(tmp_path: Path) -> None:
     assert told.exit_code == 0, told.output
     rows = json.loads((tmp_path / "out.json").read_text())["records"]
     assert [row["kind"] for row in rows].count("stage") == 9
+    probed = [row["name"] for row in rows if row["probes"]]
+    assert probed == [row["name"] for row in rows if row["kind"] != "control" or row["name"] == "skip all"]
