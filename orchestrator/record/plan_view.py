@@ -187,8 +187,8 @@ def _memory_lines(memory: Iterable[dict[str, Any]]) -> Iterator[str]:
         least = "" if min(each) == max(each) else f"{min(each)}-"
         parts.append(f"{kind} {least}{_megabytes(max(each))}")
     for start in range(0, len(parts), KINDS):
-        told = ", ".join(parts[start : start + KINDS]) + ("," if start + KINDS < len(parts) else "")
-        yield f"{'' if start else 'memory of a stage:':18} {told}"
+        line = ", ".join(parts[start : start + KINDS]) + ("," if start + KINDS < len(parts) else "")
+        yield f"{'' if start else 'memory of a stage:':18} {line}"
 
 
 def _megabytes(count: int) -> str:

@@ -75,8 +75,8 @@ def make_needles(
 ) -> list[Needle]:
     """Texts that have `length` tokens with the longest value; none where the lines of one leave no other text room.
 
-    The keys of a text are the same at every depth and length. Value and line are tokenised apart, so that what is asked
-    for is made of the tokens that were read.
+    Every text has values of its own, the same at every length: the standard error is that of as many items. Value and
+    line are tokenised apart, so that what is asked for is made of the tokens that were read.
     """
 
     def tokens(piece: str) -> Ids:
@@ -84,7 +84,7 @@ def make_needles(
 
     needles = []
     for number in range(spec.needles):
-        draw = np.random.default_rng((spec.seed, number))
+        draw = np.random.default_rng((spec.seed, number, DEPTHS.index(depth)))
         words: dict[str, Ids] = {}
         while len(words) < KEYS:
             word = "".join(draw.choice(list(string.ascii_lowercase), LETTERS))
