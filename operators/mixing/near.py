@@ -136,7 +136,7 @@ class _Near(torch.autograd.Function):
         dy_BHNVR = _in_blocks(dy_BHVQ.to(v.dtype), rows, blocks)
         dlse_BHNR1 = _in_blocks(dlse_BH1Q, rows, blocks).transpose(-1, -2)
         taken_BHNR1 = (dy_BHNVR * y).sum(3, dtype=compute_dtype(v.dtype))[..., None] - dlse_BHNR1
-        dproducts = (dy_BHNVR.transpose(-1, -2) @ v).sub_(taken_BHNR1).mul_(weights)
+        dproducts = (dy_BHNVR.transpose(-1, -2) @ v).sub_(taken_BHNR1.to(v.dtype)).mul_(weights)
         dq = _in_line(k @ dproducts.transpose(-1, -2), queries)
         found = []
         for dx_BHNKX in (q @ dproducts, dy_BHNVR @ weights):
