@@ -40,6 +40,7 @@ SMALL = [
     "teacher.tokens=30720",
     "controls={skip: false, scratch: none}",
     "throughput={lengths: [64], decode_tokens: 8, repeats: 1}",
+    "evaluation.probes={windows: 1, needles: 0}",
 ]
 EDITED = [*SMALL, "study=edited", "recipe.joint.0.losses={kl: 1.0, ce: 0.5}"]
 
@@ -153,8 +154,9 @@ def test_two_drivers_compute_each_stage_once(together: Path) -> None:
     stages = [path for path in together.glob("store/*/*") if path.is_dir()]
     kinds = sorted(json.loads((path / "spec.json").read_text())["kind"] for path in stages)
     # Both studies share the teacher, the first stage of both trials, and all measurements; the joint stages differ.
+    evaluated = ["evaluate", "probes"]
     assert kinds == sorted(
-        ["tokens", "teacher", "evaluate"] + ["distil", "evaluate"] * (2 + 2 * 2) + ["throughput"] * 3
+        ["tokens", "teacher", *evaluated] + ["distil", *evaluated] * (2 + 2 * 2) + ["throughput"] * 3
     )
     for stage in stages:
         assert (stage / "DONE.json").exists()
@@ -210,7 +212,7 @@ def test_a_node_killed_in_the_middle_of_a_stage_costs_no_bit(nodes: Nodes, toget
     assert json.loads((stage / "DONE.json").read_text())["result"]["resumed_at"] > 0
     assert all(path.read_bytes() == blob for path, blob in finished.items())
     known, found = weights(together), weights(tmp_path)
-    assert len(found) == 5
+    assert len(found) == 6  # the teacher, its side of evaluations, two stages of two trials
     assert all(known[key] == blob for key, blob in found.items())
 
 
