@@ -14,7 +14,8 @@ from typing import Any
 from operators.config import HyenaConfig, SkipConfig, WindowConfig
 from orchestrator.study.explain import steps_of
 from orchestrator.study.loader import Document, StudyError, with_values
-from orchestrator.study.memory import Sizes, sizes_of, stage_bytes
+from orchestrator.study.memory import stage_bytes
+from orchestrator.study.model_sizes import Sizes, sizes_of
 from orchestrator.study.schema import Study
 from orchestrator.study.search import sample
 from orchestrator.study.sources import Resolved

@@ -19,7 +19,7 @@ from typing import Any
 from orchestrator.files import canonical_json, sha256_file
 from orchestrator.study.gguf_file import gguf_config
 from orchestrator.study.loader import StudyError
-from orchestrator.study.memory import Sizes, sizes_of
+from orchestrator.study.model_sizes import Sizes, sizes_of
 from orchestrator.study.pretrained import check_precision
 from orchestrator.study.schema import FileSource, HubSource, Pretrain, Pretrained, Source, StdlibSource, Study
 from orchestrator.study.shapes import attention_layers, inner_width, sizes, text_config

@@ -20,7 +20,8 @@ from orchestrator.distill.models.student import load_student, load_teacher
 from orchestrator.distill.stage import run_stage
 from orchestrator.distill.training.journal import read_journal
 from orchestrator.distill.training.sharding import shard
-from orchestrator.study.memory import held_bytes, sizes_of
+from orchestrator.study.memory import held_bytes
+from orchestrator.study.model_sizes import sizes_of
 from orchestrator.study.schema import LogitKL, Losses, Numerics, Optimizer
 from orchestrator.study.spec import Architecture, DistilSpec, PhaseSpec, ScratchSpec, TeacherSpec
 from tests.distill import two_ranks

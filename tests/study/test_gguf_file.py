@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from orchestrator.cli import app
 from orchestrator.study.gguf_file import TYPES, gguf_card, gguf_config
 from orchestrator.study.loader import StudyError
-from orchestrator.study.memory import sizes_of
+from orchestrator.study.model_sizes import sizes_of
 from orchestrator.study.shapes import causal_types, inner_width, sizes
 from orchestrator.study.spec import Architecture
 from tests.gguf_files import small_llama, write_gguf

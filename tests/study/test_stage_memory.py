@@ -29,16 +29,8 @@ from orchestrator.distill.models.swap import swap
 from orchestrator.distill.training.losses import LOGITS_ELSEWHERE, LOGITS_PER_CHUNK, train_operators_only
 from orchestrator.distill.training.optimizers import set_trainable
 from orchestrator.study import memory
-from orchestrator.study.memory import (
-    Operator,
-    gathered_bytes,
-    held_bytes,
-    kept_by_layers,
-    operator_parameters,
-    passing_bytes,
-    sizes_of,
-    stage_bytes,
-)
+from orchestrator.study.memory import gathered_bytes, held_bytes, kept_by_layers, passing_bytes, stage_bytes
+from orchestrator.study.model_sizes import Operator, operator_parameters, sizes_of
 from orchestrator.study.schema import Losses, Numerics, Optimizer
 from orchestrator.study.spec import Architecture, DistilSpec, PhaseSpec
 from tests.benchmarks.memory import SHAPES, Case, expected, measured
