@@ -1,7 +1,8 @@
-"""What `plan` tells of memory beside what stages took: `python -m tests.benchmarks.planned STUDY... [--home DIR]`.
+"""What `plan` tells of memory beside what stages took: `python -m tests.benchmarks.planned STUDY[=HOME]...`.
 
-Reads finished runs of the studies on this machine and writes `planned.md` beside this file: one row a study and kind of
-stage, with the largest peak, what was told of that stage, and the furthest that any stage is off.
+Reads finished runs of the studies on this machine, each in its usual home or another, and writes `planned.md` beside
+this file: one row a study and kind of stage, with the largest peak, what was told of that stage, and the furthest that
+any stage is off.
 """
 
 from __future__ import annotations
@@ -47,17 +48,16 @@ def rows(name: str, found: list[tuple[str, float, float]]) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("studies", nargs="+", type=Path)
-    parser.add_argument("--home", type=Path)
-    parser.add_argument("--set", action="append", dest="overrides")
-    told = parser.parse_args()
+    parser.add_argument("studies", nargs="+", metavar="STUDY[=HOME]")
     lines = [
         "| study | kind of stage | stages | largest peak | told of it | told over taken |",
         "|---|---|--:|--:|--:|--:|",
     ]
-    for path in told.studies:
-        plan, _ = load(path, told.overrides, look=True)
-        lines += rows(plan.study.study, list(pairs(plan, store_of(path, told.home))))
+    for word in parser.parse_args().studies:
+        path, _, home = word.partition("=")
+        plan, _ = load(Path(path), None, look=True)
+        store = store_of(Path(path), Path(home) if home else None)
+        lines += rows(plan.study.study, list(pairs(plan, store)))
     table = "\n".join(lines)
     print(table)
     Path(__file__).with_name("planned.md").write_text(f"{HEAD}\n{table}\n", encoding="utf-8")
