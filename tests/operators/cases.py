@@ -135,7 +135,9 @@ def statistics(width: int = D) -> AttentionStatistics:
 def make(case: str, max_length: int = MAX) -> Any:
     config = CASES[case]
     if isinstance(config, HyenaConfig) and isinstance(config.filter, FirFilterConfig):
-        config = replace(config, filter=replace(config.filter, taps=min(config.filter.taps, max_length)))
+        taps = min(config.filter.taps, max_length)
+        window = None if config.window is None else min(config.window, taps - 1)  # a longer one leaves nothing far
+        config = replace(config, window=window, filter=replace(config.filter, taps=taps))
     operator: Any = build(config, D, max_length, INNER.get(case))
     operator.initialise(attention(inner=operator.inner), generator())
     return operator
