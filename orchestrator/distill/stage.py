@@ -26,7 +26,6 @@ from orchestrator.distill.models.shards import whole
 from orchestrator.distill.models.student import (
     import_teacher,
     load_student,
-    load_teacher,
     new_teacher,
     own_what_trains,
     parameter_count,
@@ -35,6 +34,7 @@ from orchestrator.distill.models.student import (
     sharing,
 )
 from orchestrator.distill.models.swap import swap
+from orchestrator.distill.training.frozen import frozen_teacher
 from orchestrator.distill.training.head import check_output_head
 from orchestrator.distill.training.loop import Parts, Training, autocast, held, prepare, train
 from orchestrator.distill.training.losses import batch_losses, next_token_loss, train_operators_only
@@ -97,10 +97,7 @@ def train_from_scratch(spec: ScratchSpec, place: Workplace) -> Result:
 def distil(spec: DistilSpec, place: Workplace) -> Result:
     """Swap the new layers, distil, and save what differs from the teacher."""
     prepare(spec.numerics, spec.seed)
-    device = place.context.device
-    teacher = load_teacher(place.inputs["teacher"], spec.numerics.teacher_dtype).to(device)
-    with held(spec.numerics, device):
-        check_output_head(teacher)
+    teacher = frozen_teacher(spec, place)
     student = load_student(place.inputs["parent"], sharing(teacher))
     generator = torch.Generator().manual_seed(spec.seed)
     statistics = _statistics(spec, student, place)

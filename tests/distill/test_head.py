@@ -25,6 +25,7 @@ from transformers import (
 from operators.config import HyenaConfig
 from orchestrator.distill import stage
 from orchestrator.distill.measuring import evaluate as module
+from orchestrator.distill.training import frozen
 from orchestrator.distill.training import losses as losses_module
 from orchestrator.distill.training.head import OutputHead, check_output_head, final_hidden
 from orchestrator.distill.training.losses import batch_losses, next_token_loss
@@ -104,7 +105,7 @@ def test_evaluation_is_of_the_models_own_logits(
     windows = random_tokens(64, above=50).reshape(4, 16)
     write_tokens(tmp_path, valid=windows)
     models = dict(zip(("teacher", "subject"), pair, strict=True))
-    monkeypatch.setattr(module, "load_teacher", lambda folder, dtype: models[folder.name])
+    monkeypatch.setattr(frozen, "load_teacher", lambda folder, dtype: models[folder.name])
     monkeypatch.setattr(module, "load_student", lambda folder, _: models[folder.name])
     monkeypatch.setattr(losses_module, "LOGITS_PER_CHUNK", 6 * 50)
     spec = EvaluateSpec(
@@ -164,8 +165,7 @@ def test_stages_ask_whether_a_teachers_logits_can_be_made(
     def refuse(_: Any) -> None:
         raise ValueError("asked")
 
-    for one in (stage, module):
-        monkeypatch.setattr(one, "check_output_head", refuse)
+    monkeypatch.setattr(frozen, "check_output_head", refuse)
     made = place(inputs={"teacher": tiny_teacher})
     spec = EvaluateSpec(
         tokens="t", teacher="r", subject="s", sequence_length=16, numerics=Numerics(), evaluation=Evaluation()

@@ -46,9 +46,9 @@ def command(home: Path, *words: str, study: Path = SMALL) -> list[str]:
     return [sys.executable, "-m", "orchestrator.cli", words[0], str(study), "--home", str(home), *words[1:]]
 
 
-def here(home: Path, *words: str, check: int = 0) -> Result:
+def here(home: Path, *words: str, study: Path = SMALL, check: int = 0) -> Result:
     """The command in this process; `check` is the exit code it must have."""
-    done = CliRunner().invoke(app, command(home, *words)[3:])
+    done = CliRunner().invoke(app, command(home, *words, study=study)[3:])
     assert done.exit_code == check, done.output[-3000:]
     return done
 
@@ -71,9 +71,9 @@ def on_cluster(nodes: tuple[Node, ...], monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sweep, "connected", already)
 
 
-def records(home: Path, *words: str) -> dict[str, Any]:
+def records(home: Path, *words: str, study: Path = SMALL) -> dict[str, Any]:
     path = home / "out.json"
-    here(home, "report", "--json", str(path), *words)
+    here(home, "report", "--json", str(path), *words, study=study)
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 
@@ -324,9 +324,7 @@ def test_early_stopping_ends_a_trial_at_a_stage_boundary_and_stays_decided(finis
 def test_the_smoke_study_runs_to_its_end(tmp_path: Path) -> None:
     smoke = ROOT / "studies" / "smoke.yaml"
     layerswap(tmp_path, "run", study=smoke)
-    told = CliRunner().invoke(app, command(tmp_path, "report", "--json", str(tmp_path / "out.json"), study=smoke)[3:])
-    assert told.exit_code == 0, told.output
-    rows = json.loads((tmp_path / "out.json").read_text())["records"]
+    rows = records(tmp_path, study=smoke)["records"]
     assert [row["kind"] for row in rows].count("stage") == 9
     probed = [row["name"] for row in rows if row["probes"]]
     assert probed == [row["name"] for row in rows if row["kind"] != "control" or row["name"] == "skip all"]

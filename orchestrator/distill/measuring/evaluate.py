@@ -25,9 +25,10 @@ from operators.decoding.kept import frozen_filters
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.data import load_tokens, spread_windows
 from orchestrator.distill.measuring.generation import compare, perplexity, speak
-from orchestrator.distill.models.student import load_student, load_teacher, parameter_count, sharing
-from orchestrator.distill.training.head import check_output_head, final_hidden, wide_heads
-from orchestrator.distill.training.loop import DIVERGED, autocast, held, prepare
+from orchestrator.distill.models.student import load_student, parameter_count, sharing
+from orchestrator.distill.training.frozen import frozen_teacher
+from orchestrator.distill.training.head import final_hidden, wide_heads
+from orchestrator.distill.training.loop import DIVERGED, autocast, prepare
 from orchestrator.distill.training.losses import chunk_size
 from orchestrator.study.spec import EvaluateSpec
 
@@ -58,9 +59,7 @@ def evaluate(spec: EvaluateSpec, place: Workplace) -> dict[str, Any]:
     """
     prepare(spec.numerics)
     device = place.context.device
-    teacher = load_teacher(place.inputs["teacher"], spec.numerics.teacher_dtype).to(device)
-    with held(spec.numerics, device):
-        check_output_head(teacher)
+    teacher = frozen_teacher(spec, place)
     subject = load_student(place.inputs["subject"], sharing(teacher)).eval()
     tokens = load_tokens(place.inputs["tokens"], "valid")
     windows_BL = spread_windows(tokens, spec.sequence_length, spec.evaluation.tokens)

@@ -82,6 +82,8 @@ def make_needles(
     def tokens(piece: str) -> Ids:
         return list(tokenizer(piece, add_special_tokens=False)["input_ids"])
 
+    asked = [tokens(f"\nKEY_{key} = '") for key in range(KEYS)]
+    quote, end = tokens("'"), tokens("\n")
     needles = []
     for number in range(spec.needles):
         draw = np.random.default_rng((spec.seed, number, DEPTHS.index(depth)))
@@ -90,9 +92,7 @@ def make_needles(
             word = "".join(draw.choice(list(string.ascii_lowercase), LETTERS))
             words[word] = tokens(word)
         values, right = tuple(words.values()), int(draw.integers(KEYS))
-        asked = [tokens(f"\nKEY_{key} = '") for key in range(KEYS)]
-        lines = [token for key in range(KEYS) for token in (*asked[key], *values[key], *tokens("'"))]
-        lines += tokens("\n")
+        lines = [token for key in range(KEYS) for token in (*asked[key], *values[key], *quote)] + end
         room = length - len(lines) - len(asked[right]) - max(map(len, values)) - (begin is not None)
         if room < 1:
             return []

@@ -22,9 +22,10 @@ from orchestrator.distill.context import Workplace
 from orchestrator.distill.data import load_tokenizer, load_tokens, spread_windows
 from orchestrator.distill.measuring.evaluate import trigram_gaps
 from orchestrator.distill.measuring.needles import find_needles
-from orchestrator.distill.models.student import load_student, load_teacher, sharing
-from orchestrator.distill.training.head import check_output_head, final_hidden, wide_heads
-from orchestrator.distill.training.loop import DIVERGED, autocast, held, prepare
+from orchestrator.distill.models.student import load_student, sharing
+from orchestrator.distill.training.frozen import frozen_teacher
+from orchestrator.distill.training.head import final_hidden, wide_heads
+from orchestrator.distill.training.loop import DIVERGED, autocast, prepare
 from orchestrator.distill.training.losses import chunk_size
 from orchestrator.files import read_json
 from orchestrator.study.documents import DataError
@@ -49,9 +50,7 @@ def probe(spec: ProbesSpec, place: Workplace) -> dict[str, Any]:
     """
     prepare(spec.numerics)
     device = place.context.device
-    teacher = load_teacher(place.inputs["teacher"], spec.numerics.teacher_dtype).to(device)
-    with held(spec.numerics, device):
-        check_output_head(teacher)
+    teacher = frozen_teacher(spec, place)
     subject = load_student(place.inputs["subject"], sharing(teacher)).eval()
     text, begin = validation_text(spec, place)
     tokenizer = load_tokenizer(place.inputs["tokens"])

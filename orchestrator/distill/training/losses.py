@@ -108,6 +108,12 @@ def batch_losses(
         parts[f"loss/{name}"] = value.detach()
         parts[f"weighted/{name}"] = weight * value.detach()
 
+    def over_layers(name: str, weight: float, each: dict[int, Tensor]) -> None:
+        error = torch.stack(list(each.values())).mean()
+        terms.append(weight * error)
+        note(name, weight, error)
+        parts.update({f"loss/{name}/layer_{i}": value.detach() for i, value in each.items()})
+
     kl = losses.logit_kl
     needs_teacher = kl.weight > 0 or losses.hidden_mse > 0 or losses.mixer_mse > 0
     mixers = layers if losses.mixer_mse > 0 else ()
@@ -120,19 +126,13 @@ def batch_losses(
         teacher_final = teacher_final if kl.weight > 0 else None
     if mixers:
         each = {i: F.mse_loss(attention_of(student, i)(seen.mixer_in[i])[0], seen.mixer_out[i]) for i in mixers}
-        error = torch.stack(list(each.values())).mean()
-        terms.append(losses.mixer_mse * error)
-        note("mixer_mse", losses.mixer_mse, error)
-        parts |= {f"loss/mixer_mse/layer_{i}": value.detach() for i, value in each.items()}
+        over_layers("mixer_mse", losses.mixer_mse, each)
     if kl.weight > 0 or losses.ce > 0 or losses.hidden_mse > 0:
         with recorded(student, (), streams) as own:
             student_final = final_hidden(student, ids_BL)
         if streams:
             each = {i: F.mse_loss(own.hidden[i], seen.hidden[i]) for i in streams}
-            error = torch.stack(list(each.values())).mean()
-            terms.append(losses.hidden_mse * error)
-            note("hidden_mse", losses.hidden_mse, error)
-            parts |= {f"loss/hidden_mse/layer_{i}": value.detach() for i, value in each.items()}
+            over_layers("hidden_mse", losses.hidden_mse, each)
         if kl.weight > 0 or losses.ce > 0:
             heads = OutputHead(teacher), OutputHead(student)
             weighted, divergence, entropy = logit_losses(teacher_final, student_final, *heads, ids_BL, kl, losses.ce)
@@ -218,15 +218,16 @@ class _InChunks(torch.autograd.Function):
         hidden_ND: Tensor,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        wanted = any(ctx.needs_input_grad)
         ctx.gradients = [torch.zeros_like(tensor) for tensor in (hidden_ND, *parameters)]
         of_hidden, *of_parameters = ctx.gradients
         sums = hidden_ND.new_zeros((2,), dtype=torch.float32)
         for start in range(0, len(hidden_ND), size):
             cut = slice(start, start + size)
-            with torch.set_grad_enabled(any(ctx.needs_input_grad)):
+            with torch.set_grad_enabled(wanted):
                 hidden = hidden_ND[cut].detach().requires_grad_()
                 found = torch.stack(values(hidden, cut))
-            if any(ctx.needs_input_grad):
+            if wanted:
                 each = torch.autograd.grad(found, (hidden, *parameters), found.new_tensor(weights), allow_unused=True)
                 of_hidden[cut] = each[0]
                 for kept, new in zip(of_parameters, each[1:], strict=True):
