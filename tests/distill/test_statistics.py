@@ -16,6 +16,7 @@ from orchestrator.distill.measuring.statistics import attention_statistics
 from orchestrator.distill.models.sites import attention_of
 from orchestrator.distill.models.student import load_teacher
 from orchestrator.distill.models.swap import swap
+from orchestrator.distill.training import frozen
 from orchestrator.distill.training.losses import recorded
 from orchestrator.study.schema import Numerics, Optimizer
 from orchestrator.study.spec import DistilSpec
@@ -95,8 +96,9 @@ def test_a_stage_takes_them_on_its_device_where_the_student_stays_and_tells_them
         seen.append((next(model.parameters()).device.type, named["statistics"][layers[0]].profile.device.type))
         raise KeyboardInterrupt
 
-    for name, fake in {"attention_statistics": found, "swap": swapping, "check_output_head": lambda _: None}.items():
+    for name, fake in {"attention_statistics": found, "swap": swapping}.items():
         monkeypatch.setattr(stage, name, fake)
+    monkeypatch.setattr(frozen, "check_output_head", lambda _: None)
     write_tokens(tmp_path, train=range(1, 289))
     power = HyenaConfig(
         heads=4, feature_map="power", normalise=True, key_gate=True, filter=ImplicitFilterConfig(positive=True)
