@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
+WIDEST_SQUARED = 16  # channels of a key, 153 features
 _FORBID_UNKNOWN: dict[str, Any] = {"extra": "forbid"}
 # For pydantic: left out of what identifies a stage where it is as before that field came.
 _NEW: dict[str, Any] = {"exclude_if": lambda value: value in (None, 0, "none")}
@@ -129,6 +130,12 @@ def _check_window(window: int, sinks: int, near_norm: str) -> None:
     _require(near_norm in norms, "near_norm", near_norm, f"one of {', '.join(norms)}", "leave it to the swap")
 
 
+def _check_groups(groups: int | None, heads: int | None) -> None:
+    if groups is not None:
+        fits = groups >= 1 and (heads or groups) % groups == 0
+        _require(fits, "groups", groups, f"a divisor of the {heads} heads", "leave it to the swap")
+
+
 @dataclass(frozen=True)
 class HyenaConfig:
     """Hyena, channel-wise (Poli et al. 2023) or multi-head (Massaroli et al. 2023, section 4).
@@ -140,7 +147,8 @@ class HyenaConfig:
         feature_map: how query and key of a head weigh a value: "identity" by q . k; "power" by
             (1 + q . k / degree)^degree, which nears the attention's exp(q . k); "hedgehog" by f(q) . f(k) with f(x) =
             softmax of [M x, -M x] and a trained M (Zhang et al. 2024). The last two are never negative.
-        degree: of "power": 2, 4 or 8.
+        degree: of "power": 2, 4 or 8. With degree 2, a modal filter and a `key_dim` of at most 16 the features of the
+            power are written out, so that long texts are mixed chunk by chunk and decoded from a constant state.
         key_dim: width of query and key of a head; None for the width of its values.
         normalise: divide by the sum of the weights, as softmax does. Wants a filter that is `positive` and a feature
             map that is never negative.
@@ -151,6 +159,8 @@ class HyenaConfig:
         sinks: first positions of a text that are weighed so from wherever they are seen.
         near_norm: what those queries and keys go through, of each head or (`_all`) of all heads as one: "rms" divides
             by the root mean square, "layer" takes the mean away first. A swap sets it to what the attention does.
+        groups: heads of near keys and of values, each shared by as many heads; None for a key and value of every head.
+            Where it is None a swap sets it to what the attention has, which then needs no more rows. Wants `window`.
         tied: far positions are weighed by the near queries and keys too, before these are turned and less a trained
             centre of the keys, instead of by rows of their own: as many rows as an attention has. Wants `window`,
             feature_map "power", and neither `key_dim` nor `key_gate`.
@@ -172,6 +182,7 @@ class HyenaConfig:
     window: int | None = field(default=None, metadata=_NEW)
     sinks: int = field(default=0, metadata=_NEW)
     near_norm: NearNorm = field(default="none", metadata=_NEW)
+    groups: int | None = field(default=None, metadata=_NEW)
     tied: bool = field(default=False, metadata=_NEW)
     short_taps: int = 3
     init: Literal["transfer", "random"] = "transfer"
@@ -211,8 +222,10 @@ class HyenaConfig:
             _require(self.sinks == 0, "sinks", self.sinks, "0 without a window", "set window, such as 32")
             _require(self.near_norm == "none", "near_norm", self.near_norm, "'none' without a window", "leave it out")
             _require(not self.tied, "tied", self.tied, "false without a window", "set window, such as 32")
+            _require(self.groups is None, "groups", self.groups, "None without a window", "set window, such as 32")
             return
         _check_window(self.window, self.sinks, self.near_norm)
+        _check_groups(self.groups, self.heads)
         remedy = "use normalise: true, feature_map: power or hedgehog and filter: {positive: true}"
         _require(self.normalise, "window", self.window, "none where weights are not divided by their sum", remedy)
         if isinstance(self.filter, FirFilterConfig):
@@ -231,6 +244,17 @@ class HyenaConfig:
         return self.heads is not None and self.init == "transfer" and (self.filter.positive or self.fits_products)
 
     @property
+    def power(self) -> int | None:
+        """The degree that products are raised to, None for none."""
+        return self.degree if self.feature_map == "power" else None
+
+    @property
+    def squares(self) -> bool:
+        """Whether features of the power are written out."""
+        modal = isinstance(self.filter, ModalFilterConfig)
+        return self.power == 2 and modal and self.key_dim is not None and self.key_dim <= WIDEST_SQUARED
+
+    @property
     def fits_products(self) -> bool:
         """Whether queries and keys are fitted to the attention's products instead of copied."""
         return not self.tied and (self.feature_map == "power" or self.key_dim is not None or self.key_gate)
@@ -242,7 +266,7 @@ class WindowConfig:
 
     Attributes:
         kind: tells the members of `OperatorConfig` apart.
-        window, sinks, near_norm, short_taps, init: see `HyenaConfig`.
+        window, sinks, near_norm, groups, short_taps, init: see `HyenaConfig`.
         heads: None for as many as the attention has, which a swap sets.
     """
 
@@ -253,6 +277,7 @@ class WindowConfig:
     sinks: int = 4
     heads: int | None = None
     near_norm: NearNorm = "none"
+    groups: int | None = field(default=None, metadata=_NEW)
     short_taps: int = 1
     init: Literal["transfer", "random"] = "transfer"
 
@@ -261,6 +286,7 @@ class WindowConfig:
         _check_window(self.window, self.sinks, self.near_norm)
         if self.heads is not None:
             _require(self.heads >= 1, "heads", self.heads, "None or at least 1", "None means as the attention")
+        _check_groups(self.groups, self.heads)
         _require(self.short_taps >= 1, "short_taps", self.short_taps, "at least 1", "1 is attention's")
         known = self.init in ("transfer", "random")
         _require(known, "init", self.init, "'transfer' or 'random'", "use one of the two")

@@ -53,8 +53,8 @@ class HeadHyena(Hyena):
             )
         self.heads = config.heads
         self.key_dim = config.key_dim or self.inner // config.heads
-        self.degree = config.degree if config.feature_map == "power" else None
-        how = (config.key_gate, config.normalise, config.feature_map == "hedgehog", self.degree)
+        self.degree = None if config.squares else config.power
+        how = (config.key_gate, config.normalise, config.feature_map == "hedgehog", config.squares, self.degree)
         self.layout = Layout(self.heads, self.key_dim, self.inner // self.heads, *how)
         self.build(self.rows(), self.long_filter(self.heads, 1), self.inner)
         self.scale = 1 / math.sqrt(self.key_dim) if config.feature_map == "identity" else 1.0
@@ -84,7 +84,7 @@ class HeadHyena(Hyena):
         self, u_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None
     ) -> Tensor:
         parts = self.layout.parts(u_BEL)
-        q_BHKL, k_BHKL, v_BHVL = features(parts, self.hedgehog, mask_BL, self.config.normalise)
+        q_BHKL, k_BHKL, v_BHVL = features(parts, self.layout, self.hedgehog, mask_BL)
         if isinstance(state, HeadMemory):
             return self._finish(self._from_memory(q_BHKL, k_BHKL, v_BHVL, state), parts[2])
         if isinstance(state, KeysAndValues):
@@ -161,7 +161,7 @@ class HeadHyena(Hyena):
         return y_BHVn
 
     def between(self, x_B1D: Tensor, p_B1E: Tensor, filters: Filters, state: HyenaState) -> Tensor | None:
-        if self.hedgehog is not None or not takes(state, x_B1D, p_B1E):
+        if self.hedgehog is not None or self.layout.squared or not takes(state, x_B1D, p_B1E):
             return None
         short = self.short_of(state)
         how = {"gated": self.config.key_gate, "largest_gate": LARGEST_GATE, "scale": self.scale}
@@ -174,8 +174,8 @@ class HeadHyena(Hyena):
 
     def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
         parts = self.layout.parts(u_BEL)
-        q_BHKL, k_BHKL, v_BHVL = features(parts, self.hedgehog, None, self.config.normalise)
-        return self._finish(mix_reference(self._scaled(q_BHKL), k_BHKL, v_BHVL, h_CL, self.degree), parts[2])
+        q_BHKL, k_BHKL, v_BHVL = features(parts, self.layout.unsquared(), self.hedgehog, None)
+        return self._finish(mix_reference(self._scaled(q_BHKL), k_BHKL, v_BHVL, h_CL, self.config.power), parts[2])
 
     @torch.no_grad()
     def initialise(self, attention: AttentionWeights | None, generator: torch.Generator) -> None:
@@ -192,8 +192,13 @@ class HeadHyena(Hyena):
         if self.config.filter.positive:
             self.filter.follow(attention.profile_of(self.heads))
         rows, biases = zip(*self.maps(attention), strict=True)
-        self.in_proj.weight.copy_(torch.cat([rows[0], rows[1], attention.value, *rows[2:]]))
-        self.in_proj.bias.copy_(torch.cat([biases[0], biases[1], attention.bias_of("value"), *biases[2:]]))
+        value, bias = self.values(attention)
+        self.in_proj.weight.copy_(torch.cat([rows[0], rows[1], value, *rows[2:]]))
+        self.in_proj.bias.copy_(torch.cat([biases[0], biases[1], bias, *biases[2:]]))
+
+    def values(self, attention: AttentionWeights) -> Affine:
+        """The rows of the values."""
+        return attention.value, attention.bias_of("value")
 
     def maps(self, attention: AttentionWeights) -> tuple[Affine, ...]:
         """The rows of the projections but for the values, which come third."""

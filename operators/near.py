@@ -5,10 +5,11 @@
 with q scaled by K^-1/2, and in the level not turned. The level is what makes near weights and far ones comparable: far
 weights leave out what all keys have in common, since it does not matter where they are divided by their sum.
 
-Shapes: B batch, H heads, K width of query and key, n new positions.
+Shapes: B batch, H heads, G of keys (each shared by H / G), K width of query and key, n new positions.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
 
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from operators.config import NearNorm, OperatorConfig, SkipConfig, WindowConfig
 from operators.convolution.causal import compute_dtype
 from operators.filters.base import HALF, Wide
-from operators.mixing.near import rotated, turns
-from operators.transfer.attention import Affine, AttentionWeights
+from operators.mixing.near import for_heads, rotated, turns
+from operators.transfer.attention import Affine, AttentionWeights, first_of_groups
 from operators.transfer.near import norm_kind, turned
 from operators.transfer.rotation import Rotation
 
@@ -31,22 +32,24 @@ class Near(Wide):
     """What is done to queries and keys after their projection; call `initialise` before use.
 
     Parameters, none a matrix: `frequencies` (K // 2,) which are not trained; `mean_key` (H K,) and `shift` (H,) where
-    there is a level; `query_weight`, `query_bias`, `key_weight`, `key_bias` (H K,) where there is a norm; `centre`
-    (H K,) where far positions are weighed by the same queries and keys.
+    there is a level; `query_weight`, `query_bias` (H K,), `key_weight`, `key_bias` (G K,) where there is a norm;
+    `centre` (G K,) where far positions are weighed by the same queries and keys.
     """
 
     mean_key: nn.Parameter
     shift: nn.Parameter
     centre: nn.Parameter
 
-    def __init__(self, heads: int, width: int, norm: NearNorm, *, level: bool, tied: bool = False) -> None:
+    def __init__(self, heads: tuple[int, int], width: int, norm: NearNorm, *, level: bool, tied: bool = False) -> None:
         super().__init__()
-        self.heads, self.width, self.norm = heads, width, norm
+        self.heads, self.groups = heads
+        self.width, self.norm = width, norm
         self.frequencies = nn.Parameter(torch.zeros(width // 2), requires_grad=False)
-        sizes = {"mean_key": heads * width, "shift": heads} if level else {}
-        sizes |= {"centre": heads * width} if tied else {}
+        sizes = {"mean_key": self.heads * width, "shift": self.heads} if level else {}
+        sizes |= {"centre": self.groups * width} if tied else {}
         if norm != "none":
-            sizes |= {f"{one}_{part}": heads * width for one in ("query", "key") for part in ("weight", "bias")}
+            each = {"query": self.heads, "key": self.groups}
+            sizes |= {f"{one}_{part}": count * width for one, count in each.items() for part in ("weight", "bias")}
         for name, size in sizes.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(size)))
         if torch.get_default_dtype() in HALF:
@@ -84,22 +87,27 @@ class Near(Wide):
         them."""
         frequencies, query, key = turned(attention, rotation)
         self.frequencies.copy_(frequencies)
-        for name, made in (("query", query), ("key", key)):
-            if made.norm is not None:
-                getattr(self, f"{name}_weight").copy_(made.norm[0])
-                getattr(self, f"{name}_bias").copy_(made.norm[1])
-        return query.rows, key.rows
+        for name, norm in (("query", query.norm), ("key", self._of_groups(key.norm))):
+            if norm is not None:
+                getattr(self, f"{name}_weight").copy_(norm[0])
+                getattr(self, f"{name}_bias").copy_(norm[1])
+        rows = self._of_groups(key.rows)
+        assert rows is not None
+        return query.rows, rows
 
-    def products(self, q_BHKn: Tensor, k_BHKn: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _of_groups(self, rows: Affine | None) -> Affine | None:
+        return None if rows is None else first_of_groups(rows, self.heads, self.groups)
+
+    def products(self, q_BHKn: Tensor, k_BGKn: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries as they are multiplied, and before they are turned; then keys. In their precision."""
         q_BHKn = self._normed("query", q_BHKn) / math.sqrt(self.width)
-        k_BHKn = self._normed("key", k_BHKn)
+        k_BGKn = self._normed("key", k_BGKn)
         by = turns(self.frequencies, start, q_BHKn.shape[-1], q_BHKn.dtype)
-        return rotated(q_BHKn, by), q_BHKn, rotated(k_BHKn, by), k_BHKn
+        return rotated(q_BHKn, by), q_BHKn, rotated(k_BGKn, by), k_BGKn
 
-    def centred(self, k_BHKn: Tensor) -> Tensor:
+    def centred(self, k_BGKn: Tensor) -> Tensor:
         """Keys that are not turned as far positions have them."""
-        return k_BHKn - self.centre.view(self.heads, self.width, 1).to(k_BHKn.dtype)
+        return k_BGKn - self.centre.view(self.groups, self.width, 1).to(k_BGKn.dtype)
 
     def level(self, q_BHKn: Tensor) -> Tensor:
         """(B, H, 1, n) of queries that are not turned."""
@@ -115,15 +123,15 @@ class Near(Wide):
             x_BHKn = x_BHKn - x_BHKn.mean(over, keepdim=True)
         x_BHKn = x_BHKn * (x_BHKn.square().mean(over, keepdim=True) + EPSILON).rsqrt()
         weight, bias = (
-            getattr(self, f"{name}_{part}").view(self.heads, self.width, 1).to(x_BHKn.dtype)
-            for part in ("weight", "bias")
+            getattr(self, f"{name}_{part}").view(-1, self.width, 1).to(x_BHKn.dtype) for part in ("weight", "bias")
         )
         normed: Tensor = torch.addcmul(bias, x_BHKn, weight).to(dtype)
         return normed
 
 
 def fitting(config: OperatorConfig, attention: AttentionWeights | None) -> OperatorConfig:
-    """The configuration with what it leaves to the attention: norms of near queries and keys, heads of a window alone.
+    """The configuration with what it leaves to the attention: norms of near queries and keys, heads that share keys and
+    values, heads of a window alone.
 
     Raises ValueError where queries and keys are normed unlike each other.
     """
@@ -131,13 +139,21 @@ def fitting(config: OperatorConfig, attention: AttentionWeights | None) -> Opera
         return config
     norm = cast(NearNorm, norm_kind(attention) if config.init == "transfer" else config.near_norm)
     heads = attention.heads if isinstance(config, WindowConfig) and config.heads is None else config.heads
-    return replace(config, near_norm=norm, heads=heads)
+    groups = config.groups
+    if groups is None and config.init == "transfer" and heads == attention.heads and attention.groups < heads:
+        groups = attention.groups
+    return replace(config, near_norm=norm, heads=heads, groups=groups)
 
 
-def split_rows(u_BEL: Tensor, heads: int, inner: int) -> tuple[Tensor, Tensor, Tensor]:
-    """All rows but the last, near queries (B, H, K, L) and near keys."""
-    first_BEL, q_BIL, k_BIL = u_BEL.split_with_sizes([u_BEL.shape[1] - 2 * inner, inner, inner], 1)
-    return first_BEL, q_BIL.unflatten(1, (heads, -1)), k_BIL.unflatten(1, (heads, -1))
+def split_rows(u_BEn: Tensor, rows: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """What lies in the rows, by name (B, heads, rows of a head, n), given heads and rows of a head by name in order."""
+    parts = u_BEn.split_with_sizes([heads * width for heads, width in rows.values()], 1)
+    return {name: part.unflatten(1, (heads, -1)) for (name, (heads, _)), part in zip(rows.items(), parts, strict=True)}
+
+
+def counted_rows(rows: Mapping[str, tuple[int, int]]) -> int:
+    """E."""
+    return sum(count * width for count, width in rows.values())
 
 
 def near_places(length: int, window: int, sinks: int, device: torch.device) -> Tensor:
@@ -147,7 +163,7 @@ def near_places(length: int, window: int, sinks: int, device: torch.device) -> T
     return (lag_LL >= 0) & ((lag_LL < window) | (place_L < sinks))
 
 
-def with_direct(y_BHVL: Tensor, v_BHVL: Tensor, direct_I: Tensor) -> Tensor:
+def with_direct(y_BHVL: Tensor, v_BGVL: Tensor, direct_I: Tensor) -> Tensor:
     """(B, I, L) with the direct term of the values."""
-    values_BIL = v_BHVL.flatten(1, 2)
-    return torch.addcmul(y_BHVL.flatten(1, 2).to(v_BHVL.dtype), values_BIL, direct_I[:, None].to(v_BHVL.dtype))
+    values_BIL = for_heads(v_BGVL, y_BHVL.shape[1]).flatten(1, 2)
+    return torch.addcmul(y_BHVL.flatten(1, 2).to(v_BGVL.dtype), values_BIL, direct_I[:, None].to(v_BGVL.dtype))

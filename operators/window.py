@@ -14,15 +14,15 @@ from operators.decoding.multihead import WINDOW_STATES, WindowMemory
 from operators.decoding.state import HyenaState
 from operators.filters.none import NoFilter
 from operators.hyena import Hyena
-from operators.mixing.near import near, whole
+from operators.mixing.near import for_heads, near, whole
 from operators.native.decode import step_window, takes
 from operators.native.window import mix_window, takes_whole
-from operators.near import Near, near_places, split_rows, with_direct
-from operators.transfer.attention import AttentionWeights
+from operators.near import Near, counted_rows, near_places, split_rows, with_direct
+from operators.transfer.attention import AttentionWeights, first_of_groups
 
 
 class WindowAttention(Hyena):
-    """Near positions and sinks alone: E = 3 I, rows for query, key and value; `near` is a `Near` without a level."""
+    """Near positions and sinks alone: E as `parts` says; `near` is a `Near` without a level."""
 
     STATES = WINDOW_STATES
     config: WindowConfig  # type: ignore[assignment]
@@ -34,8 +34,19 @@ class WindowAttention(Hyena):
         if self.inner % config.heads:
             raise ValueError(f"heads must divide the width {self.inner} but is {config.heads}: choose a divisor of it.")
         self.heads, self.window, self.sinks = config.heads, config.window, config.sinks
-        self.build(3 * self.inner, NoFilter(max_length), self.inner)
-        self.near = Near(self.heads, self.inner // self.heads, config.near_norm, level=False)
+        self.build(counted_rows(self.parts), NoFilter(max_length), self.inner)
+        self.near = Near((self.heads, self.groups), self.inner // self.heads, config.near_norm, level=False)
+
+    @property
+    def groups(self) -> int:
+        """G, heads of keys and of values."""
+        return self.config.groups or self.heads
+
+    @property
+    def parts(self) -> dict[str, tuple[int, int]]:
+        """Heads and rows of a head of what the projection makes, in order."""
+        width = self.inner // self.heads
+        return {"value": (self.groups, width), "query": (self.heads, width), "key": (self.groups, width)}
 
     def step_modes(self) -> tuple[str, ...]:
         return ("window",)
@@ -46,33 +57,34 @@ class WindowAttention(Hyena):
     def combine(
         self, u_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None
     ) -> Tensor:
-        v_BIL, q_BHKL, k_BHKL = split_rows(u_BEL, self.heads, self.inner)
-        v_BHVL, start = v_BIL.unflatten(1, (self.heads, -1)), 0 if state is None else state.length
-        q_BHKL, _, k_BHKL, _ = self.near.products(q_BHKL, k_BHKL, start)
+        v_BGVL, q_BHKL, k_BGKL = split_rows(u_BEL, self.parts).values()
+        start = 0 if state is None else state.length
+        q_BHKL, _, k_BGKL, _ = self.near.products(q_BHKL, k_BGKL, start)
         if state is None:
-            seen = whole(k_BHKL, v_BHVL, self.sinks, mask_BL)
+            seen = whole(k_BGKL, v_BGVL, self.sinks, mask_BL)
         else:
             assert isinstance(state, WindowMemory)
-            seen = state.see(k_BHKL, v_BHVL, mask_BL, self.window, self.sinks)
+            seen = state.see(k_BGKL, v_BGVL, mask_BL, self.window, self.sinks)
         q_BHKL = q_BHKL.to(seen.k_BHKT.dtype)
         if start == 0 and takes_whole(q_BHKL, None, mask_BL):
-            y_BHVL = mix_window(q_BHKL, k_BHKL, v_BHVL, None, self.window, self.sinks)
+            y_BHVL = mix_window(q_BHKL, k_BGKL, v_BGVL, None, self.window, self.sinks)
         else:
             y_BHVL = near(q_BHKL, seen, self.window)[0]
-        return with_direct(y_BHVL, v_BHVL, self.direct)
+        return with_direct(y_BHVL, v_BGVL, self.direct)
 
     def between(self, x_B1D: Tensor, p_B1E: Tensor, filters: Filters, state: HyenaState) -> Tensor | None:
         if self.config.near_norm != "none" or not takes(state, x_B1D, p_B1E):
             return None
         assert isinstance(state, WindowMemory)
-        return step_window(x_B1D, p_B1E, self.short_of(state), self.near.frequencies, self.direct, state)
+        given = (x_B1D, p_B1E, self.short_of(state), self.near.frequencies, self.direct, state)
+        return step_window(*given, self.heads)
 
     def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
-        v_BIL, q_BHKL, k_BHKL = split_rows(u_BEL, self.heads, self.inner)
-        v_BHVL = v_BIL.unflatten(1, (self.heads, -1))
+        v_BGVL, q_BHKL, k_BGKL = split_rows(u_BEL, self.parts).values()
         near_LL = near_places(h_CL.shape[1], self.window, self.sinks, h_CL.device)
-        q_BHKL, _, k_BHKL, _ = self.near.products(q_BHKL, k_BHKL, 0)
-        products = q_BHKL.transpose(-1, -2) @ k_BHKL
+        q_BHKL, _, k_BGKL, _ = self.near.products(q_BHKL, k_BGKL, 0)
+        products = q_BHKL.transpose(-1, -2) @ for_heads(k_BGKL, self.heads)
+        v_BHVL = for_heads(v_BGVL, self.heads)
         weights_BHLL = products.masked_fill(~near_LL, float("-inf")).softmax(-1)
         return with_direct(v_BHVL @ weights_BHLL.transpose(-1, -2), v_BHVL, self.direct)
 
@@ -83,7 +95,7 @@ class WindowAttention(Hyena):
         super().initialise(attention, generator)
 
     def transfer(self, attention: AttentionWeights, generator: torch.Generator) -> None:
-        maps = self.near.transfer(attention, self.heads, self.inner // self.heads)
-        rows, biases = zip(*maps, strict=True)
-        self.in_proj.weight.copy_(torch.cat([attention.value, *rows]))
-        self.in_proj.bias.copy_(torch.cat([attention.bias_of("value"), *biases]))
+        query, key = self.near.transfer(attention, self.heads, self.inner // self.heads)
+        value = first_of_groups((attention.value, attention.bias_of("value")), self.heads, self.groups)
+        self.in_proj.weight.copy_(torch.cat([value[0], query[0], key[0]]))
+        self.in_proj.bias.copy_(torch.cat([value[1], query[1], key[1]]))

@@ -5,10 +5,10 @@
 Near are the last `window` positions and the first `sinks` of a text; q', k' and the level c are those of `near`, the
 far sum is that of `heads`, n the sum of all weights. The rows of `in_proj` are those of `heads`, then q' and k'; where
 these are `tied`, far positions have them too, before they are turned and keys less a centre, and the rows are those of
-q', k' and v. The far part reads keys `window` positions late, with filters that begin there, so all forms of `mixing`
-serve as they are.
+q', k' and v. Heads of a group have v and k' in common. The far part reads keys `window` positions late, with filters
+that begin there, so all forms of `mixing` serve as they are.
 
-Shapes: as in `heads`, and W positions of the window.
+Shapes: as in `heads`, G heads of near keys and of values, and W positions of the window.
 """
 
 from functools import partial
@@ -29,30 +29,31 @@ from operators.decoding.state import HyenaState
 from operators.filters.modes import Modes
 from operators.heads import HeadHyena
 from operators.hyena import Hyena
-from operators.mixing.features import LARGEST_GATE, features
+from operators.mixing.features import LARGEST_GATE, features, squares
 from operators.mixing.forms import Path
 from operators.mixing.head_states import extend, first_state, step
 from operators.mixing.masked import mix_reference, mix_step
-from operators.mixing.near import SMALLEST, joined, joined_reference, near, whole, without_first
-from operators.native.decode import step_window_heads, takes
+from operators.mixing.near import SMALLEST, for_heads, joined, joined_reference, near, whole, without_first
+from operators.native.decode import step_modal_window_heads, step_window_heads, takes
 from operators.native.window import Far, mix_window, takes_whole
-from operators.near import Near, near_places, split_rows, with_direct
-from operators.transfer.attention import Affine, AttentionWeights
+from operators.near import Near, counted_rows, near_places, split_rows, with_direct
+from operators.transfer.attention import Affine, AttentionWeights, first_of_groups
 from operators.transfer.level import level_for
 
 
 class Rows(NamedTuple):
-    """What the rows say of n positions: near queries and keys, turned and not, and the parts of the far sum."""
+    """What the rows say of n positions: near queries and keys, turned and not, values, and the parts of the far sum."""
 
     q_BHKn: Tensor
     still_q_BHKn: Tensor
-    k_BHKn: Tensor
-    still_k_BHKn: Tensor
+    k_BGKn: Tensor
+    still_k_BGKn: Tensor
+    v_BGVn: Tensor
     far: list[Tensor]
 
 
 class WindowedHeads(HeadHyena):
-    """E = 2 H K + I (+ H) + 2 I, or 3 I where `tied`; `near` is a `Near`. Otherwise as `HeadHyena`."""
+    """E as `parts` says; `near` is a `Near`. Otherwise as `HeadHyena`."""
 
     STATES = NEAR_STATES
 
@@ -60,21 +61,35 @@ class WindowedHeads(HeadHyena):
         super().__init__(config, d_model, max_length, inner)
         assert config.window is not None
         self.window, self.sinks = config.window, config.sinks
-        self.near = Near(self.heads, self.layout.value_width, config.near_norm, level=True, tied=config.tied)
+        both = (self.heads, self.groups)
+        self.near = Near(both, self.layout.value_width, config.near_norm, level=True, tied=config.tied)
+
+    @property
+    def groups(self) -> int:
+        """G, heads of near keys and of values."""
+        return self.config.groups or self.heads
+
+    @property
+    def parts(self) -> dict[str, tuple[int, int]]:
+        """Heads and rows of a head of what the projection makes, in order."""
+        all_heads, groups = (self.heads, self.layout.value_width), (self.groups, self.layout.value_width)
+        if self.config.tied:
+            return {"query": all_heads, "key": groups, "value": groups}
+        far = {"far query": (self.heads, self.key_dim), "far key": (self.heads, self.key_dim), "value": groups}
+        gate = {"gate": (self.heads, 1)} if self.config.key_gate else {}
+        return far | gate | {"query": all_heads, "key": groups}
 
     def rows(self) -> int:
-        return super().rows() + (0 if self.config.tied else 2 * self.inner)
+        return counted_rows(self.parts)
 
     def read(self, u_BEn: Tensor, start: int) -> Rows:
         """What the rows say of positions from `start` on."""
+        of = split_rows(u_BEn, self.parts)
+        products, value = self.near.products(of["query"], of["key"], start), of["value"]
         if self.config.tied:
-            q_BHKn, k_BHKn, v_BHVn = self.layout.parts(u_BEn)
-        else:
-            far_BEn, q_BHKn, k_BHKn = split_rows(u_BEn, self.heads, self.inner)
-        products = self.near.products(q_BHKn, k_BHKn, start)
-        if not self.config.tied:
-            return Rows(*products, self.layout.parts(far_BEn))
-        return Rows(*products, [products[1], self.near.centred(products[3]), v_BHVn])
+            return Rows(*products, value, [products[1], self.near.centred(products[3]), value])
+        gate = [of["gate"]] if self.config.key_gate else []
+        return Rows(*products, value, [of["far query"], of["far key"], for_heads(value, self.heads), *gate])
 
     def freeze(self) -> Filters:
         """The filters, whose modes are those of what is left of them behind the window."""
@@ -110,38 +125,47 @@ class WindowedHeads(HeadHyena):
     ) -> Tensor:
         start = 0 if state is None else state.length
         rows = self.read(u_BEL, start)
-        if start == 0 and not isinstance(state, NearMemory) and takes_whole(rows.q_BHKn, rows.far[0], mask_BL):
+        by_modes = isinstance(state, NearMemory) and not self.layout.squared
+        if start == 0 and not by_modes and takes_whole(rows.q_BHKn, rows.far[0], mask_BL):
             return self._by_core(rows, filters, state)
-        q_BHKL, still_BHKL, k_BHKL, _, parts = rows
+        q_BHKL, still_BHKL, k_BGKL, _, v_BGVL, parts = rows
         if state is None:
-            seen = whole(k_BHKL, parts[2], self.sinks, mask_BL)
+            seen = whole(k_BGKL, v_BGVL, self.sinks, mask_BL)
         elif isinstance(state, NearHistory):
-            seen = state.see(k_BHKL, parts[2], mask_BL, self.sinks)
+            seen = state.see(k_BGKL, v_BGVL, mask_BL, self.sinks)
         else:
             assert isinstance(state, NearMemory)
-            seen = state.see(k_BHKL, parts[2], mask_BL, self.window, self.sinks)
+            seen = state.see(k_BGKL, v_BGVL, mask_BL, self.window, self.sinks)
         y_BHVL, lse_BH1L = near(q_BHKL.to(seen.k_BHKT.dtype), seen, self.window)
-        qf_BHKL, kf_BHKL, vf_BHXL = features(parts, self.hedgehog, mask_BL, normalised=True)
+        qf_BHKL, kf_BHKL, vf_BHXL = features(parts, self.layout, self.hedgehog, mask_BL)
         vf_BHXL = without_first(vf_BHXL, self.sinks, seen.padding_B, start)
         far_BHXL = self._far([qf_BHKL, kf_BHKL, vf_BHXL], filters, state)
-        return self._summed(joined(y_BHVL, lse_BH1L, self.near.level(still_BHKL), far_BHXL), parts[2])
+        return self._summed(joined(y_BHVL, lse_BH1L, self.near.level(still_BHKL), far_BHXL), v_BGVL)
 
     def _by_core(self, rows: Rows, filters: Tensor | Filters, state: HyenaState | None) -> Tensor:
         """`combine` of whole sequences in one pass."""
         parts, length = rows.far, rows.q_BHKn.shape[-1]
-        qf_BHKL, kf_BHKL, vf_BHXL = features(parts, self.hedgehog, None, normalised=True)
-        if state is not None:
-            assert isinstance(state, NearHistory)
-            state.see(rows.k_BHKn, parts[2], None, self.sinks)
-            state.keys.append(0, kf_BHKL)
-            state.values.append(0, without_first(vf_BHXL, self.sinks, None, 0))
-        far = None
+        qf_BHKL, kf_BHKL, vf_BHXL = features(parts, self.layout.unsquared(), self.hedgehog, None)
+        values_BHXL = without_first(vf_BHXL, self.sinks, None, 0)
+        mapped = squares if self.layout.squared else lambda x: x
+        if isinstance(state, NearHistory):
+            state.see(rows.k_BGKn, rows.v_BGVn, None, self.sinks)
+            state.keys.append(0, mapped(kf_BHKL))
+            state.values.append(0, values_BHXL)
+        far, memory = None, None
+        if isinstance(state, NearMemory):
+            assert state.filters is not None
+            state.see(rows.k_BGKn, rows.v_BGVn, None, self.window, self.sinks)
+            memory = first_state(len(kf_BHKL), state.filters.head_recurrence, self.layout.mixed[0], vf_BHXL.shape[2])
+            state.leave([mapped(kf_BHKL[..., -self.window :]), values_BHXL[..., -self.window :]], self.window, memory)
         if length > self.window:
             h_HL = filters if isinstance(filters, Tensor) else filters.first(length)
             counted = vf_BHXL[:, :, -1:] if self.config.key_gate else None
+            modes = self.modes() if self.layout.squared else None
             level = self.near.level(rows.still_q_BHKn)
-            far = Far(qf_BHKL, kf_BHKL, h_HL[:, self.window :], level, counted, self.degree or 0)
-        return self._summed(mix_window(rows.q_BHKn, rows.k_BHKn, parts[2], far, self.window, self.sinks), parts[2])
+            far = Far(qf_BHKL, kf_BHKL, h_HL[:, self.window :], level, counted, self.config.power or 0, modes)
+        near = (rows.q_BHKn, rows.k_BGKn, rows.v_BGVn)
+        return self._summed(mix_window(*near, far, self.window, self.sinks, memory if far else None), rows.v_BGVn)
 
     def _far(self, parts: list[Tensor], filters: Tensor | Filters, state: HyenaState | None) -> Tensor:
         """What new positions gather from behind the window, (B, H, V + 1, n)."""
@@ -155,6 +179,7 @@ class WindowedHeads(HeadHyena):
             return state.go_on(parts, self.window, partial(first_state, *widths), go_on)
         if isinstance(state, KeysAndValues):
             k_BHKT, v_BHXT = state.keys.append(state.length, k_BHKT), state.values.append(state.length, v_BHXT)
+        k_BHKT, v_BHXT = (for_heads(x, self.heads) for x in (k_BHKT, v_BHXT))
         length = k_BHKT.shape[-1]
         there = length - self.window
         count = min(new, there)  # of the new ones, whose text is longer than the window
@@ -172,25 +197,33 @@ class WindowedHeads(HeadHyena):
         return torch.nn.functional.pad(mixed_BHXn, (new - count, 0))
 
     def between(self, x_B1D: Tensor, p_B1E: Tensor, filters: Filters, state: HyenaState) -> Tensor | None:
-        plain = self.hedgehog is None and self.config.near_norm == "none"
-        if not (plain and isinstance(state, NearHistory) and takes(state, x_B1D, p_B1E)):
+        if self.hedgehog is not None or self.config.near_norm != "none" or not takes(state, x_B1D, p_B1E):
             return None
+        short = self.short_of(state)
         near = [self.near.frequencies, self.near.mean_key, self.near.shift]
+        how = {"gated": self.config.key_gate, "largest_gate": LARGEST_GATE}
+        if isinstance(state, NearMemory):
+            modes = (filters.head_recurrence.decay_HS11, filters.head_recurrence.modes.residues_CS)
+            how |= {"keys": self.key_dim}
+            return step_modal_window_heads(x_B1D, p_B1E, short, modes, near, self.direct, state, **how)
+        if self.layout.squared:
+            return None
+        assert isinstance(state, NearHistory)
         near += [self.near.centre] if self.config.tied else []
-        how = {"degree": self.degree or 0, "gated": self.config.key_gate, "largest_gate": LARGEST_GATE}
-        how |= {"window": self.window, "sinks": self.sinks}
-        return step_window_heads(x_B1D, p_B1E, self.short_of(state), near, self.direct, state, **how)
+        how |= {"degree": self.degree or 0, "heads": self.heads, "window": self.window, "sinks": self.sinks}
+        return step_window_heads(x_B1D, p_B1E, short, near, self.direct, state, **how)
 
     def combine_reference(self, u_BEL: Tensor, h_CL: Tensor) -> Tensor:
-        q_BHKL, still_BHKL, k_BHKL, _, parts = self.read(u_BEL, 0)
+        q_BHKL, still_BHKL, k_BGKL, _, v_BGVL, parts = self.read(u_BEL, 0)
+        parts, v_BHVL = [for_heads(part, self.heads) for part in parts], for_heads(v_BGVL, self.heads)
         near_LL = near_places(h_CL.shape[1], self.window, self.sinks, h_CL.device)
-        products = q_BHKL.transpose(-1, -2) @ k_BHKL
-        q_BHKL, k_BHKL, v_BHXL = features(parts, self.hedgehog, None, normalised=True)
+        products = q_BHKL.transpose(-1, -2) @ for_heads(k_BGKL, self.heads)
+        q_BHKL, k_BHKL, v_BHXL = features(parts, self.layout.unsquared(), self.hedgehog, None)
         place_L = torch.arange(h_CL.shape[1], device=h_CL.device)
         v_BHXL = v_BHXL * (place_L >= self.sinks)
-        far_BHXL = mix_reference(q_BHKL, k_BHKL, v_BHXL, h_CL * (place_L >= self.window), self.degree)
+        far_BHXL = mix_reference(q_BHKL, k_BHKL, v_BHXL, h_CL * (place_L >= self.window), self.config.power)
         level_BH1L = self.near.level(still_BHKL)
-        return self._summed(joined_reference(products, near_LL, parts[2], level_BH1L, far_BHXL), parts[2])
+        return self._summed(joined_reference(products, near_LL, v_BHVL, level_BH1L, far_BHXL), v_BHVL)
 
     @torch.no_grad()
     def initialise(self, attention: AttentionWeights | None, generator: torch.Generator) -> None:
@@ -205,19 +238,22 @@ class WindowedHeads(HeadHyena):
         far = () if self.config.tied else super().maps(attention)
         return *far, *self.near.transfer(attention, self.heads, self.layout.value_width)
 
+    def values(self, attention: AttentionWeights) -> Affine:
+        return first_of_groups(super().values(attention), self.heads, self.groups)
+
     def _set_level(self, x_BLD: Tensor) -> None:
         """From whole texts of inputs, one at a time; before it the centre that far keys are taken from, their mean."""
         x_BLD = x_BLD[:, : self.max_length].to(self.in_proj.weight)
-        means = [self._read_inputs(x_LD).still_k_BHKn.mean((0, 3)) for x_LD in x_BLD]
-        mean_HK = torch.stack(means).mean(0)
+        means = [self._read_inputs(x_LD).still_k_BGKn.mean((0, 3)) for x_LD in x_BLD]
+        mean_GK = torch.stack(means).mean(0)
         if self.config.tied:
-            self.near.centre.copy_(mean_HK.flatten())
+            self.near.centre.copy_(mean_GK.flatten())
         h_HL, found = self.filter(x_BLD.shape[1]), []
         for x_LD in x_BLD:
-            q_1HKL, still_q_1HKL, k_1HKL, _, parts = self._read_inputs(x_LD)
-            seen = whole(k_1HKL, parts[2], self.sinks, None)
+            q_1HKL, still_q_1HKL, k_1GKL, _, v_1GVL, parts = self._read_inputs(x_LD)
+            seen = whole(k_1GKL, v_1GVL, self.sinks, None)
             lse, of_all = (near(q_1HKL, seen, window)[1][:, :, 0] for window in (self.window, len(x_LD)))
-            qf, kf, vf = features(parts, self.hedgehog, None, normalised=True)
+            qf, kf, vf = features(parts, self.layout, self.hedgehog, None)
             sums = self._far([qf, kf, without_first(vf, self.sinks, None, 0)], h_HL, None)[:, :, -1]
             found.append((still_q_1HKL, lse, of_all, sums))
         q_BHKL, lse_BHL, of_all_BHL, sums_BHL = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -226,7 +262,9 @@ class WindowedHeads(HeadHyena):
         q_HNK, odds_HN, share_HN, there_HN = (
             x.transpose(0, 1).flatten(1, 2) for x in (q_BHKL.transpose(2, 3), odds_BHL, share_BHL, there_BHL)
         )
-        key_HK, shift_H = level_for(q_HNK, odds_HN, share_HN, there_HN, mean_HK)
+        key_HK, shift_H = level_for(
+            q_HNK, odds_HN, share_HN, there_HN, mean_GK.repeat_interleave(self.heads // self.groups, 0)
+        )
         self.near.mean_key.copy_(key_HK.flatten())
         self.near.shift.copy_(shift_H)
 
@@ -235,5 +273,5 @@ class WindowedHeads(HeadHyena):
         p_EL = self.in_proj.weight @ x_LD.t() + self.in_proj.bias[:, None]
         return self.read(p_EL[None], 0)
 
-    def _summed(self, y_BHVL: Tensor, v_BHVL: Tensor) -> Tensor:
-        return with_direct(y_BHVL, v_BHVL, self.direct)
+    def _summed(self, y_BHVL: Tensor, v_BGVL: Tensor) -> Tensor:
+        return with_direct(y_BHVL, v_BGVL, self.direct)

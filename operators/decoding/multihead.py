@@ -121,6 +121,11 @@ class NearMemory(WindowMemory):
         self.memory[5:] = [*(x[..., count:].clone() for x in both), far]
         return y_BHVn
 
+    def leave(self, parts: list[Tensor], window: int, far: Tensor) -> None:
+        """Begin with keys and values of the last positions, at most the window, and the memory of those before."""
+        lasts = [torch.nn.functional.pad(part, (window - part.shape[-1], 0)) for part in parts]
+        self.memory[5:] = [*lasts, far]
+
 
 def _padding(padding_B: Tensor, mask_Bn: Tensor, start: int) -> Tensor:
     """Positions before each text, after a mask of those from `start` on."""

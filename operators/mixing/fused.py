@@ -62,7 +62,7 @@ class _Group(NamedTuple):
 
     def features(self, parts: list[Tensor], map_GKK: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         mask_bL = None if self.mask_b1L is None else self.mask_b1L[:, 0]
-        return features(parts, map_GKK, mask_bL, layout.normalised)
+        return features(parts, layout, map_GKK, mask_bL)
 
 
 def _groups(inputs: Inputs, weights: tuple[Tensor, ...], layout: Layout) -> Iterator[_Group]:

@@ -25,7 +25,7 @@ SMALLEST = 1e-30  # of a sum of far weights that counts
 
 
 class Seen(NamedTuple):
-    """What queries may look at.
+    """What queries may look at; keys and values may be of fewer heads, which as many queries share each.
 
     Attributes:
         k_BHKT, v_BHVT: keys and values of the last positions; those at negative places mean nothing.
@@ -40,6 +40,11 @@ class Seen(NamedTuple):
     sink_v_BHVS: Tensor
     padding_B: Tensor | None
     stop: int
+
+
+def for_heads(x_BGKn: Tensor, heads: int) -> Tensor:
+    """What heads share, for each of them (B, H, K, n)."""
+    return x_BGKn if x_BGKn.shape[1] == heads else x_BGKn.repeat_interleave(heads // x_BGKn.shape[1], 1)
 
 
 def leading(mask_BL: Tensor) -> Tensor:
@@ -93,8 +98,9 @@ def near(q_BHKQ: Tensor, seen: Seen, window: int) -> tuple[Tensor, Tensor]:
     place_N1C = place_NR1[:, :1] - back + torch.arange(back + rows, device=q_BHKQ.device)
     counted = _counted(seen, window, place_NR1, place_N1C)
     added_NRX = torch.zeros(counted.shape, dtype=q_BHKQ.dtype, device=q_BHKQ.device).masked_fill_(~counted, NEVER)
-    k_BHKT, v_BHVT = (x[..., keys - queries - before :] for x in (seen.k_BHKT, seen.v_BHVT))
-    parts = (q_BHKQ, k_BHKT, v_BHVT, seen.sink_k_BHKS, seen.sink_v_BHVS, added_NRX)
+    last = [x[..., keys - queries - before :] for x in (seen.k_BHKT, seen.v_BHVT)]
+    every = [for_heads(x, q_BHKQ.shape[1]) for x in (*last, seen.sink_k_BHKS, seen.sink_v_BHVS)]
+    parts = (q_BHKQ, *every, added_NRX)
     return cast(tuple[Tensor, Tensor], _Near.apply((rows, back, before), *parts))  # type: ignore[no-untyped-call]
 
 
@@ -177,6 +183,7 @@ def _near_one(q_BHK1: Tensor, seen: Seen, window: int) -> tuple[Tensor, Tensor]:
     if (sinks := min(seen.sink_k_BHKS.shape[-1], first)) > 0:
         near_k_BHKC = torch.cat([seen.sink_k_BHKS[..., :sinks], near_k_BHKC], dim=-1)
         near_v_BHVC = torch.cat([seen.sink_v_BHVS[..., :sinks], near_v_BHVC], dim=-1)
+    near_k_BHKC, near_v_BHVC = (for_heads(x, q_BHK1.shape[1]) for x in (near_k_BHKC, near_v_BHVC))
     products_BH1C = (q_BHK1.transpose(-1, -2) @ near_k_BHKC).to(compute_dtype(q_BHK1.dtype))
     lse_BH11 = products_BH1C.logsumexp(-1, keepdim=True)
     weights_BH1C = products_BH1C.softmax(-1).to(near_v_BHVC.dtype)

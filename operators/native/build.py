@@ -28,6 +28,7 @@ HEADERS = (
     "mixing.h",
     "tensors.h",
     "steps.h",
+    "window_state.h",
     "window.h",
 )
 SOURCES = ("core.cpp", "decode.cpp", "near.cpp", "window.cpp", "mixing.cpp")

@@ -24,7 +24,7 @@ from torch import Tensor
 from operators.decoding.channelwise import CoreTables, CoreWindow, Tiled
 from operators.decoding.frozen import Filters
 from operators.decoding.history import History
-from operators.decoding.multihead import HeadMemory, KeysAndValues, NearHistory, WindowMemory
+from operators.decoding.multihead import HeadMemory, KeysAndValues, NearHistory, NearMemory, WindowMemory
 from operators.decoding.state import HyenaState, ShortConv
 from operators.native import LONGEST, serves
 from operators.native.channels import spectra_of, transform_size
@@ -116,14 +116,38 @@ def step_window_heads(
     return cast(Tensor, torch.ops.layerswap.heads_window_step(*given, **how))
 
 
+def step_modal_window_heads(
+    x_B1D: Tensor,
+    p_B1E: Tensor,
+    short: ShortConv,
+    modes: tuple[Tensor, Tensor],
+    near: Sequence[Tensor],
+    direct_D: Tensor,
+    state: NearMemory,
+    **how: Any,
+) -> Tensor:
+    """`step_window_heads` of squared features and filters that are sums of modes, of these decays and residues."""
+    weights = (short.weight_KE, short.bias_E, *modes, direct_D.detach().float())
+    state.memory[1:] = memory = [part.contiguous() for part in state.memory[1:]]
+    inputs = (x_B1D.contiguous(), *_buffers(state.inputs, position=state.length), memory)
+    given = (p_B1E, _recent(state, p_B1E), *weights, *inputs, [part.detach().float() for part in near])
+    return cast(Tensor, torch.ops.layerswap.window_modal_step(*given, position=state.length, **how))
+
+
 def step_window(
-    x_B1D: Tensor, p_B1E: Tensor, short: ShortConv, frequencies_P: Tensor, direct_D: Tensor, state: WindowMemory
+    x_B1D: Tensor,
+    p_B1E: Tensor,
+    short: ShortConv,
+    frequencies_P: Tensor,
+    direct_D: Tensor,
+    state: WindowMemory,
+    heads: int,
 ) -> Tensor:
     """`step` of a window alone."""
     weights = (short.weight_KE, short.bias_E, direct_D.detach().float())
     state.memory[1:5] = memory = [part.contiguous() for part in state.memory[1:5]]
     inputs = (x_B1D.contiguous(), *_buffers(state.inputs, position=state.length), memory)
-    given = (p_B1E, _recent(state, p_B1E), *weights, *inputs, frequencies_P.detach().float(), state.length)
+    given = (p_B1E, _recent(state, p_B1E), *weights, *inputs, frequencies_P.detach().float(), heads, state.length)
     return cast(Tensor, torch.ops.layerswap.window_step(*given))
 
 
@@ -137,7 +161,7 @@ def takes(state: HyenaState, x_B1D: Tensor, p_B1E: Tensor) -> bool:
         return False
     if isinstance(state, WindowMemory):
         keys = None if state.padded or not state.memory else state.memory[1]
-        if keys is None:
+        if keys is None or any(part.dtype != torch.float32 for part in state.memory[1:]):
             return False
     inputs = state.inputs.buffer
     return inputs is not None and inputs.dtype == x_B1D.dtype and (keys is None or keys.dtype == torch.float32)

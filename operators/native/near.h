@@ -43,6 +43,60 @@ inline void put(const float* x, int64_t rows, History to, int64_t place) {
   for (int64_t row = 0; row < rows; ++row) to.data[row * to.stride + place] = x[row];
 }
 
+// The rows of all positions but the first go to the place before theirs, and x to the last.
+inline void push(const float* x, int64_t rows, History to, int64_t positions) {
+  for (int64_t row = 0; row < rows; ++row)
+    std::memmove(to.data + row * to.stride, to.data + row * to.stride + 1, (positions - 1) * sizeof(float));
+  put(x, rows, to, positions - 1);
+}
+
+constexpr int64_t kMostSquared = 16;  // channels
+
+// Features of some channels whose products are (1 + q . k / 2)^2, one after the other, in the order of `mixing.features`.
+template <class Number, class Put>
+inline void each_square(const Number* x, int64_t width, const Put& put) {
+  put(Number{} + 1.0f);
+  for (int64_t i = 0; i < width; ++i) put(x[i]);
+  for (int64_t i = 0; i < width; ++i) put(0.5f * x[i] * x[i]);
+  for (int64_t i = 0; i < width; ++i)
+    for (int64_t j = i + 1; j < width; ++j) put(std::sqrt(0.5f) * x[i] * x[j]);
+}
+
+inline int64_t squares_of(int64_t width) { return 1 + width + width * (width + 1) / 2; }
+
+inline std::vector<float> squares(const float* x, int64_t width) {
+  std::vector<float> found;
+  each_square(x, width, [&](float feature) { found.push_back(feature); });
+  return found;
+}
+
+// What a head reads of its rows: near query and key, value, far query and key.
+struct WindowInput {
+  const float *q, *k, *v, *far_q, *far_k;
+  float gate;
+};
+
+// Where that lies: far queries and keys of `keys` channels, values of groups, gates, near queries, near keys of groups; or,
+// where far rows are the near ones (`keys` is 0), queries, keys, values.
+struct WindowRows {
+  int64_t heads, groups, width, keys;
+  bool gated;
+  int64_t count;
+
+  WindowRows(int64_t heads, int64_t groups, int64_t width, int64_t keys, bool gated)
+      : heads(heads), groups(groups), width(width), keys(keys), gated(gated),
+        count(2 * heads * keys + 2 * groups * width + (gated ? heads : 0) + heads * width) {}
+
+  WindowInput of(const float* u, int64_t head) const {
+    const int64_t shared = groups * width, inner = heads * width, of_group = head / (heads / groups) * width;
+    if (keys == 0)
+      return {u + head * width, u + inner + of_group, u + inner + shared + of_group, nullptr, nullptr, 0.0f};
+    const float *far_k = u + heads * keys, *v = far_k + heads * keys, *gates = v + shared, *q = gates + (gated ? heads : 0);
+    return {q + head * width, q + inner + of_group, v + of_group, u + head * keys, far_k + head * keys,
+            gated ? gates[head] : 0.0f};
+  }
+};
+
 // Values by softmax, y, and the logarithm of the sum of exponentials; q and the keys are turned, q is scaled.
 inline float near_values(const Seen& seen, const float* q, int64_t keys, int64_t values, float* y) {
   static thread_local std::vector<float> weights, ones;

@@ -45,6 +45,30 @@ FORCED void write(BFloat* to, Vec v) {  // to the nearest, ties to even; what is
 }
 #endif
 
+// e^x of numbers up to 0.
+FORCED Vec exp_of(Vec x) {
+  const Vec magic = Vec{} + 12582912.0f;
+  x = (x > -87.0f) ? x : Vec{} - 87.0f;
+  const Vec t = x * 1.44269504f + magic, n = t - magic;
+  const Vec r = x - n * 0.693145752f - n * 1.42860677e-6f;
+  const Vec p = 1.0f + r * (1.0f + r * (0.5f + r * (0.16666667f + r * (0.041666668f + r * 0.0083333338f))));
+  return (Vec)((Words)p + ((Words)t << 23));
+}
+
+FORCED Words narrow(Vec v) {
+  BFloat rounded[16];
+  write(rounded, v);
+  Halves h;
+  std::memcpy(&h, rounded, sizeof h);
+  return __builtin_convertvector(h, Words);
+}
+
+// Sixteen pairs in bfloat16, the first in the lower half.
+FORCED void pair_of(Vec first, Vec second, uint32_t* to) {
+  const Words both = narrow(first) | narrow(second) << 16;
+  std::memcpy(to, &both, sizeof both);
+}
+
 // The first `count` of sixteen.
 template <class T>
 FORCED Vec read_some(const T* from, int64_t count) {

@@ -5,7 +5,7 @@
 
 #include <ATen/native/CPUBlas.h>
 
-#include "rows.h"
+#include "window_state.h"
 
 namespace layerswap {
 
@@ -16,32 +16,12 @@ struct WindowHead {
   int64_t window, sinks, degree;
   Rows<const BFloat> q, k, v, far_q, far_k;  // rows `channel` apart, positions touch
   const float *h, *counted, *level;          // h: kQueries zeros, lags from the window on, zeros; counted may be null
+  LagModes modes;                            // of h, where there is a state of squared features
 };
-
-// e^x of numbers up to 0.
-FORCED Vec exp_of(Vec x) {
-  const Vec magic = Vec{} + 12582912.0f;
-  x = (x > -87.0f) ? x : Vec{} - 87.0f;
-  const Vec t = x * 1.44269504f + magic, n = t - magic;
-  const Vec r = x - n * 0.693145752f - n * 1.42860677e-6f;
-  const Vec p = 1.0f + r * (1.0f + r * (0.5f + r * (0.16666667f + r * (0.041666668f + r * 0.0083333338f))));
-  return (Vec)((Words)p + ((Words)t << 23));
-}
-
-FORCED Words narrow(Vec v) {
-  BFloat rounded[16];
-  write(rounded, v);
-  Halves h;
-  std::memcpy(&h, rounded, sizeof h);
-  return __builtin_convertvector(h, Words);
-}
 
 // Two rows of sixty-four in bfloat16, the first in the lower halves.
 FORCED void pair(const Vec* first, const Vec* second, uint32_t* to) {
-  for (int j = 0; j < kQueries / kLanes; ++j) {
-    const Words both = narrow(first[j]) | narrow(second[j]) << 16;
-    std::memcpy(to + j * kLanes, &both, sizeof both);
-  }
+  for (int j = 0; j < kQueries / kLanes; ++j) pair_of(first[j], second[j], to + j * kLanes);
 }
 
 // Queries t0 to t0 + n of `width` rows as pairs of rows.
@@ -78,11 +58,19 @@ class WindowMixer {
         v_(head.values * stride_), query_(head.keys / 2 * kQueries), far_query_(head.far_keys / 2 * kQueries),
         near_(std::max(head.values, head.sinks + head.window + kQueries) * kQueries), far_products_(kFarKeys * kQueries),
         weights_((head.sinks + head.window + kQueries + kFarKeys + 4) / 2 * kQueries), y_(head.values * kQueries),
-        far_y_(head.values * kQueries) {
+        far_y_((head.values + 1) * kQueries), state_(head.modes, head.modes.count ? head.far_keys : 0, head.values),
+        from_state_((head.values + 1) * kQueries) {
     turn_keys(head.k, head.keys, head.length, turned_.data());
     if (head.far_keys) turn_keys(head.far_k, head.far_keys, head.length, far_.data());
     for (int64_t row = 0; row < head.values; ++row)
       std::copy_n(head.v.data + row * head.v.channel, head.length, v_.data() + row * stride_);
+  }
+
+  // The state of all positions that lie behind the window for the position that comes next.
+  void store(float* to) {
+    const int64_t behind = std::max<int64_t>(0, head_.length - head_.window);
+    while (state_.seen() < behind) take(std::min(kTaken, behind - state_.seen()));
+    state_.store(to);
   }
 
   // Queries from t0 on, rows of y `length` apart.
@@ -150,13 +138,20 @@ class WindowMixer {
     }
   }
 
+  void take(int64_t count) {
+    state_.take(far_.data(), v_.data(), stride_, head_.counted, head_.sinks, count);
+  }
+
   // Values by far weights, and the sums of these.
   void far(int64_t t0, int64_t n) {
     pack_queries(head_.far_q, head_.far_keys, t0, n, far_query_.data());
     const int64_t stop = t0 + n - head_.window;
     for (int j = 0; j < kVecs; ++j) far_sum_[j] = Vec{};
     const Power power{head_.degree};
-    for (int64_t start = head_.sinks; start < stop; start += kFarKeys) {
+    if (head_.modes.count)  // what is far for all of these queries
+      while (state_.seen() + kTaken <= t0 - head_.window + 1) take(kTaken);
+    const int64_t from = std::max(head_.sinks, state_.seen());
+    for (int64_t start = from; start < stop; start += kFarKeys) {
       const int64_t count = std::min(kFarKeys, stop - start);
       product(count, head_.far_keys, head_.far_keys, &far_[start * head_.far_keys], far_query_.data(), false,
               far_products_.data());
@@ -175,8 +170,20 @@ class WindowMixer {
         weigh(i, row), weigh(i + 1, next);
         pair(row, next, &weights_[i / 2 * kQueries]);
       }
-      product(head_.values, (count + 1) / 2 * 2, stride_, &v_[start], weights_.data(), start > head_.sinks, far_y_.data());
+      product(head_.values, (count + 1) / 2 * 2, stride_, &v_[start], weights_.data(), start > from, far_y_.data());
     }
+    if (state_.seen()) gather(t0, n, from < stop);
+  }
+
+  // Adds what the state gives, or begins with it.
+  void gather(int64_t t0, int64_t n, bool add) {
+    float queries[kMostSquared * kQueries] = {};
+    for (int64_t c = 0; c < head_.far_keys; ++c)
+      for (int64_t r = 0; r < n; ++r) queries[c * kQueries + r] = number(head_.far_q.data[c * head_.far_q.channel + t0 + r]);
+    state_.read(queries, t0 - head_.window - state_.seen() + 1, from_state_.data());
+    for (int64_t i = 0; i < head_.values * kQueries; i += kLanes)
+      write(&far_y_[i], read(&from_state_[i]) + (add ? read(&far_y_[i]) : Vec{}));
+    for (int j = 0; j < kVecs; ++j) far_sum_[j] += read(&from_state_[head_.values * kQueries + j * kLanes]);
   }
 
   // What near and far values are multiplied by.
@@ -197,6 +204,8 @@ class WindowMixer {
   std::vector<float> near_, far_products_;
   std::vector<uint32_t> weights_;
   std::vector<float> y_, far_y_;
+  WindowState state_;
+  std::vector<float> from_state_;
   Vec largest_[kVecs], sum_[kVecs], far_sum_[kVecs];
 };
 

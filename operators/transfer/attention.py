@@ -86,6 +86,16 @@ class AttentionWeights:
         """K."""
         return self.query.shape[0] // self.heads
 
+    @property
+    def groups(self) -> int:
+        """How many heads of key and value there are where those are counted once that are the same."""
+        parts = [self.key, self.value, self.bias_of("key"), self.bias_of("value")]
+        by_head = [part.unflatten(0, (self.heads, -1)) for part in parts]
+        for groups in range(1, self.heads):
+            if self.heads % groups == 0 and all(_same(part.unflatten(0, (groups, -1))) for part in by_head):
+                return groups
+        return self.heads
+
     def check(self, d_model: int, inner: int) -> None:
         """Raise ValueError unless values have `inner` rows and all weights and biases fit each other and `d_model`."""
         products = (self.query.shape[0], d_model)
@@ -167,6 +177,22 @@ class AttentionWeights:
         if heads >= self.heads:
             return profile.repeat_interleave(heads // self.heads, dim=0)
         return profile.view(heads, -1, profile.shape[1]).mean(1)
+
+
+def _same(parts: Tensor) -> bool:
+    return bool((parts == parts[:, :1]).all())
+
+
+def first_of_groups(rows: Affine, heads: int, groups: int) -> Affine:
+    """Rows that the heads of each group have in common. ValueError where they have not."""
+    grouped = [part.unflatten(0, (groups, heads // groups, -1)) for part in rows]
+    if not all(_same(part) for part in grouped):
+        raise ValueError(
+            f"groups must be heads of key and value that the attention has but is {groups}, and its {heads} heads do "
+            "not share them so: leave it to the swap."
+        )
+    weight, bias = (part[:, 0].flatten(0, 1) for part in grouped)
+    return weight, bias
 
 
 def _check_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:

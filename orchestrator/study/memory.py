@@ -71,7 +71,7 @@ def held_bytes(spec: Any, sizes: Sizes, swapped: tuple[int, ...], subject: Any =
     if not hasattr(spec, "numerics"):
         return None
     shape, config = sizes.shape, getattr(subject or spec, "operator", None)
-    each = operator_parameters(config, shape.hidden, shape.max_length, sizes.between, shape.heads)
+    each = operator_parameters(config, shape.hidden, shape.max_length, sizes.between, sizes.heads)
     placed = [each] * len(swapped)
     matrices, others = sum(each.matrices for each in placed), sum(each.others for each in placed)
     operator = 4 * (matrices + others + sum(each.fixed for each in placed))
@@ -105,7 +105,7 @@ def gathered_bytes(spec: Any, sizes: Sizes, swapped: tuple[int, ...]) -> int:
     alone = isinstance(spec, TeacherSpec | ScratchSpec)
     frozen = (2 if _narrow(spec) else 4) * (0 if alone else sizes.embedding + sizes.head)
     config = getattr(spec, "operator", None) if swapped else None
-    operator = operator_parameters(config, sizes.shape.hidden, sizes.shape.max_length, sizes.between, sizes.shape.heads)
+    operator = operator_parameters(config, sizes.shape.hidden, sizes.shape.max_length, sizes.between, sizes.heads)
     layer = sizes.blocks // sizes.shape.layers - (sizes.attention if swapped else 0) + operator.trained
     trained = operator.trained if body == 0 else layer
     own = sizes.embedding + sizes.head if alone else tables
@@ -184,6 +184,7 @@ def kept_by_layers(spec: Any, sizes: Sizes, swapped: tuple[int, ...], tokens: in
 def _layer_bytes(sizes: Sizes, tokens: int, operator: Any, rest_trains: bool, narrow: bool = False) -> float:
     """Of what one layer keeps for gradients, counted in torch 2.13."""
     width, inner = sizes.shape.hidden, sizes.shape.intermediate
+    each_its_own = (sizes.shape.heads, sizes.shape.heads)  # as what heads share is repeated
     if sizes.gated:  # as in a Llama: norms by hand, which stay float32, and keys and values of groups of heads
         norms, block = (6.0 if rest_trains else 2.0) * width, (4.0 if rest_trains else 3.0) * inner
         mixer = sizes.attention / width + 0.5 * width
@@ -191,11 +192,11 @@ def _layer_bytes(sizes: Sizes, tokens: int, operator: Any, rest_trains: bool, na
         norms, block = 0.0, 2.0 * width + 2 * inner if rest_trains else 1.0 * width + inner
         mixer = (8.0 if rest_trains else 6.0) * width
     if isinstance(operator, HyenaConfig):
-        rows = projection_rows(operator, sizes.between)
+        rows = projection_rows(operator, sizes.between, each_its_own)
         mixer = 4.8 * width + 1.5 * rows if operator.heads else 1.5 * width + 1.5 * rows
         mixer += _near(operator, sizes)
     elif isinstance(operator, WindowConfig):
-        mixer = 2.5 * width + 1.5 * projection_rows(operator, sizes.between) + _near(operator, sizes)
+        mixer = 2.5 * width + 1.5 * projection_rows(operator, sizes.between, each_its_own) + _near(operator, sizes)
     elif operator is not None:
         mixer = 0
     least = NARROW_HEADS if getattr(operator, "heads", None) is not None else NARROW

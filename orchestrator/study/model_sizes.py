@@ -36,6 +36,7 @@ class Sizes:
         attention: of one layer's attention.
         between: the width between its projections, and those of what takes its place.
         gated: whether the feed-forward block multiplies two maps of its input.
+        groups: heads of key and value.
     """
 
     shape: Architecture
@@ -45,6 +46,12 @@ class Sizes:
     attention: int
     between: int
     gated: bool
+    groups: int
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Of queries, and of keys and values."""
+        return self.shape.heads, self.groups
 
     @property
     def blocks(self) -> int:
@@ -75,7 +82,9 @@ def sizes_of(shape: Architecture, config: Mapping[str, Any] | None = None) -> Si
     if config is None:
         attention = 4 * width * width + 4 * width
         block = attention + 2 * width * inner + inner + width + 4 * width
-        return Sizes(shape, 2 * table + shape.layers * block + 2 * width, table, table, attention, width, False)
+        return Sizes(
+            shape, 2 * table + shape.layers * block + 2 * width, table, table, attention, width, False, shape.heads
+        )
     head_size = config.get("head_dim") or width // shape.heads
     groups = config.get("num_key_value_heads") or (1 if config.get("multi_query") else shape.heads)
     attention = 2 * width * head_size * (shape.heads + groups)
@@ -86,7 +95,9 @@ def sizes_of(shape: Architecture, config: Mapping[str, Any] | None = None) -> Si
     block = attention + (3 if gated else 2) * width * inner * max(1, experts)
     tied = config.get("tie_word_embeddings", kind.startswith(TIED))
     head = 0 if tied else table
-    return Sizes(shape, table + head + shape.layers * block, table, head, attention, head_size * shape.heads, gated)
+    return Sizes(
+        shape, table + head + shape.layers * block, table, head, attention, head_size * shape.heads, gated, groups
+    )
 
 
 def _activation(config: Mapping[str, Any]) -> Any:
@@ -94,13 +105,15 @@ def _activation(config: Mapping[str, Any]) -> Any:
     return next((config[name] for name in names if config.get(name)), None)
 
 
-def operator_parameters(config: Any, width: int, longest: int, between: int | None = None, heads: int = 1) -> Operator:
-    """Of an operator in a model of that width, longest text and heads of attention, `between` wide between its
-    projections (as the model where nothing is said); none of what is skipped."""
+def operator_parameters(
+    config: Any, width: int, longest: int, between: int | None = None, heads: tuple[int, int] = (1, 1)
+) -> Operator:
+    """Of an operator in a model of that width, longest text and heads of attention (`Sizes.heads`), `between` wide
+    between its projections (as the model where nothing is said); none of what is skipped."""
     if config is None or isinstance(config, SkipConfig):
         return Operator()
     between = between or width
-    rows, (near, turned) = projection_rows(config, between), _near_parameters(config, between, heads)
+    rows, (near, turned) = projection_rows(config, between, heads), _near_parameters(config, between, heads)
     if isinstance(config, WindowConfig):
         others = rows + width + rows * config.short_taps + rows + between + near
         return Operator(width * rows + between * width, others, turned)
@@ -111,23 +124,31 @@ def operator_parameters(config: Any, width: int, longest: int, between: int | No
     return Operator(width * rows + between * width, others, fixed + turned)
 
 
-def _near_parameters(config: HyenaConfig | WindowConfig, between: int, heads: int) -> tuple[int, int]:
+def _near_parameters(config: HyenaConfig | WindowConfig, between: int, heads: tuple[int, int]) -> tuple[int, int]:
     """Of near queries and keys: what trains, and what does not, without a norm that the swap will find."""
     if config.window is None:
         return 0, 0
-    heads = config.heads or heads
-    level = 0 if isinstance(config, WindowConfig) else (2 if config.tied else 1) * between + heads
-    return level + (0 if config.near_norm == "none" else 4 * between), between // heads // 2
+    own, shared = config.heads or heads[0], _shared_rows(config, between, heads)
+    level = 0 if isinstance(config, WindowConfig) else between + own + (shared if config.tied else 0)
+    return level + (0 if config.near_norm == "none" else 2 * between + 2 * shared), between // own // 2
 
 
-def projection_rows(config: HyenaConfig | WindowConfig, between: int) -> int:
+def projection_rows(config: HyenaConfig | WindowConfig, between: int, heads: tuple[int, int]) -> int:
     """E: of the projection into queries, keys, values and gates, and near queries and keys."""
-    if isinstance(config, WindowConfig):
-        return 3 * between
-    if not config.heads:
+    if isinstance(config, HyenaConfig) and config.heads is None:
         return (config.order + 1) * between
-    near = 0 if config.window is None or config.tied else 2 * between
-    return near + 2 * config.heads * _key_width(config, between) + between + (config.heads if config.key_gate else 0)
+    near = 0 if config.window is None else between + 2 * _shared_rows(config, between, heads)  # and values
+    if isinstance(config, WindowConfig) or config.tied or config.heads is None:
+        return near
+    far = 2 * config.heads * _key_width(config, between) + (config.heads if config.key_gate else 0)
+    return far + (near or between)
+
+
+def _shared_rows(config: HyenaConfig | WindowConfig, between: int, heads: tuple[int, int]) -> int:
+    """Of near keys, and of values, as a swap makes them."""
+    own = config.heads or heads[0]
+    followed = config.init == "transfer" and own == heads[0]
+    return between // own * (config.groups or (heads[1] if followed else own))
 
 
 def _key_width(config: HyenaConfig, between: int) -> int:

@@ -41,6 +41,7 @@ QUADRATIC_LIMIT = 8192  # positions that O(L^2) contenders are measured up to, i
 DECODED = 32
 IN_A_ROW = 10
 EAGER = False  # with launches, on a GPU
+ONLY: list[str] = []  # operators that are measured, all where it is empty
 CLOCK = time.perf_counter  # or that of the process alone, where others use the machine
 TORCH = " torch"
 MOST_POSITIONS = {"prefill": 32768, "training": 16384, "decode": 65536}  # of a batch: attention takes minutes beyond
@@ -70,6 +71,9 @@ def kinds(heads: int) -> dict[str, OperatorConfig]:
             tied=True,
             filter=POSITIVE,
         ),
+        "squares, window": dataclasses.replace(
+            power, degree=2, window=64, sinks=4, filter=ModalFilterConfig(modes=4, positive=True)
+        ),
         "window alone": WindowConfig(init="random", heads=heads),
     }
 
@@ -77,7 +81,7 @@ def kinds(heads: int) -> dict[str, OperatorConfig]:
 def contenders(width: int, length: int, device: str = "cpu") -> dict[str, Any]:
     """Everything that is compared, built for a width and a longest sequence."""
     heads = max(1, width // HEAD_WIDTH)
-    ours = kinds(heads)
+    ours = {name: config for name, config in kinds(heads).items() if not ONLY or name in ONLY}
     found: dict[str, Any] = {"attention": Attention(width, heads), "textbook": TextbookHyena(width, length)}
     for name, config in ours.items():
         operator: Any = build(config, width, length)
@@ -86,7 +90,7 @@ def contenders(width: int, length: int, device: str = "cpu") -> dict[str, Any]:
     for module in found.values():
         module.to(device)
     if device != "cpu":
-        found[f"hyena-2{TORCH}"] = found["hyena-2"]
+        found |= {f"{name}{TORCH}": found[name] for name in ("hyena-2",) if name in found}
     elif native.available():
         found |= {f"{name}{NATIVE}": found[name] for name in ours}
     return found
@@ -275,8 +279,9 @@ def measure(
 
 def main() -> None:
     """Measure, print and write every row."""
-    global EAGER, CLOCK
+    global EAGER, CLOCK, ONLY
     options = _options()
+    ONLY = options.only
     EAGER, CLOCK = options.eager, time.process_time if options.busy else time.perf_counter
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -305,11 +310,15 @@ def _options() -> argparse.Namespace:
     def words(text: str) -> list[str]:
         return text.split(",")
 
+    def names(text: str) -> list[str]:
+        return text.split(";")
+
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.operators", description=__doc__)
     parser.add_argument("--modes", type=words, default=list(MOST_POSITIONS), help=", ".join(MOST_POSITIONS))
     parser.add_argument("--widths", type=numbers, default=[128, 512])
     parser.add_argument("--batches", type=numbers, default=[1, 8])
     parser.add_argument("--lengths", type=numbers, default=list(LENGTHS))
+    parser.add_argument("--only", type=names, default=[], help="operators, as 'power;window alone'")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--eager", action="store_true", help="on a GPU, time launches too instead of recorded graphs")
     parser.add_argument("--busy", action="store_true", help="on a CPU that others use, count the process's own time")

@@ -60,6 +60,9 @@ CASES: dict[str, OperatorConfig] = {
         heads=2, init="random", key_dim=3, key_gate=True, filter=ModalFilterConfig(modes=3, positive=True)
     ),
     "modal, heads, power": HyenaConfig(filter=ModalFilterConfig(positive=True), **POWER),
+    "modal, heads, squares": HyenaConfig(
+        degree=2, key_dim=3, key_gate=True, filter=ModalFilterConfig(modes=3, positive=True), **POWER
+    ),
     "fir, order 2": HyenaConfig(init="random", filter=FirFilterConfig(taps=5)),
     "fir, order 3": HyenaConfig(order=3, init="random", filter=FirFilterConfig(taps=24)),
     "fir, one tap": HyenaConfig(init="random", filter=FirFilterConfig(taps=1)),
@@ -86,11 +89,29 @@ CASES: dict[str, OperatorConfig] = {
         near_norm="layer_all",
         filter=FirFilterConfig(taps=20, positive=True),
     ),
+    "window, squares": HyenaConfig(
+        window=5, sinks=2, degree=2, key_dim=2, key_gate=True, filter=ModalFilterConfig(modes=3, positive=True), **POWER
+    ),
     "window, longer than most": HyenaConfig(window=70, sinks=80, filter=POSITIVE, **POWER),
     "window, tied": HyenaConfig(window=6, sinks=2, tied=True, filter=POSITIVE, **POWER),
     "window, tied, normed": HyenaConfig(
         init="random", window=5, sinks=1, tied=True, near_norm="rms", filter=ModalFilterConfig(positive=True), **POWER
     ),
+    "window, groups": HyenaConfig(
+        init="random", window=5, sinks=2, groups=1, key_dim=3, key_gate=True, filter=POSITIVE, **POWER
+    ),
+    "window, tied, groups": HyenaConfig(
+        heads=4,
+        init="random",
+        feature_map="power",
+        normalise=True,
+        window=5,
+        sinks=2,
+        groups=2,
+        tied=True,
+        filter=POSITIVE,
+    ),
+    "window alone, groups": WindowConfig(window=6, sinks=2, heads=4, groups=2, init="random"),
     "window alone": WindowConfig(window=6, sinks=2, heads=2),
     "window alone, narrow": WindowConfig(window=1, sinks=0, heads=4, near_norm="rms_all", short_taps=2, init="random"),
     "skip": SkipConfig(),

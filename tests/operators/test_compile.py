@@ -14,7 +14,12 @@ from tests.operators.cases import CASES, B, D, close, draw, generator, make
 
 LENGTH = 40
 # Of torch's own: behind any break in a graph it looks at `.grad` of what comes in.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"
+    ),  # where it compiles
+]
 
 
 class Block(nn.Module):

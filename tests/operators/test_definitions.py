@@ -65,7 +65,7 @@ def likeness(operator: Any, head: int, q_K: Tensor, k_K: Tensor) -> Tensor:
 
 def normed(operator: Any, name: str, x_IL: Tensor) -> Tensor:
     """Near queries or keys at every position after their norm, (I, L)."""
-    kind, heads = operator.config.near_norm, operator.config.heads
+    kind, heads = operator.config.near_norm, len(x_IL) * operator.config.heads // operator.inner
     if kind == "none":
         return x_IL
     weight_I, bias_I = (getattr(operator.near, f"{name}_{part}") for part in ("weight", "bias"))
@@ -87,6 +87,16 @@ def turned(operator: Any, x_K: Tensor, place: int) -> Tensor:
     return torch.cat([found_P.real, found_P.imag, x_K[2 * pairs :]])
 
 
+def groups(operator: Any) -> int:
+    return operator.config.groups or operator.config.heads  # type: ignore[no-any-return]
+
+
+def shared(operator: Any, x_RL: Tensor) -> Tensor:
+    """Rows of groups of heads, for every head."""
+    per, parts = operator.config.heads // groups(operator), x_RL.chunk(groups(operator))
+    return torch.cat([parts[head // per] for head in range(operator.config.heads)])
+
+
 def near_weights(operator: Any, q_EL: Tensor, k_EL: Tensor, head: int, t: int) -> dict[int, Tensor]:
     """exp(q_t . k_s / sqrt(K) - c_t) of near positions s, by s, of normed queries and keys; c is 0 without a level."""
     config, width = operator.config, operator.inner // operator.config.heads
@@ -103,8 +113,10 @@ def near_weights(operator: Any, q_EL: Tensor, k_EL: Tensor, head: int, t: int) -
 def window_by_definition(operator: Any, x_LD: Tensor) -> Tensor:
     """Softmax over near positions."""
     width, outputs = operator.inner // operator.config.heads, []
-    v_IL, *maps = convolved(operator, x_LD).chunk(3)
-    q_EL, k_EL = (normed(operator, name, rows) for name, rows in zip(("query", "key"), maps, strict=True))
+    fewer = width * groups(operator)
+    v_RL, q_EL, k_RL = convolved(operator, x_LD).split([fewer, operator.inner, fewer])
+    v_IL, q_EL, k_EL = shared(operator, v_RL), normed(operator, "query", q_EL), normed(operator, "key", k_RL)
+    k_EL = shared(operator, k_EL)
     for head in range(operator.config.heads):
         own, rows = slice(head * width, (head + 1) * width), []
         for t in range(len(x_LD)):
@@ -121,16 +133,21 @@ def heads_by_definition(operator: Any, x_LD: Tensor) -> Tensor:
     queries / sqrt(K) and keys less the centre."""
     config, length, width = operator.config, len(x_LD), operator.inner
     heads, key_width = config.heads, config.key_dim or width // config.heads
-    near_width = width if config.window and not config.tied else 0
-    q_EL, k_EL, v_IL, gate_HL, near_q_EL, near_k_EL = convolved(operator, x_LD).split(
-        [heads * key_width, heads * key_width, width, heads if config.key_gate else 0, near_width, near_width]
+    fewer = width // heads * groups(operator)
+    near_width, near_fewer = (width, fewer) if config.window and not config.tied else (0, 0)
+    far_width = fewer if config.tied else heads * key_width
+    q_EL, k_EL, v_RL, gate_HL, near_q_EL, near_k_EL = convolved(operator, x_LD).split(
+        [heads * key_width, far_width, fewer, heads if config.key_gate else 0, near_width, near_fewer]
     )
+    v_IL = shared(operator, v_RL)
     if config.tied:
         near_q_EL, near_k_EL = q_EL, k_EL
     if config.window:
         near_q_EL, near_k_EL = normed(operator, "query", near_q_EL), normed(operator, "key", near_k_EL)
     if config.tied:
-        q_EL, k_EL = near_q_EL / key_width**0.5, near_k_EL - operator.near.centre[:, None]
+        q_EL, k_EL = near_q_EL / key_width**0.5, shared(operator, near_k_EL - operator.near.centre[:, None])
+    if config.window:
+        near_k_EL = shared(operator, near_k_EL)
     h_HL, outputs = operator.filter(length), []
     for head in range(heads):
         mine, own = (slice(head * each, (head + 1) * each) for each in (key_width, width // heads))
@@ -233,6 +250,8 @@ def test_gradients_in_bfloat16_near_those_of_the_definition(case: str) -> None:
         if not name.startswith("filter.") and parameter.requires_grad:
             off = (narrow.get_parameter(name).grad - parameter.grad).norm() / parameter.grad.norm().clamp_min(1e-9)
             most = 0.2 if case == "power, full" else 0.03  # its gates, up to exp(10), stretch what is rounded
+            # Features of squares are rounded too, and a centre that heads share has a small difference as its gradient.
+            most = 0.06 if case.endswith(("squares", "tied, groups")) else most
             assert off < most, f"{name} is off by {off:.2g}"
 
 

@@ -199,12 +199,24 @@ def test_all_forms_mix_alike(form: Any) -> None:
 
 
 IMPLICIT = HyenaConfig(heads=2, init="random", filter=ImplicitFilterConfig(sine_frequency=1.0))
+SQUARED = HyenaConfig(
+    heads=2,
+    init="random",
+    feature_map="power",
+    degree=2,
+    key_dim=4,
+    normalise=True,
+    filter=ModalFilterConfig(modes=3, positive=True),
+)
 PATHS: list[tuple[HyenaConfig, int, torch.dtype, Path]] = [
     (IMPLICIT, 256, torch.float32, Path("masked", "torch", False)),
     (IMPLICIT, 2048, torch.float32, Path("masked", "torch", False)),
     (IMPLICIT, 256, torch.bfloat16, Path("masked", "torch", True)),
     (IMPLICIT, 2048, torch.bfloat16, Path("smooth", "torch", True, 4)),
     (replace(IMPLICIT, feature_map="power"), 2048, torch.bfloat16, Path("masked", "torch", True)),
+    (SQUARED, 2048, torch.bfloat16, Path("recurrence", "torch", True)),
+    (replace(SQUARED, degree=4), 2048, torch.bfloat16, Path("masked", "torch", True)),
+    (replace(SQUARED, key_dim=17), 2048, torch.bfloat16, Path("masked", "torch", True)),
     (replace(IMPLICIT, filter=ModalFilterConfig()), 256, torch.float32, Path("masked", "torch", False)),
     (replace(IMPLICIT, filter=ModalFilterConfig()), 2048, torch.float32, Path("recurrence", "torch", False)),
     (replace(IMPLICIT, filter=ModalFilterConfig()), 2048, torch.bfloat16, Path("recurrence", "torch", True)),
@@ -298,11 +310,13 @@ FEATURES = {
     "normalised power": Layout(2, 4, 6, normalised=True, degree=4),
     "mapped": Layout(2, 4, 6, mapped=True),
     "all": Layout(2, 4, 6, gated=True, normalised=True, mapped=True),
+    "squared": Layout(2, 4, 6, gated=True, normalised=True, squared=True),
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "recurrent"), [*((name, False) for name in FEATURES), ("gated", True), ("mapped", True), ("all", True)]
+    ("name", "recurrent"),
+    [*((name, False) for name in FEATURES), ("gated", True), ("mapped", True), ("all", True), ("squared", True)],
 )
 def test_the_fused_pass_has_the_gradients_of_the_definition(
     name: str, recurrent: bool, monkeypatch: pytest.MonkeyPatch
@@ -328,8 +342,8 @@ def test_the_fused_pass_has_the_gradients_of_the_definition(
         else:
             u_BEL = short_conv_reference(p_BEL, taps_ET, bias_E) * mask_BL[:, None]
             parts_of_u = layout.parts(u_BEL)
-            q, k, v = features(parts_of_u, chosen, mask_BL, layout.normalised)
-            y_BHVL = mix_reference(q, k, v, h_HT, layout.degree)
+            q, k, v = features(parts_of_u, layout.unsquared(), chosen, mask_BL)
+            y_BHVL = mix_reference(q, k, v, h_HT, 2 if layout.squared else layout.degree)
             y_BHVL = divided(y_BHVL) if layout.normalised else y_BHVL
             y_BDL = y_BHVL.flatten(1, 2) + parts_of_u[2].flatten(1, 2) * direct_D[:, None]
         wanted = [*leaf[:4], *([map_HKK] if layout.mapped else []), *([] if recurrent else [h_HT])]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from operators import native
-from operators.config import FirFilterConfig, HyenaConfig, ImplicitFilterConfig, WindowConfig
+from operators.config import FirFilterConfig, HyenaConfig, ImplicitFilterConfig, ModalFilterConfig, WindowConfig
 from operators.registry import build
 from tests.operators import test_contract
 from tests.operators.cases import B, D, close, draw, generator, make
@@ -20,6 +20,7 @@ from tests.operators.cases import B, D, close, draw, generator, make
 DIVIDED: dict[str, Any] = {
     "feature_map": "power", "normalise": True, "filter": ImplicitFilterConfig(positive=True, width=16, features=9)
 }  # fmt: skip
+MODAL: dict[str, Any] = {"filter": ModalFilterConfig(modes=3, positive=True)}
 WINDOWS: dict[str, HyenaConfig | WindowConfig] = {
     "rows of its own": HyenaConfig(heads=2, key_dim=6, key_gate=True, window=70, sinks=3, **DIVIDED),
     "tied": HyenaConfig(heads=2, window=16, sinks=5, tied=True, degree=8, **DIVIDED),
@@ -28,8 +29,14 @@ WINDOWS: dict[str, HyenaConfig | WindowConfig] = {
     ),
     "one position": HyenaConfig(heads=2, window=1, tied=True, **DIVIDED),
     "all sinks": HyenaConfig(heads=2, window=9, sinks=500, tied=True, **DIVIDED),
+    "groups": HyenaConfig(heads=4, key_dim=6, key_gate=True, window=70, sinks=3, groups=2, **DIVIDED),
+    "tied, groups": HyenaConfig(heads=4, window=16, sinks=5, tied=True, groups=1, degree=8, **DIVIDED),
+    "squares": HyenaConfig(heads=2, degree=2, key_dim=6, key_gate=True, window=16, sinks=3, **{**DIVIDED, **MODAL}),
+    "squares, wide window": HyenaConfig(heads=4, degree=2, key_dim=8, window=100, groups=2, **{**DIVIDED, **MODAL}),
+    "squares, many sinks": HyenaConfig(heads=2, degree=2, key_dim=16, window=3, sinks=150, **{**DIVIDED, **MODAL}),
     "alone": WindowConfig(window=100, sinks=2, heads=2),
     "alone, no sinks": WindowConfig(window=3, sinks=0, heads=4),
+    "alone, groups": WindowConfig(window=3, sinks=2, heads=4, groups=2),
 }
 
 
@@ -60,7 +67,16 @@ def test_whole_sequences_with_a_window_agree_with_the_definition(
     assert (found - wanted).norm() <= 1.1 * (theirs - wanted).norm()
 
 
-@pytest.mark.parametrize(("case", "step"), [("window, tied", "heads_window_step"), ("window alone", "window_step")])
+@pytest.mark.parametrize(
+    ("case", "step"),
+    [
+        ("window, tied", "heads_window_step"),
+        ("window alone", "window_step"),
+        ("window, groups", "heads_window_step"),
+        ("window alone, groups", "window_step"),
+        ("window, squares", "window_modal_step"),
+    ],
+)
 @torch.no_grad()
 def test_steps_with_a_window_are_the_cores(case: str, step: str, core: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the contract held for torch's; and those of padded texts are torch's."""
@@ -73,3 +89,26 @@ def test_steps_with_a_window_are_the_cores(case: str, step: str, core: None, mon
     operator.extend(x_BLD[:, :8], state, torch.arange(8).expand(B, 8) > 2)
     operator.extend(x_BLD[:, 8:9], state)
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize("name", ["squares", "squares, wide window", "squares, many sinks"])
+@pytest.mark.parametrize("length", [1, 16, 17, 64, 200, 601])
+@torch.no_grad()
+def test_steps_go_on_from_the_state_of_a_whole_prompt(name: str, length: int, core: None) -> None:
+    """Prompts in bfloat16, by blocks; what their state gives to later queries is that of the definition."""
+    if not torch.ops.layerswap.window_served():
+        pytest.skip("no products in bfloat16 on this processor")
+    operator: Any = build(replace(WINDOWS[name], init="random"), 32, 640)
+    operator.initialise(None, generator())
+    operator.in_proj.weight.mul_(3.0)
+    x_BLD = draw(2, length + 30, 32)
+    state = operator.init_state(2)
+    assert state.mode == "modal"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        operator.extend(x_BLD[:, :length], state)
+        found = torch.cat([operator.extend(x_BLD[:, t : t + 1], state)[0] for t in range(length, length + 30)], dim=1)
+    close(found.float(), operator.reference(x_BLD)[:, length:], 0.03)
+    memory, exact = state.memory[7], operator.init_state(2)
+    native.use(False)
+    operator.extend(x_BLD, exact)
+    assert (memory - exact.memory[7]).norm() <= 0.01 * exact.memory[7].norm()

@@ -72,15 +72,15 @@ SPECS: dict[str, Any] = {
 # A change of these is a new identity of every stage computed so far: say so in the CHANGELOG, and raise STAGE_VERSION
 # where the same specification would give another result.
 KEYS = {
-    "tokens": "62171fb069cc217ca062c07d6764d0c5245c743667a21dee7cffddd3e6e9a235",
-    "import": "39d309d87164b72bdb4748ead416fb2533688e4b1207c9f342aa94db979108ca",
-    "teacher": "47063b021863897f67d80021e78d5497d7f1ac021292073448edbae4d67741ef",
-    "distil": "47c9ebc7d5a6dc8af60915059827b38ba3786e03e44ea7ed56f0216d0e84894f",
-    "scratch": "4c994f329ea87ff2e700468162dd53b91354709f1ece96e93fb2c1a8050a5182",
-    "evaluate": "00f3ab7881cd792bd3b5715e5c8639adcda10d9c82d8db9be32a2d3523fbaf51",
-    "throughput": "001c972526e06af606ddf82094379827740fefb6ba1ed46007905482eae5cd13",
-    "probes": "82fc2369f324b06547c57dc44df4580bc44d29878fb7033b8aacc06062971037",
-    "tasks": "2aa73476720fdebb2a76fa8b29f9acef6019cd6aed9339a86856c21185d2e6c5",
+    "tokens": "0c7d0bae5b313fca3694208a416873093278393ce65abad32d382b0d1e7a965c",
+    "import": "989739f3cb9c7c05956cb16f4c1d8525fc6d6faffd0914dfb07867e3a5a718ef",
+    "teacher": "904ce91f234e82bc360cbb1f16e20c590da57d364663d4b69d6afbba8beebf9b",
+    "distil": "7ff10022cc0056f8f2f3c7ace916429cc8d5d46b4c5c00dc0d720b0ef5f2e610",
+    "scratch": "d50df4eefadc9c28c1be2ebef20b8df312b47e96fa9d7cba05f8d8cd3bca5bac",
+    "evaluate": "0dc9d3fbea20343f9c8a9bf5dcf276b8bc38a7e43a38c32056e6056721cf9e8f",
+    "throughput": "ea9df6f74c46915c6fb91dd1a6da4206abdcc0cfb5f1494ca13cd74da1a48d56",
+    "probes": "60762d72e36135e27a97cc87620b75c2d7573befe4358e9906cbbf3268947637",
+    "tasks": "bd244ecf7536da1686607cf2baf2c7bea5fcbff70a01be63d6d3507e05bfb9ed",
 }
 WORDS = {  # another value for a field whose words are given
     "source": "jsonl", "method": "adamw", "dtype": "bfloat16", "window": "linear", "init": "random",
@@ -88,10 +88,10 @@ WORDS = {  # another value for a field whose words are given
     "core": "native", "teacher_dtype": "bfloat16", "sharding": "full", "near_norm": "rms",
 }  # fmt: skip
 HEADED = ("feature_map", "degree", "key_dim", "normalise", "key_gate")  # of an operator with heads only
-NORMALISED = ("window", "sinks", "near_norm", "tied")  # of one whose weights are divided by their sum
+NORMALISED = ("window", "sinks", "near_norm", "groups", "tied")  # of one whose weights are divided by their sum
 FILLED = {  # a value for a field that is none
     "validation": SOURCE.model_dump(mode="json"), "field": "body", "max_tokens": 9, "teacher": "r", "pretrained": "f",
-    "heads": 4, "key_dim": 8, "window": 8, "validation_share": 0.1, "vocabulary": 300,
+    "heads": 4, "key_dim": 8, "window": 8, "groups": 2, "validation_share": 0.1, "vocabulary": 300,
 }  # fmt: skip
 every_kind = pytest.mark.parametrize("kind", SPECS)
 
@@ -178,7 +178,7 @@ def whole(spec: Any) -> Any:
     value: dict[str, Any] = spec.model_dump(mode="json")
     before = {
         "numerics": {"sharding": "none"},
-        "operator": {"window": None, "sinks": 0, "near_norm": "none", "tied": False},
+        "operator": {"window": None, "sinks": 0, "near_norm": "none", "groups": None, "tied": False},
     }
     return value | {name: {**left_out, **value[name]} for name, left_out in before.items() if name in value}
 
@@ -201,7 +201,7 @@ def test_every_field_counts(kind: str) -> None:
 def test_every_field_of_a_window_alone_counts() -> None:
     spec, keys = SPECS["distil"], set()
     others: dict[str, Any] = {
-        "window": 8, "sinks": 0, "heads": 2, "near_norm": "rms", "short_taps": 3, "init": "random"
+        "window": 8, "sinks": 0, "heads": 2, "near_norm": "rms", "groups": 2, "short_taps": 3, "init": "random"
     }  # fmt: skip
     assert {*others, "kind"} == {field.name for field in dataclasses.fields(WindowConfig)}
     for other in ({}, *({name: value} for name, value in others.items())):

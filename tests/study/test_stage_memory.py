@@ -55,6 +55,11 @@ OPERATORS: dict[str, OperatorConfig] = {
         heads=4, feature_map="power", normalise=True, window=16, tied=True, filter=POSITIVE, init="random"
     ),
     "window, normed": dataclasses.replace(POWER, window=48, near_norm="rms"),
+    "window, groups": dataclasses.replace(POWER, window=16, groups=2, near_norm="layer"),
+    "window, tied, groups": HyenaConfig(
+        heads=4, feature_map="power", normalise=True, window=16, groups=1, tied=True, filter=POSITIVE, init="random"
+    ),
+    "window alone, groups": WindowConfig(window=16, heads=4, groups=2, init="random"),
     "window alone": WindowConfig(window=16, heads=4, init="random"),
     "window alone, normed": WindowConfig(heads=2, near_norm="layer_all", init="random"),
     "little of the filter": HyenaConfig(filter=ImplicitFilterConfig(train_frequency=False), init="random"),
@@ -76,8 +81,21 @@ def test_an_operators_parameters_are_those_of_the_module(name: str, between: int
 
 
 def test_a_window_alone_has_the_heads_of_the_attention() -> None:
-    assert operator_parameters(WindowConfig(), 64, 128, heads=4) == operator_parameters(WindowConfig(heads=4), 64, 128)
-    assert operator_parameters(WindowConfig(), 64, 128, heads=2) != operator_parameters(WindowConfig(heads=4), 64, 128)
+    assert operator_parameters(WindowConfig(), 64, 128, heads=(4, 4)) == operator_parameters(
+        WindowConfig(heads=4), 64, 128
+    )
+    assert operator_parameters(WindowConfig(), 64, 128, heads=(2, 2)) != operator_parameters(
+        WindowConfig(heads=4), 64, 128
+    )
+
+
+def test_a_window_shares_keys_and_values_as_the_attention_does() -> None:
+    """Where it starts from it, with as many heads."""
+    for config in (WindowConfig(), dataclasses.replace(POWER, window=16, init="transfer")):
+        found, shared = (operator_parameters(config, 64, 128, heads=(4, groups)).trained for groups in (4, 2))
+        assert found - shared == 2 * 32 * (64 + 1 + config.short_taps + 1)  # rows with their biases and taps
+        own = dataclasses.replace(config, init="random")
+        assert operator_parameters(own, 64, 128, heads=(4, 2)) == operator_parameters(own, 64, 128, heads=(4, 4))
 
 
 def test_sizes_of_a_teacher_that_is_made_here_are_those_of_the_model() -> None:
