@@ -60,16 +60,17 @@ class WindowAttention(Hyena):
         v_BGVL, q_BHKL, k_BGKL = split_rows(u_BEL, self.parts).values()
         start = 0 if state is None else state.length
         q_BHKL, _, k_BGKL, _ = self.near.products(q_BHKL, k_BGKL, start)
+        by_core = start == 0 and takes_whole(q_BHKL, None, mask_BL)
         if state is None:
             seen = whole(k_BGKL, v_BGVL, self.sinks, mask_BL)
         else:
             assert isinstance(state, WindowMemory)
-            seen = state.see(k_BGKL, v_BGVL, mask_BL, self.window, self.sinks)
-        q_BHKL = q_BHKL.to(seen.k_BHKT.dtype)
-        if start == 0 and takes_whole(q_BHKL, None, mask_BL):
+            new = (k_BGKL.float(), v_BGVL.float()) if by_core else (k_BGKL, v_BGVL)  # from which its steps go on
+            seen = state.see(*new, mask_BL, self.window, self.sinks)
+        if by_core:
             y_BHVL = mix_window(q_BHKL, k_BGKL, v_BGVL, None, self.window, self.sinks)
         else:
-            y_BHVL = near(q_BHKL, seen, self.window)[0]
+            y_BHVL = near(q_BHKL.to(seen.k_BHKT.dtype), seen, self.window)[0]
         return with_direct(y_BHVL, v_BGVL, self.direct)
 
     def between(self, x_B1D: Tensor, p_B1E: Tensor, filters: Filters, state: HyenaState) -> Tensor | None:

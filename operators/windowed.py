@@ -143,21 +143,22 @@ class WindowedHeads(HeadHyena):
         return self._summed(joined(y_BHVL, lse_BH1L, self.near.level(still_BHKL), far_BHXL), v_BGVL)
 
     def _by_core(self, rows: Rows, filters: Tensor | Filters, state: HyenaState | None) -> Tensor:
-        """`combine` of whole sequences in one pass."""
+        """`combine` of whole sequences in one pass; the state has what steps of the core go on from, in float32."""
         parts, length = rows.far, rows.q_BHKn.shape[-1]
         qf_BHKL, kf_BHKL, vf_BHXL = features(parts, self.layout.unsquared(), self.hedgehog, None)
         values_BHXL = without_first(vf_BHXL, self.sinks, None, 0)
         mapped = squares if self.layout.squared else lambda x: x
         if isinstance(state, NearHistory):
-            state.see(rows.k_BGKn, rows.v_BGVn, None, self.sinks)
-            state.keys.append(0, mapped(kf_BHKL))
-            state.values.append(0, values_BHXL)
+            state.see(rows.k_BGKn.float(), rows.v_BGVn.float(), None, self.sinks)
+            state.keys.append(0, mapped(kf_BHKL.float()))
+            state.values.append(0, values_BHXL.float())
         far, memory = None, None
         if isinstance(state, NearMemory):
             assert state.filters is not None
-            state.see(rows.k_BGKn, rows.v_BGVn, None, self.window, self.sinks)
+            state.see(rows.k_BGKn.float(), rows.v_BGVn.float(), None, self.window, self.sinks)
             memory = first_state(len(kf_BHKL), state.filters.head_recurrence, self.layout.mixed[0], vf_BHXL.shape[2])
-            state.leave([mapped(kf_BHKL[..., -self.window :]), values_BHXL[..., -self.window :]], self.window, memory)
+            lasts = [x[..., -self.window :].float() for x in (kf_BHKL, values_BHXL)]
+            state.leave([mapped(lasts[0]), lasts[1]], self.window, memory)
         if length > self.window:
             h_HL = filters if isinstance(filters, Tensor) else filters.first(length)
             counted = vf_BHXL[:, :, -1:] if self.config.key_gate else None

@@ -117,7 +117,7 @@ class NearMemory(WindowMemory):
             self.memory += [*(x.new_zeros(*x.shape[:3], window) for x in new), first()]
         both = [torch.cat([last, x], dim=-1) for last, x in zip(self.memory[5:7], new, strict=True)]
         count = q_BHKn.shape[-1]
-        y_BHVn, far = mix(q_BHKn, *(x[..., :count] for x in both), self.memory[7])
+        y_BHVn, far = mix(q_BHKn.to(both[0].dtype), *(x[..., :count] for x in both), self.memory[7])
         self.memory[5:] = [*(x[..., count:].clone() for x in both), far]
         return y_BHVn
 

@@ -11,7 +11,8 @@ start a new one. Copies share what is derived, pickles leave it out. States hold
 Shapes: B batch, D model width, E rows of the projection, K taps, T positions remembered.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -96,11 +97,28 @@ class State:
                 "build the operator with a larger max_length."
             )
 
+    def held_bytes(self) -> int:
+        """Of all that it remembers, room for positions to come included; not of what it shares with other states."""
+        return sum({part.data_ptr(): part.nbytes() for part in _storages(list(vars(self).values()))}.values())
+
     def _crop(self, length: int) -> None:
         """Forget more than none."""
 
     def _select(self, kept: Kept) -> None:
         """Let `kept` choose among the sequences of all that is remembered."""
+
+
+def _storages(value: object) -> Iterator[torch.UntypedStorage]:
+    """Those of all tensors that a state has, but for what is derived from weights."""
+    if isinstance(value, Tensor):
+        yield value.untyped_storage()
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _storages(part)
+    elif isinstance(value, History):
+        yield from _storages(value.buffer)
+    elif dataclasses.is_dataclass(value):
+        yield from _storages(list(vars(value).values()))
 
 
 class ShortConv(Derived):

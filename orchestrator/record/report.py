@@ -15,6 +15,8 @@ from orchestrator.files import write_json, write_text
 from orchestrator.record.probe_table import LEGEND as PROBE_LEGEND
 from orchestrator.record.probe_table import draw_probes, drawn, probe_table, probed_rows
 from orchestrator.record.records import Record, best_path, ends, pareto_front
+from orchestrator.record.speed_table import LEGEND as SPEED_LEGEND
+from orchestrator.record.speed_table import crossovers, draw_speed, measured_rows, speed_table
 from orchestrator.record.task_table import LEGEND as TASK_LEGEND
 from orchestrator.record.task_table import task_table
 from orchestrator.study.plan import Plan
@@ -45,6 +47,8 @@ def write_report(plan: Plan, records: list[Record], run: dict[str, Any], folder:
         paths["pareto.png"] = folder / "pareto.png"
     if draw_probes(plan.study.study, probed_rows(records), folder / "probes.png"):
         paths["probes.png"] = folder / "probes.png"
+    if draw_speed(plan.study.study, measured_rows(records), folder / "speed.png"):
+        paths["speed.png"] = folder / "speed.png"
     write_text(paths["report.md"], markdown(plan, records, run))
     return paths
 
@@ -63,6 +67,8 @@ def answer(plan: Plan, records: list[Record], run: dict[str, Any], commands: lis
             "",
         ]
     lines += [text_table(table(ends(records), length, "trial")), ""] if len(ends(records)) > 1 else []
+    best = dict([*measured_rows(records).items()][:1]) if path else {}
+    lines += [text_table(speed_table(best)), SPEED_LEGEND, crossovers(best), ""] if best else []
     probed = probed_rows(records)
     lines += [text_table(probe_table(probed)), PROBE_LEGEND, ""] if probed else []
     tasks = _tasks(records)
@@ -91,6 +97,9 @@ def markdown(plan: Plan, records: list[Record], run: dict[str, Any]) -> str:
     front = pareto_front(records, "prefill_ratio", length)
     parts += [pipe_table(table(front, length))] if front else []
     parts += ["## Every stage", pipe_table(table(stages, length)), legend(records, length)]
+    if measured := measured_rows(records):
+        parts += ["## Speed and memory by length", pipe_table(speed_table(measured)), SPEED_LEGEND]
+        parts += [crossovers(measured), "![Speed and memory by length](speed.png)"]
     if probed := probed_rows(records):
         parts += ["## What perplexity hides", pipe_table(probe_table(probed)), PROBE_LEGEND]
         parts += ["![Loss by position and by length](probes.png)"] if drawn(probed) else []

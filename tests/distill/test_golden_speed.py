@@ -109,13 +109,21 @@ def test_training_is_forward_and_backward(measured: dict[str, Any]) -> None:
     assert measured["train_ratio"] == pytest.approx((3.0 + 7.0) / (2.0 + 0.5))
 
 
+def test_what_decoding_goes_on_from_is_counted(measured: dict[str, Any]) -> None:
+    """Keys and values, 32 wide, of the teacher's three layers; of the student's two, and what its operator has."""
+    for length in LENGTHS:
+        layer = 2 * BATCH * length * 32 * 4 / 2**20
+        assert measured["teacher_cache_mb"][str(length)] == pytest.approx(3 * layer, abs=1e-3)
+        assert 2.5 * layer < measured["cache_mb"][str(length)] < 8 * layer  # a history of inputs, with room to grow
+
+
 def test_both_models_see_what_the_study_asks_for_as_often(measured: dict[str, Any], clock: Clock) -> None:
     """A prompt of the whole length, then one that leaves room for the decoded tokens: no position beyond the length."""
     turns = 1 + REPEATS
     for who in ("teacher", "student"):
         seen = [shape for name, shape in clock.forwards if name == who]
         for length in LENGTHS:
-            assert seen.count((BATCH, length)) == turns
+            assert seen.count((BATCH, length)) == turns + 1  # once more for what its cache holds
             assert seen.count((BATCH, length - DECODED)) == turns
         assert seen.count((BATCH, 1)) == turns * DECODED * len(LENGTHS)
         memory = 1 if who == "student" else 0  # a step whose peak of memory is told

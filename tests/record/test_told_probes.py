@@ -104,7 +104,7 @@ def test_report_and_terminal_have_the_table_where_there_is_one(hand: Hand, rows:
     assert page.index("## Every stage") < begin < page.index(row) < page.index(LEGEND) < page.index("](probes.png)")
     assert told.count(LEGEND) == 1 and "at chance      0.682" in told
     assert sorted(write_report(hand.plan, rows, {}, tmp_path / "report")) == [
-        "pareto.png", "probes.png", "records.csv", "records.json", "report.md",
+        "pareto.png", "probes.png", "records.csv", "records.json", "report.md", "speed.png",
     ]  # fmt: skip
     without = [row | {"probes": {}} for row in rows]
     assert "perplexity hides" not in markdown(hand.plan, without, {})

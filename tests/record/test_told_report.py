@@ -12,6 +12,7 @@ import pytest
 from orchestrator.record import report
 from orchestrator.record.records import Record, make_records
 from orchestrator.record.report import answer, draw_pareto, markdown, resources, table, verdict, write_report
+from orchestrator.record.speed_table import crossovers, measured_rows, speed_table
 from tests.record.handmade import Hand
 
 RUN = {"seconds": 90.0, "trained": ["a", "b"], "reused": 3, "peak_rss_mb": 1_536.0, "disk_mb": 768.0}
@@ -122,6 +123,11 @@ def test_the_page_word_by_word(hand: Hand, rows: list[Record]) -> None:
         "## Every stage",
         piped(stages),
         legend,
+        "## Speed and memory by length",
+        report.pipe_table(speed_table(measured_rows(rows))),  # see test_told_speeds
+        report.SPEED_LEGEND,
+        crossovers(measured_rows(rows)),
+        "![Speed and memory by length](speed.png)",
         "## Cost",
         COST + "\n",
     ]
@@ -129,11 +135,13 @@ def test_the_page_word_by_word(hand: Hand, rows: list[Record]) -> None:
 
 def test_the_answer_word_by_word(hand: Hand, rows: list[Record]) -> None:
     told = answer(hand.plan, rows, RUN, ["report:   there", "browse:   here"])
+    best = {"trial-00 losses=kl:1.0": measured_rows(rows)["trial-00 losses=kl:1.0"]}
     assert told.split("\n\n") == [
         "Which of two operators costs less?",
         aligned(CONTROLS),
         "best path: trial-00 losses=kl:1.0\n" + aligned(PATH),
         aligned(ENDS),
+        f"{report.text_table(speed_table(best))}\n{report.SPEED_LEGEND}\n{crossovers(best)}",
         report.LEGEND.format(length="32", core=""),
         COST,
         "report:   there\nbrowse:   here",
@@ -181,7 +189,9 @@ def test_what_a_run_cost_as_far_as_it_is_known() -> None:
 def test_files_have_every_number(hand: Hand, rows: list[Record], tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "folder"
     paths = write_report(hand.plan, rows, RUN, folder)
-    assert paths == {name: folder / name for name in ("report.md", "records.json", "records.csv", "pareto.png")}
+    assert paths == {
+        name: folder / name for name in ("report.md", "records.json", "records.csv", "pareto.png", "speed.png")
+    }
     assert json.loads(paths["records.json"].read_text()) == {"study": "handmade", "run": RUN, "records": rows}
     assert paths["report.md"].read_text() == markdown(hand.plan, rows, RUN)
     frame = pd.read_csv(paths["records.csv"])

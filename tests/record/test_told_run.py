@@ -125,7 +125,9 @@ def test_the_answer_names_the_files_and_the_commands(scene: Scene, capsys: pytes
     assert "0 stages trained, 12 reused" in told[-6]
     [(stopped, failures, summary, files)] = Quiet.last.given
     assert (stopped, failures, summary) == ({}, {}, {"best_perplexity_ratio": 1.1})
-    assert files == sorted(page.parent / name for name in ("pareto.png", "records.csv", "records.json", "report.md"))
+    assert files == sorted(
+        page.parent / name for name in ("pareto.png", "records.csv", "records.json", "report.md", "speed.png")
+    )
 
 
 def test_failures_end_in_an_exit_code_and_are_told(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:

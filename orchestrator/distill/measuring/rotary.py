@@ -45,7 +45,7 @@ def rotation_of(attention: AttentionWeights, x_LD: Tensor, weights_HLL: Tensor, 
 def _error(attention: AttentionWeights, rotation: Rotation, x_LD: Tensor, weights_HLL: Tensor) -> float:
     """What is left of the logarithms of weights beside their mean by row, relative to their own size."""
     heads, width, found = attention.heads, attention.key_width, []
-    near = Near(heads, width, norm_kind(attention), level=False).double()  # type: ignore[arg-type]
+    near = Near((heads, heads), width, norm_kind(attention), level=False).double()  # type: ignore[arg-type]
     near.initialise()
     for weight, bias in near.follow(attention, rotation):
         found.append((x_LD.double() @ weight.t() + bias).t().reshape(1, heads, width, -1))

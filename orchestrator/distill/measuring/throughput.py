@@ -18,9 +18,10 @@ from torch import nn
 from operators import native
 from operators.decoding.kept import frozen_filters
 from orchestrator.distill.context import Workplace
+from orchestrator.distill.models.cache import cache_bytes
 from orchestrator.distill.models.sites import attention_of, decoder_layers, longest_text
 from orchestrator.distill.models.student import load_teacher, own_what_trains, sharing
-from orchestrator.distill.models.swap import swap, swapped
+from orchestrator.distill.models.swap import SwappedAttention, swap, swapped
 from orchestrator.distill.training.loop import autocast, prepare
 from orchestrator.distill.training.losses import next_token_loss, train_operators_only
 from orchestrator.distill.training.memory import peak_mb, reset_peak
@@ -35,7 +36,8 @@ def measure_throughput(spec: ThroughputSpec, place: Workplace) -> dict[str, Any]
 
     Returns:
         train_tokens_per_s and train_ratio; prefill_tokens_per_s, prefill_ratio, decode_tokens_per_s and decode_ratio as
-        mappings from length; train_peak_mb, the process's peak memory in a training step; with `teacher_*` beside them;
+        mappings from length, as is cache_mb, the memory that decoding goes on from (without what crops need);
+        train_peak_mb, the process's peak memory in a training step; with `teacher_*` beside them;
         core, what prefill and decode ran through: the compiled one where there is one ("native"), else "torch".
     """
     prepare(spec.numerics)
@@ -73,7 +75,11 @@ def measure_throughput(spec: ThroughputSpec, place: Workplace) -> dict[str, Any]
     result |= {key.format("train"): value for key, value in train.items()}
     reset_peak(device)
     _train(student, *size, spec, device)
-    return {**result, "train_peak_mb": peak_mb(device)}
+    result["train_peak_mb"] = peak_mb(device)
+    native.use(device == "cpu")
+    for key, model in (("cache_mb", student), ("teacher_cache_mb", teacher)):
+        result[key] = {str(length): _cache_mb(model, batch, length, spec, device) for length in settings.lengths}
+    return result
 
 
 def _compare(timed: Timed, tokens: int, teacher: Any, student: Any, repeats: int) -> dict[str, float]:
@@ -94,6 +100,21 @@ def _prefill(model: Any, batch: int, length: int, spec: ThroughputSpec, device: 
     with _clock(device) as clock, autocast(spec.numerics, device):
         model(input_ids=ids, use_cache=True, logits_to_keep=1)
     return clock.seconds
+
+
+@torch.no_grad()
+def _cache_mb(model: Any, batch: int, length: int, spec: ThroughputSpec, device: str) -> float:
+    """Of what a prompt leaves."""
+    model.eval()
+    layers = [module for module in model.modules() if isinstance(module, SwappedAttention)]
+    before = [layer.croppable for layer in layers]
+    for layer in layers:
+        layer.croppable = False
+    with autocast(spec.numerics, device):
+        cache = model(input_ids=_ids(model, batch, length, device), use_cache=True, logits_to_keep=1).past_key_values
+    for layer, croppable in zip(layers, before, strict=True):
+        layer.croppable = croppable
+    return round(cache_bytes(cache) / 2**20, 3)
 
 
 @torch.no_grad()

@@ -83,6 +83,10 @@ class OperatorCacheLayer(CacheLayerMixin):
         """Positions seen."""
         return self.state.length
 
+    def held_bytes(self) -> int:
+        """Of the operator's state."""
+        return self.state.held_bytes()
+
     def get_max_length(self) -> int:
         """The operator's longest sequence, or what a static cache has room for."""
         return self.fixed or self.state.max_length
@@ -162,3 +166,14 @@ def layer_for(state: State, replaced: Any) -> OperatorCacheLayer:
     """The layer of a cache that takes the place of `replaced`, of which nothing was used but its linear attention."""
     kind = OperatorAndLinearCacheLayer if isinstance(replaced, LinearAttentionCacheLayerMixin) else OperatorCacheLayer
     return kind(state, replaced)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Of all layers of a cache, keys and values or states."""
+    return sum(
+        layer.held_bytes() if isinstance(layer, OperatorCacheLayer) else _of_tensors(layer) for layer in cache.layers
+    )
+
+
+def _of_tensors(layer: Any) -> int:
+    return sum(part.untyped_storage().nbytes() for part in vars(layer).values() if isinstance(part, Tensor))
