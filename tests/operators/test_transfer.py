@@ -4,13 +4,16 @@ Shapes: B batch, L positions, D model width.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from operators.config import HyenaConfig, ImplicitFilterConfig
+from operators.config import HyenaConfig, ImplicitFilterConfig, WindowConfig
+from operators.near import fitting
 from operators.registry import build
+from operators.transfer.attention import AttentionWeights
 from tests.operators.cases import (
     MAX,
     PROFILE,
@@ -24,6 +27,8 @@ from tests.operators.cases import (
     hyena,
     statistics,
 )
+
+SUMMED: dict[str, Any] = {"feature_map": "power", "normalise": True, "filter": ImplicitFilterConfig(positive=True)}
 
 
 @pytest.mark.parametrize("biases", [True, False])
@@ -54,6 +59,57 @@ def test_multihead_transfer_copies_query_and_key_too() -> None:
     q, k, _ = operator.layout.parts(operator.in_proj(x_BLD).transpose(1, 2))
     close(q.flatten(1, 2), operator.in_proj(x_BLD)[..., :D].transpose(1, 2))
     close(k.flatten(1, 2), operator.in_proj(x_BLD)[..., D : 2 * D].transpose(1, 2))
+
+
+def shared(weights: AttentionWeights, groups: int, heads: int = 4) -> AttentionWeights:
+    """The same with heads that read the key and value of the first of their group."""
+
+    def repeated(x: Tensor) -> Tensor:
+        first = x.unflatten(0, (groups, heads // groups, -1))[:, :1]
+        return first.expand(-1, heads // groups, *first.shape[2:]).reshape(x.shape)
+
+    parts = ("key", "value", "key_bias", "value_bias")
+    told = statistics()
+    weights = replace(weights, statistics=replace(told, profile=told.profile.repeat_interleave(heads // 2, 0)))
+    return replace(weights, heads=heads, **{name: repeated(getattr(weights, name)) for name in parts})
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_heads_that_share_keys_and_values_are_seen(groups: int) -> None:
+    """In weights and biases, keys and values: all four must be shared."""
+    weights = shared(attention(), groups)
+    assert weights.groups == groups
+    for name in ("key", "value", "key_bias", "value_bias"):
+        other = getattr(weights, name).clone()
+        other[-1] += 1.0
+        assert replace(weights, **{name: other}).groups == 4
+
+
+@pytest.mark.parametrize("config", [WindowConfig(window=6), HyenaConfig(heads=4, window=6, tied=True, **SUMMED)])
+def test_a_window_takes_over_keys_and_values_of_groups_once(config: HyenaConfig | WindowConfig) -> None:
+    weights = shared(attention(), 2)
+    fitted = fitting(config, weights)
+    assert isinstance(fitted, HyenaConfig | WindowConfig) and fitted.groups == 2 and fitted.heads == 4
+    assert fitting(replace(config, groups=4), weights).groups == 4  # type: ignore[union-attr]
+    assert fitting(replace(config, init="random"), weights).groups is None  # type: ignore[union-attr]
+    assert fitting(config, attention()) == replace(fitted, groups=None, heads=2 if config.heads is None else 4)
+    operator = build(fitted, D, MAX)
+    operator.initialise(weights, generator())
+    first = torch.cat([torch.arange(2), torch.arange(4, 6)])  # rows of the first head of each group
+    key_RD = weights.key[first.view(2, 2).flip(1).flatten()]  # in the order that pairs of the rotation have
+    sizes = [heads * width for heads, width in operator.parts.values()]
+    found = dict(zip(operator.parts, operator.in_proj.weight.split(sizes), strict=True))
+    assert {name: part.shape[0] for name, part in found.items()} == {"query": 8, "key": 4, "value": 4}
+    assert torch.equal(found["value"], weights.value[first])
+    close(found["key"], key_RD * (found["key"].norm() / key_RD.norm()))  # which the rotation scales
+
+
+def test_groups_that_the_attention_has_not_are_an_error() -> None:
+    operator = build(WindowConfig(window=6, heads=4, groups=1), D, MAX)
+    with pytest.raises(
+        ValueError, match="^groups must be heads of key and value that the attention has but is 1,"
+    ):
+        operator.initialise(shared(attention(), 2), generator())
 
 
 @pytest.mark.parametrize("config", [HyenaConfig(), HyenaConfig(heads=2)])
