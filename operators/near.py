@@ -100,10 +100,18 @@ class Near(Wide):
 
     def products(self, q_BHKn: Tensor, k_BGKn: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries as they are multiplied, and before they are turned; then keys. In their precision."""
-        q_BHKn = self._normed("query", q_BHKn) / math.sqrt(self.width)
-        k_BGKn = self._normed("key", k_BGKn)
+        q_BHKn, k_BGKn = self.normed(q_BHKn, k_BGKn)
+        q_BHKn = q_BHKn / math.sqrt(self.width)
         by = turns(self.frequencies, start, q_BHKn.shape[-1], q_BHKn.dtype)
         return rotated(q_BHKn, by), q_BHKn, rotated(k_BGKn, by), k_BGKn
+
+    def normed(self, q_BHKn: Tensor, k_BGKn: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys, neither turned nor scaled."""
+        return self._normed("query", q_BHKn), self._normed("key", k_BGKn)
+
+    def turned(self, k_BGKn: Tensor) -> Tensor:
+        """Keys of the first positions, turned."""
+        return rotated(k_BGKn, turns(self.frequencies, 0, k_BGKn.shape[-1], k_BGKn.dtype))
 
     def centred(self, k_BGKn: Tensor) -> Tensor:
         """Keys that are not turned as far positions have them."""

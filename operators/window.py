@@ -14,7 +14,7 @@ from operators.decoding.multihead import WINDOW_STATES, WindowMemory
 from operators.decoding.state import HyenaState
 from operators.filters.none import NoFilter
 from operators.hyena import Hyena
-from operators.mixing.near import for_heads, near, whole
+from operators.mixing.near import for_heads, near, turns, whole
 from operators.native.decode import step_window, takes
 from operators.native.window import mix_window, takes_whole
 from operators.near import Near, counted_rows, near_places, split_rows, with_direct
@@ -59,19 +59,25 @@ class WindowAttention(Hyena):
     ) -> Tensor:
         v_BGVL, q_BHKL, k_BGKL = split_rows(u_BEL, self.parts).values()
         start = 0 if state is None else state.length
+        if start == 0 and q_BHKL.shape[2] % 2 == 0 and takes_whole(u_BEL, mask_BL):
+            return with_direct(self._by_core(q_BHKL, k_BGKL, v_BGVL, state), v_BGVL, self.direct)
         q_BHKL, _, k_BGKL, _ = self.near.products(q_BHKL, k_BGKL, start)
-        by_core = start == 0 and takes_whole(q_BHKL, None, mask_BL)
         if state is None:
             seen = whole(k_BGKL, v_BGVL, self.sinks, mask_BL)
         else:
             assert isinstance(state, WindowMemory)
-            new = (k_BGKL.float(), v_BGVL.float()) if by_core else (k_BGKL, v_BGVL)  # from which its steps go on
-            seen = state.see(*new, mask_BL, self.window, self.sinks)
-        if by_core:
-            y_BHVL = mix_window(q_BHKL, k_BGKL, v_BGVL, None, self.window, self.sinks)
-        else:
-            y_BHVL = near(q_BHKL.to(seen.k_BHKT.dtype), seen, self.window)[0]
+            seen = state.see(k_BGKL, v_BGVL, mask_BL, self.window, self.sinks)
+        y_BHVL = near(q_BHKL.to(seen.k_BHKT.dtype), seen, self.window)[0]
         return with_direct(y_BHVL, v_BGVL, self.direct)
+
+    def _by_core(self, q_BHKL: Tensor, k_BGKL: Tensor, v_BGVL: Tensor, state: HyenaState | None) -> Tensor:
+        """Whole sequences in one pass; the state has what steps of the core go on from, in float32."""
+        q_BHKL, k_BGKL = self.near.normed(q_BHKL, k_BGKL)
+        if state is not None:
+            assert isinstance(state, WindowMemory)
+            state.see(self.near.turned(k_BGKL.float()), v_BGVL.float(), None, self.window, self.sinks)
+        turned_by = torch.stack(turns(self.near.frequencies, 0, q_BHKL.shape[-1], torch.float32))
+        return mix_window((q_BHKL, k_BGKL, v_BGVL), turned_by, None, self.window, self.sinks)
 
     def between(self, x_B1D: Tensor, p_B1E: Tensor, filters: Filters, state: HyenaState) -> Tensor | None:
         if self.config.near_norm != "none" or not takes(state, x_B1D, p_B1E):

@@ -29,11 +29,11 @@ from operators.decoding.state import HyenaState
 from operators.filters.modes import Modes
 from operators.heads import HeadHyena
 from operators.hyena import Hyena
-from operators.mixing.features import LARGEST_GATE, features, squares
+from operators.mixing.features import LARGEST_GATE, counted, features, squares
 from operators.mixing.forms import Path
 from operators.mixing.head_states import extend, first_state, step
 from operators.mixing.masked import mix_reference, mix_step
-from operators.mixing.near import SMALLEST, for_heads, joined, joined_reference, near, whole, without_first
+from operators.mixing.near import SMALLEST, for_heads, joined, joined_reference, near, turns, whole, without_first
 from operators.native.decode import step_modal_window_heads, step_window_heads, takes
 from operators.native.window import Far, mix_window, takes_whole
 from operators.near import Near, counted_rows, near_places, split_rows, with_direct
@@ -87,9 +87,13 @@ class WindowedHeads(HeadHyena):
         of = split_rows(u_BEn, self.parts)
         products, value = self.near.products(of["query"], of["key"], start), of["value"]
         if self.config.tied:
-            return Rows(*products, value, [products[1], self.near.centred(products[3]), value])
+            return self._tied(Rows(*products, value, []))
         gate = [of["gate"]] if self.config.key_gate else []
         return Rows(*products, value, [of["far query"], of["far key"], for_heads(value, self.heads), *gate])
+
+    def _tied(self, rows: Rows) -> Rows:
+        """With far queries, keys and values that are the near ones."""
+        return rows._replace(far=[rows.still_q_BHKn, self.near.centred(rows.still_k_BGKn), rows.v_BGVn])
 
     def freeze(self) -> Filters:
         """The filters, whose modes are those of what is left of them behind the window."""
@@ -124,11 +128,11 @@ class WindowedHeads(HeadHyena):
         self, u_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None
     ) -> Tensor:
         start = 0 if state is None else state.length
-        rows = self.read(u_BEL, start)
         by_modes = isinstance(state, NearMemory) and not self.layout.squared
-        if start == 0 and not by_modes and takes_whole(rows.q_BHKn, rows.far[0], mask_BL):
-            return self._by_core(rows, filters, state)
-        q_BHKL, still_BHKL, k_BGKL, _, v_BGVL, parts = rows
+        even = self.key_dim % 2 == 0 and self.layout.value_width % 2 == 0
+        if start == 0 and even and not by_modes and self.hedgehog is None and takes_whole(u_BEL, mask_BL):
+            return self._by_core(u_BEL, filters, state)
+        q_BHKL, still_BHKL, k_BGKL, _, v_BGVL, parts = self.read(u_BEL, start)
         if state is None:
             seen = whole(k_BGKL, v_BGVL, self.sinks, mask_BL)
         elif isinstance(state, NearHistory):
@@ -142,31 +146,45 @@ class WindowedHeads(HeadHyena):
         far_BHXL = self._far([qf_BHKL, kf_BHKL, vf_BHXL], filters, state)
         return self._summed(joined(y_BHVL, lse_BH1L, self.near.level(still_BHKL), far_BHXL), v_BGVL)
 
-    def _by_core(self, rows: Rows, filters: Tensor | Filters, state: HyenaState | None) -> Tensor:
+    def _by_core(self, u_BEL: Tensor, filters: Tensor | Filters, state: HyenaState | None) -> Tensor:
         """`combine` of whole sequences in one pass; the state has what steps of the core go on from, in float32."""
-        parts, length = rows.far, rows.q_BHKn.shape[-1]
-        qf_BHKL, kf_BHKL, vf_BHXL = features(parts, self.layout.unsquared(), self.hedgehog, None)
-        values_BHXL = without_first(vf_BHXL, self.sinks, None, 0)
-        mapped = squares if self.layout.squared else lambda x: x
-        if isinstance(state, NearHistory):
-            state.see(rows.k_BGKn.float(), rows.v_BGVn.float(), None, self.sinks)
-            state.keys.append(0, mapped(kf_BHKL.float()))
-            state.values.append(0, values_BHXL.float())
-        far, memory = None, None
-        if isinstance(state, NearMemory):
-            assert state.filters is not None
-            state.see(rows.k_BGKn.float(), rows.v_BGVn.float(), None, self.window, self.sinks)
-            memory = first_state(len(kf_BHKL), state.filters.head_recurrence, self.layout.mixed[0], vf_BHXL.shape[2])
-            lasts = [x[..., -self.window :].float() for x in (kf_BHKL, values_BHXL)]
-            state.leave([mapped(lasts[0]), lasts[1]], self.window, memory)
+        of, length = split_rows(u_BEL, self.parts), u_BEL.shape[-1]
+        q_BHKL, k_BGKL = self.near.normed(of["query"], of["key"])
+        if self.config.tied:
+            far_q, far_k = q_BHKL / self.key_dim**0.5, self.near.centred(k_BGKL)
+        else:
+            far_q, far_k = of["far query"], of["far key"]
+        memory = None if state is None else self._remember(state, of, k_BGKL, far_k)
+        far = None
         if length > self.window:
             h_HL = filters if isinstance(filters, Tensor) else filters.first(length)
-            counted = vf_BHXL[:, :, -1:] if self.config.key_gate else None
+            gate = counted(of["gate"]) if self.config.key_gate else None
+            level = (self.near.mean_key.view(self.heads, -1), self.near.shift)
             modes = self.modes() if self.layout.squared else None
-            level = self.near.level(rows.still_q_BHKn)
-            far = Far(qf_BHKL, kf_BHKL, h_HL[:, self.window :], level, counted, self.config.power or 0, modes)
-        near = (rows.q_BHKn, rows.k_BGKn, rows.v_BGVn)
-        return self._summed(mix_window(*near, far, self.window, self.sinks, memory if far else None), rows.v_BGVn)
+            far = Far(far_q, far_k, h_HL[:, self.window :], level, gate, self.config.power or 0, modes)
+        turned_by = torch.stack(turns(self.near.frequencies, 0, length, torch.float32))
+        given = ((q_BHKL, k_BGKL, of["value"]), turned_by, far, self.window, self.sinks)
+        return self._summed(mix_window(*given, memory if far else None), of["value"])
+
+    def _remember(self, state: HyenaState, of: dict[str, Tensor], k_BGKL: Tensor, far_k: Tensor) -> Tensor | None:
+        """Let a state begin with whole sequences; returns the memory that is to be filled, where it has one."""
+        turned, v_BGVL = self.near.turned(k_BGKL.float()), of["value"].float()
+        parts = [far_k, far_k, v_BGVL if self.config.tied else for_heads(v_BGVL, self.heads)]
+        parts += [of["gate"].float()] if self.config.key_gate else []
+        values_BHXL = without_first(features(parts, self.layout.unsquared(), None, None)[2], self.sinks, None, 0)
+        mapped = squares if self.layout.squared else lambda x: x
+        if isinstance(state, NearHistory):
+            state.see(turned, v_BGVL, None, self.sinks)
+            state.keys.append(0, mapped(far_k.float()))
+            state.values.append(0, values_BHXL)
+            return None
+        assert isinstance(state, NearMemory) and state.filters is not None
+        state.see(turned, v_BGVL, None, self.window, self.sinks)
+        widths = (self.layout.mixed[0], values_BHXL.shape[2])
+        memory = first_state(state.batch, state.filters.head_recurrence, *widths)
+        last = [mapped(far_k[..., -self.window :].float()), values_BHXL[..., -self.window :]]
+        state.leave(last, self.window, memory)
+        return memory
 
     def _far(self, parts: list[Tensor], filters: Tensor | Filters, state: HyenaState | None) -> Tensor:
         """What new positions gather from behind the window, (B, H, V + 1, n)."""
@@ -245,15 +263,15 @@ class WindowedHeads(HeadHyena):
     def _set_level(self, x_BLD: Tensor) -> None:
         """From whole texts of inputs, one at a time; before it the centre that far keys are taken from, their mean."""
         x_BLD = x_BLD[:, : self.max_length].to(self.in_proj.weight)
-        means = [self._read_inputs(x_LD).still_k_BGKn.mean((0, 3)) for x_LD in x_BLD]
-        mean_GK = torch.stack(means).mean(0)
+        texts = [self._read_inputs(x_LD) for x_LD in x_BLD]
+        mean_GK = torch.stack([rows.still_k_BGKn.mean((0, 3)) for rows in texts]).mean(0)
         if self.config.tied:
             self.near.centre.copy_(mean_GK.flatten())
+            texts = [self._tied(rows) for rows in texts]
         h_HL, found = self.filter(x_BLD.shape[1]), []
-        for x_LD in x_BLD:
-            q_1HKL, still_q_1HKL, k_1GKL, _, v_1GVL, parts = self._read_inputs(x_LD)
+        for q_1HKL, still_q_1HKL, k_1GKL, _, v_1GVL, parts in texts:
             seen = whole(k_1GKL, v_1GVL, self.sinks, None)
-            lse, of_all = (near(q_1HKL, seen, window)[1][:, :, 0] for window in (self.window, len(x_LD)))
+            lse, of_all = (near(q_1HKL, seen, window)[1][:, :, 0] for window in (self.window, x_BLD.shape[1]))
             qf, kf, vf = features(parts, self.layout, self.hedgehog, None)
             sums = self._far([qf, kf, without_first(vf, self.sinks, None, 0)], h_HL, None)[:, :, -1]
             found.append((still_q_1HKL, lse, of_all, sums))

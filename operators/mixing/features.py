@@ -90,10 +90,8 @@ def features(
     if not (gates or layout.normalised):
         return q_BHKL, k_BHKL, v_BHVL
     dtype, weighed = compute_dtype(v_BHVL.dtype), v_BHVL
-    if gates:
-        counted_BH1L = gates[0].to(dtype).clamp(max=LARGEST_GATE).exp()
-    else:
-        counted_BH1L = v_BHVL.new_ones((*v_BHVL.shape[:2], 1, v_BHVL.shape[3]), dtype=dtype)
+    ones = (*v_BHVL.shape[:2], 1, v_BHVL.shape[3])
+    counted_BH1L = counted(gates[0]) if gates else v_BHVL.new_ones(ones, dtype=dtype)
     if mask_BL is not None:
         counted_BH1L = counted_BH1L * mask_BL[:, None, None].to(dtype)
     if gates:
@@ -101,6 +99,11 @@ def features(
     if layout.normalised:
         weighed = torch.cat([weighed, counted_BH1L], dim=2)
     return q_BHKL, k_BHKL, weighed.to(v_BHVL.dtype)
+
+
+def counted(gate_BH1L: Tensor) -> Tensor:
+    """What positions count by their gates."""
+    return gate_BH1L.to(compute_dtype(gate_BH1L.dtype)).clamp(max=LARGEST_GATE).exp()
 
 
 def divided(y_BHVL: Tensor) -> Tensor:

@@ -21,14 +21,15 @@ void check_part(const Tensor& t, const char* name, const Tensor& like, int64_t w
 
 bool window_served() { return at::native::cpublas::could_pack(at::kBFloat16); }
 
-// Near queries and keys, which are turned, and values (B, H, rows, L), keys and values also of fewer heads; of far positions, where there are any, queries and
-// keys, lags (H, 64 + L + 64) with zeros around, what positions count (B, H, L) if it is not 1, and levels (B, H, L).
+// Near queries and keys as the rows have them and values (B, H, rows, L), keys and values also of fewer heads, and the
+// cosines and sines (2, pairs, L) that turn them; of far positions, where there are any, queries and keys, lags
+// (H, 64 + L + 64) with zeros around, the level's key (H, K) and shift (H), and what positions count (B, H, L) if not 1.
 // With modes of the lags, logarithms of poles and residues (H, S), what lies far behind is read of a state of squared
 // features, which at the end goes to `state` (B, H, S, features, V + 1).
-Tensor window_mix(const Tensor& q, const Tensor& k, const Tensor& v, at::TensorList far,
+Tensor window_mix(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& turns, at::TensorList far,
                   const std::optional<Tensor>& counted, int64_t window, int64_t sinks, int64_t degree,
                   at::TensorList modes, const std::optional<Tensor>& state) {
-  TORCH_CHECK(far.empty() || far.size() == 4, "far queries and keys, lags and levels");
+  TORCH_CHECK(far.empty() || far.size() == 5, "far queries and keys, lags and the level");
   const int64_t batch = q.size(0), heads = q.size(1), length = q.size(3), values = v.size(2);
   const int64_t keys = q.size(2), far_keys = far.empty() ? 0 : far[0].size(2);
   check_part(q, "queries", q, keys), check_part(k, "keys", q, keys), check_part(v, "values", q, values);
@@ -36,10 +37,12 @@ Tensor window_mix(const Tensor& q, const Tensor& k, const Tensor& v, at::TensorL
   if (far_keys) {
     check_part(far[0], "far queries", q, far_keys), check_part(far[1], "far keys", q, far_keys);
     TORCH_CHECK(far[0].size(1) == heads, "far queries do not fit");
-    check_float(far[2], "lags"), check_float(far[3], "levels");
+    check_float(far[2], "lags"), check_float(far[3], "level"), check_float(far[4], "level");
     TORCH_CHECK(far[2].size(0) == heads && far[2].size(1) >= length + 2 * kQueries, "lags do not fit");
-    TORCH_CHECK(far[3].numel() == batch * heads * length, "levels do not fit");
+    TORCH_CHECK(far[3].numel() == heads * keys && far[4].numel() == heads, "the level does not fit");
   }
+  check_float(turns, "turns");
+  TORCH_CHECK(turns.numel() == keys * length, "turns do not fit");
   if (counted) {
     check_float(*counted, "counted");
     TORCH_CHECK(counted->numel() == batch * heads * length, "counted does not fit");
@@ -62,7 +65,7 @@ Tensor window_mix(const Tensor& q, const Tensor& k, const Tensor& v, at::TensorL
     const auto of = [&](const Tensor& t) { return rows_of(t, sequence, head, heads); };
     WindowHead one{length, keys, far_keys, values, window, sinks, degree,
                    of(q), of(k), of(v), {}, {},
-                   nullptr, nullptr, nullptr, {}};
+                   turns.const_data_ptr<float>(), nullptr, nullptr, nullptr, 0.0f, {}};
     if (poles) {
       const auto part = [&](int i) { return modes[i].const_data_ptr<float>() + head * poles; };
       one.modes = {poles, part(0), part(1)};
@@ -70,7 +73,7 @@ Tensor window_mix(const Tensor& q, const Tensor& k, const Tensor& v, at::TensorL
     if (far_keys) {
       one.far_q = of(far[0]), one.far_k = of(far[1]);
       one.h = far[2].const_data_ptr<float>() + head * far[2].size(1);
-      one.level = far[3].const_data_ptr<float>() + item * length;
+      one.level = far[3].const_data_ptr<float>() + head * keys, one.shift = far[4].const_data_ptr<float>()[head];
     }
     if (counted) one.counted = counted->const_data_ptr<float>() + item * length;
     WindowMixer mixer(one);
@@ -86,7 +89,7 @@ Tensor window_mix(const Tensor& q, const Tensor& k, const Tensor& v, at::TensorL
 TORCH_LIBRARY_FRAGMENT(layerswap, library) {
   library.def("window_served() -> bool", window_served);
   library.def(
-      "window_mix(Tensor q, Tensor k, Tensor v, Tensor[] far, Tensor? counted, int window, int sinks, int degree, "
+      "window_mix(Tensor q, Tensor k, Tensor v, Tensor turns, Tensor[] far, Tensor? counted, int window, int sinks, int degree, "
       "Tensor[] modes, Tensor(a!)? state) -> Tensor");
 }
 

@@ -15,7 +15,9 @@ struct WindowHead {
   int64_t length, keys, far_keys, values;   // widths of a near key, a far one (0: nothing is far) and a value
   int64_t window, sinks, degree;
   Rows<const BFloat> q, k, v, far_q, far_k;  // rows `channel` apart, positions touch
+  const float* turns;                        // cosines and sines, rows of pairs
   const float *h, *counted, *level;          // h: kQueries zeros, lags from the window on, zeros; counted may be null
+  float shift;                               // of the level, whose key `level` is
   LagModes modes;                            // of h, where there is a state of squared features
 };
 
@@ -30,6 +32,22 @@ inline void pack_queries(Rows<const BFloat> q, int64_t width, int64_t t0, int64_
     const BFloat *a = q.data + k * q.channel + t0, *b = a + q.channel;
     for (int64_t r = 0; r < n; ++r) to[r] = uint32_t(a[r].bits) | uint32_t(b[r].bits) << 16;
     std::fill(to + n, to + kQueries, 0u);
+  }
+}
+
+// Channels i and pairs + i of `width` rows turned by position, times a factor; the rows of `to` are `length` apart.
+inline void turn_rows(Rows<const BFloat> x, int64_t width, int64_t length, const float* turns, float factor, BFloat* to) {
+  const int64_t pairs = width / 2;
+  for (int64_t i = 0; i < pairs; ++i) {
+    const BFloat *one = x.data + i * x.channel, *other = one + pairs * x.channel;
+    const float *cosine = turns + i * length, *sine = cosine + pairs * length;
+    for (int64_t t = 0; t < length; t += kLanes) {
+      const int64_t n = length - t;
+      const Vec a = factor * read_some(one + t, n), b = factor * read_some(other + t, n);
+      const Vec c = read_some(cosine + t, n), s = read_some(sine + t, n);
+      write_some(to + i * length + t, a * c - b * s, n);
+      write_some(to + (pairs + i) * length + t, b * c + a * s, n);
+    }
   }
 }
 
@@ -59,8 +77,12 @@ class WindowMixer {
         near_(std::max(head.values, head.sinks + head.window + kQueries) * kQueries), far_products_(kFarKeys * kQueries),
         weights_((head.sinks + head.window + kQueries + kFarKeys + 4) / 2 * kQueries), y_(head.values * kQueries),
         far_y_((head.values + 1) * kQueries), state_(head.modes, head.modes.count ? head.far_keys : 0, head.values),
-        from_state_((head.values + 1) * kQueries) {
-    turn_keys(head.k, head.keys, head.length, turned_.data());
+        from_state_((head.values + 1) * kQueries), rotated_(head.keys * head.length), levels_(head.length) {
+    turn_rows(head.k, head.keys, head.length, head.turns, 1.0f, rotated_.data());
+    turn_keys({rotated_.data(), head.length, 1, 0}, head.keys, head.length, turned_.data());
+    const float factor = 1.0f / std::sqrt(float(head.keys));
+    turn_rows(head.q, head.keys, head.length, head.turns, factor, rotated_.data());
+    if (head.far_keys) set_levels(factor);
     if (head.far_keys) turn_keys(head.far_k, head.far_keys, head.length, far_.data());
     for (int64_t row = 0; row < head.values; ++row)
       std::copy_n(head.v.data + row * head.v.channel, head.length, v_.data() + row * stride_);
@@ -76,7 +98,7 @@ class WindowMixer {
   // Queries from t0 on, rows of y `length` apart.
   void block(int64_t t0, BFloat* y) {
     const int64_t n = std::min(kQueries, head_.length - t0);
-    pack_queries(head_.q, head_.keys, t0, n, query_.data());
+    pack_queries({rotated_.data(), head_.length, 1, 0}, head_.keys, t0, n, query_.data());
     near(t0, n);
     Vec share[kVecs], rest[kVecs] = {};
     for (int j = 0; j < kVecs; ++j) share[j] = 1.0f / sum_[j];
@@ -96,6 +118,19 @@ class WindowMixer {
 
  private:
   static constexpr int kVecs = kQueries / kLanes;
+
+  // Of queries that are not turned.
+  void set_levels(float factor) {
+    std::fill(levels_.begin(), levels_.end(), head_.shift);
+    for (int64_t row = 0; row < head_.keys; ++row) {
+      const float by = factor * head_.level[row];
+      for (int64_t t = 0; t < head_.length; t += kLanes) {
+        const int64_t n = head_.length - t;
+        const Vec sum = read_some(&levels_[t], n) + by * read_some(head_.q.data + row * head_.q.channel + t, n);
+        write_some(&levels_[t], sum, n);
+      }
+    }
+  }
 
   // A key's products where it counts as near, `other` where it does not.
   void row_of(const float* products, int64_t s, int64_t t0, float other, Vec* row) const {
@@ -191,7 +226,7 @@ class WindowMixer {
     for (int64_t r = 0; r < n; ++r) {
       const int64_t j = r / kLanes, i = r % kLanes;
       if (far_sum_[j][i] < 1e-30f) continue;
-      const float near = largest_[j][i] + std::log(sum_[j][i]) - head_.level[t0 + r];
+      const float near = largest_[j][i] + std::log(sum_[j][i]) - levels_[t0 + r];
       const float part = 1.0f / (1.0f + std::exp(std::log(far_sum_[j][i]) - near));
       share[j][i] = part / sum_[j][i], rest[j][i] = (1.0f - part) / far_sum_[j][i];
     }
@@ -206,6 +241,8 @@ class WindowMixer {
   std::vector<float> y_, far_y_;
   WindowState state_;
   std::vector<float> from_state_;
+  std::vector<BFloat> rotated_;
+  std::vector<float> levels_;
   Vec largest_[kVecs], sum_[kVecs], far_sum_[kVecs];
 };
 

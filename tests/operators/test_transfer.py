@@ -106,9 +106,7 @@ def test_a_window_takes_over_keys_and_values_of_groups_once(config: HyenaConfig 
 
 def test_groups_that_the_attention_has_not_are_an_error() -> None:
     operator = build(WindowConfig(window=6, heads=4, groups=1), D, MAX)
-    with pytest.raises(
-        ValueError, match="^groups must be heads of key and value that the attention has but is 1,"
-    ):
+    with pytest.raises(ValueError, match=r"^groups must be heads of key and value that the attention has but is 1,"):
         operator.initialise(shared(attention(), 2), generator())
 
 
