@@ -14,9 +14,9 @@ from collections.abc import Iterable
 from typing import TextIO
 
 from orchestrator.distill.training.journal import read_journal
-from orchestrator.run.store import Store
+from orchestrator.run.store import FAILURE, Store
 from orchestrator.study.plan import Plan
-from orchestrator.study.spec import ThroughputSpec
+from orchestrator.study.spec import ThroughputSpec, short
 from orchestrator.study.stages import Step
 
 EVERY = 20.0  # seconds between lines when nothing happens
@@ -48,6 +48,8 @@ class Progress:
         self.data_told = store.finished(plan.tokens.key)
         self.rates: dict[str, float] = {}
         self.before = {key: store.attempt(key) for key in self.steps}  # of earlier runs
+        self.watched = self._watched()
+        self.failed = {self._failed_attempt(key) for key in self.watched}
 
     def begin(self) -> None:
         """Say what is there and what will be done."""
@@ -89,6 +91,7 @@ class Progress:
                     users = self.users.get(key, [])
                     shared = f", for {len(users)} trials" if len(users) > 1 else ""
                     self._say(f"start  {name}: {step.own_tokens:,} tokens{shared}")
+        self._tell_failures()
         for key in sorted(self.probes - self.probed):
             if self.store.finished(key):
                 self.probed.add(key)
@@ -99,6 +102,28 @@ class Progress:
                 self._say(f"speed  {len(self.measured)} of {len(self.speeds)} architectures measured")
         if now - self.told >= EVERY:
             self._summary()
+
+    def _watched(self) -> dict[str, str]:
+        """All that may fail, by key, with names for people."""
+        named = {self.plan.tokens.key: "text"}
+        for key, (name, step) in self.steps.items():
+            named |= {key: name, step.evaluate.key: f"evaluation of {name}"}
+            named |= {spec.key: f"probes of {name}" for spec in step.probed}
+        return named | {key: f"speed of {short(key)}" for key in self.speeds}
+
+    def _failed_attempt(self, key: str) -> tuple[str, int] | None:
+        """The attempt that failed last, if the stage is not finished since."""
+        if self.store.failure(key) is None or self.store.finished(key):
+            return None
+        return key, int((self.store.attempt(key) or {}).get("number", 0))
+
+    def _tell_failures(self) -> None:
+        for key, name in self.watched.items():
+            attempt = self._failed_attempt(key)
+            if attempt not in self.failed and attempt is not None:
+                self.failed.add(attempt)
+                told = self.store.failure(key) or {"error": "gone"}
+                self._say(f"FAILED {name}: {told['error']}\n          traceback: {self.store.folder(key) / FAILURE}")
 
     def _summary(self) -> None:
         running = [

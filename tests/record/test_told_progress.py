@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.record import progress as module
 from orchestrator.record.progress import Progress
-from tests.record.handmade import START, Hand
+from tests.record.handmade import START, Hand, put
 
 UNKNOWN = "time left: known once the first steps are measured"
 
@@ -62,6 +62,33 @@ def test_the_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "[  0:00] 3 trials ask for 9 stages, 7 distinct (2 shared); with teacher and controls 12: 2 finished before, "
         "10 to do, 2.35 M tokens\n"
     )
+
+
+def test_a_failure_is_told_when_it_happens(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for every attempt; not one of an earlier run, nor one that a later attempt made good."""
+    two, heads = hand.key("two 0"), hand.steps["heads 0"].evaluate.key
+
+    def fail(key: str, number: int, error: str) -> str:
+        hand.attempt(key, number=number)
+        put(hand.store.folder(key) / "failure.json", {"error": error, "traceback": "..."})
+        return f"          traceback: {hand.store.folder(key) / 'failure.json'}"
+
+    fail(two, 1, "OSError: earlier")
+    fail(hand.key("skip 0"), 1, "OSError: made good")
+    hand.finish("skip 0")
+    terminal = Terminal(hand, monkeypatch)
+    assert not any("FAILED" in line for line in terminal.tick())
+    where = [fail(two, 2, "ValueError: heads must divide"), fail(heads, 1, "OSError: no space")]
+    told = terminal.tick(after=3.0)
+    assert told[-4:] == [
+        "[  0:03] FAILED trial-00 stage 1/3 layers 0: ValueError: heads must divide",
+        where[0],
+        "[  0:03] FAILED evaluation of trial-02 stage 1/3 layers 0: OSError: no space",
+        where[1],
+    ]
+    assert not any("FAILED" in line for line in terminal.tick())
+    fail(two, 3, "ValueError: heads must divide")
+    assert [line for line in terminal.tick() if "FAILED" in line] == [told[-4]]
 
 
 def test_every_event_once_and_in_words(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
