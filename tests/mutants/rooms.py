@@ -37,7 +37,7 @@ _ORCHESTRATION = Room(
     ("orchestrator/*.py", *(f"orchestrator/{part}/**/*.py" for part in ("study", "run", "record"))), _AROUND
 )
 ROOMS = {
-    "distill": Room(("orchestrator/distill/**/*.py",), ("tests/distill/test_*.py",)),
+    "distill": Room(("orchestrator/distill/**/*.py",), ("tests/distill/test_*.py", "tests/models/test_*.py")),
     "operators": _OPERATORS,
     "study": Room(("orchestrator/files.py", "orchestrator/study/*.py"), _AROUND),
     "run": Room(("orchestrator/run/*.py",), _AROUND),
