@@ -86,7 +86,10 @@ class ChannelHyena(Hyena):
 
     def project(self, linear: nn.Module, x_BDL: Tensor) -> Tensor:
         """See `Hyena.project`; for the core one product over all positions of a batch, channels last."""
-        return linear(x_BDL.transpose(1, 2)).transpose(1, 2) if serves(x_BDL) else super().project(linear, x_BDL)
+        if not serves(x_BDL):
+            return super().project(linear, x_BDL)
+        narrow, x_BLD = self.narrow(linear, x_BDL), x_BDL.transpose(1, 2)
+        return (linear(x_BLD) if narrow is None else torch.nn.functional.linear(x_BLD, *narrow)).transpose(1, 2)
 
     def whole(
         self, p_BEL: Tensor, mask_BL: Tensor | None, filters: Tensor | Filters, state: HyenaState | None

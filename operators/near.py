@@ -8,6 +8,7 @@ weights leave out what all keys have in common, since it does not matter where t
 Shapes: B batch, H heads, G of keys (each shared by H / G), K width of query and key, n new positions.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -139,16 +140,18 @@ class Near(Wide):
 
 def fitting(config: OperatorConfig, attention: AttentionWeights | None) -> OperatorConfig:
     """The configuration with what it leaves to the attention: norms of near queries and keys, heads that share keys and
-    values, heads of a window alone.
+    values, heads of a window alone; of random weights too, so that they have the form that others have.
 
-    Raises ValueError where queries and keys are normed unlike each other.
+    Raises ValueError where a transfer finds queries and keys that are normed unlike each other.
     """
     if attention is None or isinstance(config, SkipConfig) or config.window is None:
         return config
-    norm = cast(NearNorm, norm_kind(attention) if config.init == "transfer" else config.near_norm)
+    norm = config.near_norm
+    with contextlib.nullcontext() if config.init == "transfer" else contextlib.suppress(ValueError):
+        norm = cast(NearNorm, norm_kind(attention))
     heads = attention.heads if isinstance(config, WindowConfig) and config.heads is None else config.heads
     groups = config.groups
-    if groups is None and config.init == "transfer" and heads == attention.heads and attention.groups < heads:
+    if groups is None and heads == attention.heads and attention.groups < heads:
         groups = attention.groups
     return replace(config, near_norm=norm, heads=heads, groups=groups)
 

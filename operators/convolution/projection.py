@@ -1,7 +1,8 @@
 """Linear layers over channels-first sequences, without transposed copies.
 
 Weights are cast to half precision at every call: nothing cheap tells for sure whether they are what they were (fused
-optimizers, FSDP and `p.data` change them without moving their version), and a cast is a few hundredths of a prefill.
+optimizers, FSDP and `p.data` change them without moving their version), and a cast is a few hundredths of a prefill,
+of a short one more. Whoever says that they do not change (`frozen_filters`) hands in what was cast once.
 
 Shapes: B batch, I features in, E out, L positions.
 """
@@ -78,8 +79,14 @@ def plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
     return all(part is None or type(part) in (nn.Parameter, Tensor) for part in (linear.weight, linear.bias))
 
 
-def project(linear: nn.Module, x_BIL: Tensor) -> Tensor:
-    """`linear` at every position, (B, E, L), in the ambient precision."""
+def project(linear: nn.Module, x_BIL: Tensor, narrow: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """`linear` at every position, (B, E, L), in the ambient precision; by its weight and bias in that of autocast where
+    they are given."""
+    if narrow is not None:
+        if x_BIL.shape[-1] <= FEW_POSITIONS:
+            return torch.nn.functional.linear(x_BIL.transpose(1, 2), *narrow).transpose(1, 2)
+        with torch.autocast(x_BIL.device.type, enabled=False):
+            return cast(Tensor, _Project.apply(x_BIL.to(narrow[0].dtype), *narrow))  # type: ignore[no-untyped-call]
     if x_BIL.shape[-1] <= FEW_POSITIONS or not plain(linear) or linear.bias is None:
         return cast(Tensor, linear(x_BIL.transpose(1, 2))).transpose(1, 2)
     device = x_BIL.device.type

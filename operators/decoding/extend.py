@@ -162,7 +162,12 @@ class Extending(KeptFilters, ABC):
 
     def project(self, linear: nn.Module, x_BDL: Tensor) -> Tensor:
         """`linear` at every position, (B, E, L), in the ambient precision."""
-        return project(linear, x_BDL)
+        return project(linear, x_BDL, self.narrow(linear, x_BDL))
+
+    def project_step(self, linear: nn.Module, x_B1D: Tensor) -> Tensor:
+        """`linear` of one position, (B, 1, E)."""
+        narrow = self.narrow(linear, x_B1D)
+        return project_step(linear, x_B1D) if narrow is None else torch.nn.functional.linear(x_B1D, *narrow)
 
     def project_out(self, y_BIL: Tensor) -> Tensor:
         """The last projection of (B, I, L), (B, L, D)."""
@@ -225,7 +230,7 @@ class Extending(KeptFilters, ABC):
     def _step(self, x_B1D: Tensor, filters: Filters, state: HyenaState) -> Tensor:
         """`extend` by one position that is not padded, after as many as the short convolution sees: few operations."""
         state.keep_mask(None, x_B1D)
-        p_B1E = project_step(self.in_proj, x_B1D)
+        p_B1E = self.project_step(self.in_proj, x_B1D)
         y_B1I = self.between(x_B1D, p_B1E, filters, state) if in_use() else None
         if y_B1I is None:
             if state.croppable:
@@ -235,7 +240,7 @@ class Extending(KeptFilters, ABC):
         state.length += 1
         if y_B1I.dtype != self.direct.dtype and not torch.is_autocast_enabled(y_B1I.device.type):
             y_B1I = y_B1I.to(self.direct.dtype)
-        return project_step(self.out_proj, y_B1I)
+        return self.project_step(self.out_proj, y_B1I)
 
     def _short_step(self, p_B1E: Tensor, state: HyenaState) -> Tensor:
         """The short convolution of one position, (B, 1, E)."""

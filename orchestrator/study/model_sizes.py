@@ -147,8 +147,7 @@ def projection_rows(config: HyenaConfig | WindowConfig, between: int, heads: tup
 def _shared_rows(config: HyenaConfig | WindowConfig, between: int, heads: tuple[int, int]) -> int:
     """Of near keys, and of values, as a swap makes them."""
     own = config.heads or heads[0]
-    followed = config.init == "transfer" and own == heads[0]
-    return between // own * (config.groups or (heads[1] if followed else own))
+    return between // own * (config.groups or (heads[1] if own == heads[0] else own))
 
 
 def _key_width(config: HyenaConfig, between: int) -> int:

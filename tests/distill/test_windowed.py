@@ -172,6 +172,20 @@ def test_a_window_wants_the_attentions_heads(teacher: Any, ids: Tensor, config: 
              torch.Generator(), statistics=attention_statistics(teacher_of("gpt_neox"), (1,), text()))  # fmt: skip
 
 
+@pytest.mark.parametrize("config", [WindowConfig(window=5), HyenaConfig(heads=4, window=5, **TIED)])
+def test_random_weights_have_the_form_of_others(config: Any) -> None:
+    """As many rows and the same norms, so that their speed is that of students and a control from scratch is fair."""
+    for name in ("llama", "qwen3"):
+        model, ids = teacher_of(name), text()
+        [started] = swap(model, [0], config, torch.Generator().manual_seed(0), statistics=seen(model, ids))
+        [drawn] = swap(model, [1], dataclasses.replace(config, init="random"), torch.Generator().manual_seed(0))
+        found = drawn.operator
+        assert dataclasses.replace(found.config, init="transfer") == started.operator.config
+        assert (found.config.groups, found.config.near_norm) == ((2, "none") if name == "llama" else (2, "rms"))
+        shapes = {key: part.shape for key, part in found.state_dict().items()}
+        assert shapes == {key: part.shape for key, part in started.operator.state_dict().items()}
+
+
 def test_configurations_from_before_windows_are_what_they_were() -> None:
     before = HyenaConfig(heads=4, **POWER)
     values = {**dataclasses.asdict(before), "filter": dataclasses.asdict(POSITIVE)}

@@ -156,6 +156,38 @@ def test_frozen_filters_are_computed_once_until_weights_change(end: str, monkeyp
         assert computed == [40, 40]
 
 
+@pytest.mark.parametrize("case", ["order 2", "heads", "window, tied"])
+def test_weights_are_cast_once_inside_of_frozen_filters(case: str) -> None:
+    """To the bits that they are cast to outside, for prompts and for steps, until a call changes them; never for
+    gradients."""
+    operator, x_BLD = make(case), draw(B, 40, D)
+
+    def prompt_and_steps() -> Tensor:
+        state = operator.init_state(B)
+        parts = [
+            operator.extend(x_BLD[:, cut], state)[0]
+            for cut in (slice(0, 30), *map(slice, range(30, 40), range(31, 41)))
+        ]
+        return torch.cat([operator(x_BLD), *parts], dim=1)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        wanted = prompt_and_steps()
+        with frozen_filters(operator):
+            assert torch.equal(prompt_and_steps(), wanted)
+            operator.in_proj.weight.data += 1.0
+            operator.out_proj.bias.data += 1.0
+            assert torch.equal(prompt_and_steps(), wanted)
+            with torch.enable_grad():
+                assert not torch.equal(operator(x_BLD), wanted[:, :40])
+            operator.train()
+            assert not torch.equal(operator(x_BLD), wanted[:, :40])
+        moved = prompt_and_steps()
+    fresh = build(CASES[case], D, MAX)
+    fresh.load_state_dict(operator.state_dict())
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(moved[:, :40], fresh(x_BLD))
+
+
 def test_training_inside_of_frozen_filters_reads_none(monkeypatch: pytest.MonkeyPatch) -> None:
     operator, x_BLD = make("order 2"), draw(B, 40, D)
     with frozen_filters(operator):

@@ -91,7 +91,8 @@ def test_a_window_takes_over_keys_and_values_of_groups_once(config: HyenaConfig 
     fitted = fitting(config, weights)
     assert isinstance(fitted, HyenaConfig | WindowConfig) and fitted.groups == 2 and fitted.heads == 4
     assert fitting(replace(config, groups=4), weights).groups == 4  # type: ignore[union-attr]
-    assert fitting(replace(config, init="random"), weights).groups is None  # type: ignore[union-attr]
+    assert fitting(replace(config, init="random"), weights).groups == 2  # type: ignore[union-attr]
+    assert fitting(replace(config, heads=8), weights).groups is None  # type: ignore[union-attr]
     assert fitting(config, attention()) == replace(fitted, groups=None, heads=2 if config.heads is None else 4)
     operator = build(fitted, D, MAX)
     operator.initialise(weights, generator())

@@ -7,6 +7,7 @@ Shapes: B batch, L positions, D model width.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -154,7 +155,12 @@ def swap(
         transfer = initialise and getattr(config, "init", "random") == "transfer"
         seen = (statistics or {}).get(layer)
         asked = transfer or (initialise and isinstance(config, WindowConfig) and config.heads is None)
-        weights = on_processor(read(attention, site.family, seen)) if asked else None
+        weights = None
+        with contextlib.ExitStack() as stack:
+            if not asked:  # of random weights too, but they need no more of it than which heads share keys and values
+                stack.enter_context(contextlib.suppress(ValueError))
+            if asked or (initialise and getattr(config, "window", None) is not None):
+                weights = on_processor(read(attention, site.family, seen))
         operator: Any = build(fitting(config, weights), width, longest_text(model.config), inner)
         if initialise:
             operator.to(torch.promote_types(like.dtype, torch.float32))
