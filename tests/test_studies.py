@@ -67,7 +67,8 @@ def fetched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_study_parses_plans_and_asks_its_question(path: Path, hub: Path, fetched: Path) -> None:
-    elsewhere = {"pythia-70m": local(hub), "smollm2": [f"teacher.folder={fetched}", "teacher.gguf=small.gguf"]}
+    smollm2 = [f"teacher.folder={fetched}", "teacher.gguf=small.gguf"]
+    elsewhere = {"pythia-70m": local(hub), "smollm2": smollm2, "long": smollm2}
     document = read_document(path, tuple(elsewhere.get(path.stem, ())))
     study = validate(document)
     plan = make_plan(document, study, resolve(study, path.parent))
