@@ -156,9 +156,8 @@ def swap(
         seen = (statistics or {}).get(layer)
         asked = transfer or (initialise and isinstance(config, WindowConfig) and config.heads is None)
         weights = None
-        with contextlib.ExitStack() as stack:
-            if not asked:  # of random weights too, but they need no more of it than which heads share keys and values
-                stack.enter_context(contextlib.suppress(ValueError))
+        # Random weights need no more of it than norms, and which heads share keys and values.
+        with contextlib.nullcontext() if asked else contextlib.suppress(ValueError):
             if asked or (initialise and getattr(config, "window", None) is not None):
                 weights = on_processor(read(attention, site.family, seen))
         operator: Any = build(fitting(config, weights), width, longest_text(model.config), inner)
