@@ -169,21 +169,22 @@ class WindowedHeads(HeadHyena):
     def _remember(self, state: HyenaState, of: dict[str, Tensor], k_BGKL: Tensor, far_k: Tensor) -> Tensor | None:
         """Let a state begin with whole sequences; returns the memory that is to be filled, where it has one."""
         turned, v_BGVL = self.near.turned(k_BGKL.float()), of["value"].float()
-        parts = [far_k, far_k, v_BGVL if self.config.tied else for_heads(v_BGVL, self.heads)]
-        parts += [of["gate"].float()] if self.config.key_gate else []
-        values_BHXL = without_first(features(parts, self.layout.unsquared(), None, None)[2], self.sinks, None, 0)
-        mapped = squares if self.layout.squared else lambda x: x
+        # Of far positions a memory has the last alone: what lies behind them is in the sum that the core fills.
+        first = max(0, far_k.shape[-1] - self.window) if isinstance(state, NearMemory) else 0
+        far_k, far_v = far_k[..., first:].float(), v_BGVL[..., first:]
+        parts = [far_k, far_k, far_v if self.config.tied else for_heads(far_v, self.heads)]
+        parts += [of["gate"][..., first:].float()] if self.config.key_gate else []
+        values_BHXn = without_first(features(parts, self.layout.unsquared(), None, None)[2], self.sinks, None, first)
+        keys_BHKn = squares(far_k) if self.layout.squared else far_k
         if isinstance(state, NearHistory):
             state.see(turned, v_BGVL, None, self.sinks)
-            state.keys.append(0, mapped(far_k.float()))
-            state.values.append(0, values_BHXL)
+            state.keys.append(0, keys_BHKn)
+            state.values.append(0, values_BHXn)
             return None
         assert isinstance(state, NearMemory) and state.filters is not None
         state.see(turned, v_BGVL, None, self.window, self.sinks)
-        widths = (self.layout.mixed[0], values_BHXL.shape[2])
-        memory = first_state(state.batch, state.filters.head_recurrence, *widths)
-        last = [mapped(far_k[..., -self.window :].float()), values_BHXL[..., -self.window :]]
-        state.leave(last, self.window, memory)
+        memory = first_state(state.batch, state.filters.head_recurrence, keys_BHKn.shape[2], values_BHXn.shape[2])
+        state.leave([keys_BHKn, values_BHXn], self.window, memory)
         return memory
 
     def _far(self, parts: list[Tensor], filters: Tensor | Filters, state: HyenaState | None) -> Tensor:

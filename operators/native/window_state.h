@@ -31,7 +31,6 @@ class WindowState {
   }
 
   int64_t seen() const { return seen_; }
-  int64_t rows() const { return rows_; }
 
   // Takes in the next `count` positions, at most 64: keys side by side, rows of values `apart`, what each counts (null: 1)
   // and from which on they do.
