@@ -16,7 +16,8 @@ from operators.config import HyenaConfig
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.measuring import evaluate as module
 from orchestrator.distill.measuring import generation
-from orchestrator.distill.measuring.evaluate import evaluate, trigram_hits
+from orchestrator.distill.hits import trigram_hits
+from orchestrator.distill.measuring.evaluate import evaluate
 from orchestrator.distill.measuring.generation import WAYS, compare, continued
 from orchestrator.distill.models.student import load_teacher, parameter_count, save_student
 from orchestrator.distill.models.swap import swap, swapped
@@ -61,12 +62,12 @@ def test_a_hit_completes_a_trigram_that_stands_earlier_in_the_window(seed: int, 
         end >= 2 and any(words[end - 2 : end + 1] == words[at - 2 : at + 1] for at in range(2, end))
         for end in range(1, 40)
     ]
-    assert trigram_hits(window).tolist() == wanted
+    assert trigram_hits(torch.from_numpy(window)[None]).tolist() == [wanted]
 
 
 def test_a_window_that_repeats_itself_is_all_hits_after_the_first_time() -> None:
-    assert trigram_hits(np.array([1, 2, 3, 1, 2, 3, 1])).tolist() == [False, False, False, False, True, True]
-    assert trigram_hits(np.array([7, 7, 7, 7])).tolist() == [False, False, True]
+    assert trigram_hits(torch.tensor([[1, 2, 3, 1, 2, 3, 1]])).tolist() == [[False, False, False, False, True, True]]
+    assert trigram_hits(torch.tensor([[7, 7, 7, 7]])).tolist() == [[False, False, True]]
 
 
 def test_the_teacher_beside_itself_is_perfect(place: Any, tiny_teacher: Path, teacher: Any, tokens: Path) -> None:
@@ -89,7 +90,7 @@ def test_metrics_are_what_their_names_say(
     for window in windows:
         with torch.no_grad():
             own, wanted = (model(window[None]).logits[0].double().softmax(-1) for model in (student, teacher))
-        hits = trigram_hits(window.numpy()).tolist()
+        hits = trigram_hits(window[None])[0].tolist()
         for at in range(LENGTH - 1):
             target = int(window[at + 1])
             rows["own"].append(-math.log(float(own[at, target])))

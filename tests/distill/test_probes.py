@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from operators.config import HyenaConfig
 from orchestrator.distill.measuring import needles as keys
 from orchestrator.distill.measuring import probes as module
-from orchestrator.distill.measuring.evaluate import trigram_gaps
+from orchestrator.distill.hits import trigram_gaps
 from orchestrator.distill.measuring.needles import DEPTHS, make_needles, margin
 from orchestrator.distill.measuring.probes import bits_per_byte, by_gap, by_position, probe, windows_of
 from orchestrator.distill.models.student import load_teacher, save_student
@@ -146,17 +146,24 @@ def test_a_distance_belongs_to_the_class_that_begins_at_or_before_it() -> None:
     for gap in (15, 16, 63, 64, 127, 128):  # each trigram is new, and stands again so much later
         window[at : at + 3] = window[at + gap : at + gap + 3] = [gap, gap + 500, gap + 900]
         at += 150
-    gaps = trigram_gaps(np.array(window))
+    [gaps] = trigram_gaps(torch.tensor([window]))
     assert sorted(gap for gap in gaps.tolist() if gap) == [15, 16, 63, 64, 127, 128]
-    found = by_gap(torch.from_numpy(gaps)[None].double(), torch.tensor([window]))
+    found = by_gap(gaps[None].double(), torch.tensor([window]))
     assert found["hit_nll"] == {"1": 15.0, "16": (16 + 63) / 2, "64": (64 + 127) / 2, "128": 128.0}
     assert found["hit_tokens"] == {"1": 1, "16": 2, "64": 2, "128": 1}
 
 
 def test_the_distance_is_that_to_the_last_time() -> None:
-    assert trigram_gaps(np.array([1, 2, 3, 1, 2, 3, 9, 1, 2, 3, 3, 3, 3])).tolist() == [
-        0, 0, 0, 0, 3, 0, 0, 0, 4, 0, 0, 1
-    ]  # fmt: skip
+    windows_BL = torch.tensor([[1, 2, 3, 1, 2, 3, 9, 1, 2, 3, 3, 3, 3], [1, 2, 3, 9, 3, 3, 3, 3, 9, 1, 2, 3, 1]])
+    assert trigram_gaps(windows_BL).tolist() == [
+        [0, 0, 0, 0, 3, 0, 0, 0, 4, 0, 0, 1],
+        [0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 9, 0],
+    ]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_window_that_is_too_short_for_two_trigrams_has_no_hit(length: int) -> None:
+    assert trigram_gaps(torch.zeros(2, length, dtype=torch.long)).tolist() == [[0] * (length - 1)] * 2
 
 
 def test_bytes_are_those_of_the_text_without_the_windows_first_token(tokenizer: Any) -> None:

@@ -15,7 +15,6 @@ import dataclasses
 import math
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -24,6 +23,7 @@ from torch import Tensor
 from operators.decoding.kept import frozen_filters
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.data import load_tokens, spread_windows
+from orchestrator.distill.hits import trigram_hits
 from orchestrator.distill.measuring.generation import compare, perplexity, speak
 from orchestrator.distill.models.student import load_student, parameter_count, sharing
 from orchestrator.distill.training.frozen import frozen_teacher
@@ -79,23 +79,6 @@ def _check_finite(result: dict[str, float]) -> None:
         raise ArithmeticError(f"evaluation gave no finite {', '.join(bad)}: {DIVERGED[role]}")
 
 
-def trigram_hits(window_L: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Which predicted tokens (positions 1 .. L - 1) complete a trigram already seen in the window, (L - 1,) bool."""
-    return trigram_gaps(window_L) > 0
-
-
-def trigram_gaps(window_L: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """How far back the trigram that a predicted token completes was seen last in the window, (L - 1,); 0: never."""
-    seen: dict[tuple[int, int, int], int] = {}
-    gaps = np.zeros(len(window_L) - 1, dtype=np.int64)
-    values = window_L.tolist()
-    for end in range(2, len(values)):
-        trigram = (values[end - 2], values[end - 1], values[end])
-        gaps[end - 1] = end - seen.get(trigram, end)
-        seen[trigram] = end
-    return gaps
-
-
 @torch.no_grad()
 def _teacher_side(teacher: Any, windows_BL: Tensor, spec: EvaluateSpec, place: Workplace) -> TeacherSide:
     """Read from the teacher's own evaluation, or computed and left beside this one's result."""
@@ -115,8 +98,7 @@ def _teacher_side(teacher: Any, windows_BL: Tensor, spec: EvaluateSpec, place: W
 def _likelihood(
     teacher: Any, subject: Any, side: TeacherSide, windows_BL: Tensor, spec: EvaluateSpec, device: str
 ) -> dict[str, float]:
-    hits_BP = np.stack([trigram_hits(window) for window in windows_BL.numpy()])
-    hits_N = torch.from_numpy(hits_BP).flatten()
+    hits_N = trigram_hits(windows_BL).flatten()
     # Made before the logits: small results kept between them would split the memory that the next ones need.
     table = {name: torch.empty(len(hits_N), dtype=torch.float64, device=device) for name in COLUMNS}
     heads = wide_heads(subject, teacher)

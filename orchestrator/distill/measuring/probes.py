@@ -20,7 +20,7 @@ from torch import Tensor
 from operators.decoding.kept import frozen_filters
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.data import load_tokenizer, load_tokens, spread_windows
-from orchestrator.distill.measuring.evaluate import trigram_gaps
+from orchestrator.distill.hits import trigram_gaps
 from orchestrator.distill.measuring.needles import find_needles
 from orchestrator.distill.models.student import load_student, sharing
 from orchestrator.distill.training.frozen import frozen_teacher
@@ -132,7 +132,7 @@ def by_position(nll_BP: Tensor) -> dict[str, float]:
 
 def by_gap(nll_BP: Tensor, windows_BL: Tensor) -> dict[str, dict[str, float]]:
     """Mean loss and number of hits by their distance; a class without tokens has no entry, for no number is true."""
-    gaps_BP = torch.from_numpy(np.stack([trigram_gaps(window) for window in windows_BL.numpy()]))
+    gaps_BP = trigram_gaps(windows_BL)
     losses: dict[str, float] = {}
     counts: dict[str, float] = {}
     for least, above in zip(GAPS, (*GAPS[1:], windows_BL.shape[1]), strict=True):
