@@ -78,16 +78,23 @@ def load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder / "tokenizer")
 
 
-def batch(tokens: np.ndarray[Any, Any], length: int, seed: int, first: int, count: int) -> torch.Tensor:
+def batch(
+    tokens: np.ndarray[Any, Any], length: int, seed: int, first: int, count: int, limit: int | None = None
+) -> torch.Tensor:
     """Sequences `first` .. `first + count - 1` of the endless shuffled text, (B, L) int64.
 
     The text is cut into windows of `length`; every epoch visits each window once, in an order drawn from
-    (seed, epoch).
+    (seed, epoch). With a limit epochs visit the first so many of the first epoch only.
     """
     windows = len(tokens) // length
+    there = windows if limit is None else min(windows, limit)
     rows = []
     for position in range(first, first + count):
-        start = int(_order(windows, seed, position // windows)[position % windows]) * length
+        epoch, place = divmod(position, there)
+        window = _order(there, seed, epoch)[place] if there == windows or epoch else place
+        if there < windows:
+            window = _order(windows, seed, 0)[window]
+        start = int(window) * length
         rows.append(np.asarray(tokens[start : start + length], dtype=np.int64))
     return torch.from_numpy(np.stack(rows))
 

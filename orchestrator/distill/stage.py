@@ -136,7 +136,7 @@ def _statistics(spec: DistilSpec, student: Any, place: Workplace) -> dict[int, A
     if not getattr(spec.operator, "needs_statistics", False):
         return {}
     tokens = load_tokens(place.inputs["tokens"], "train")
-    ids_BL = batch(tokens, spec.sequence_length, spec.seed + STUDENT_ORDER, 0, SEQUENCES)
+    ids_BL = batch(tokens, spec.sequence_length, spec.seed + STUDENT_ORDER, 0, SEQUENCES, spec.text_windows)
     with held(spec.numerics, place.context.device):
         near = getattr(spec.operator, "window", None) is not None
         return attention_statistics(student, spec.new_layers, ids_BL.to(place.context.device), near=near)
@@ -150,10 +150,10 @@ def _language_modelling(
     order: int,
 ) -> Training:
     tokens = load_tokens(place.inputs["tokens"], "train")
-    size, length = spec.batch_size, spec.sequence_length
+    size, length, limit = spec.batch_size, spec.sequence_length, getattr(spec, "text_windows", None)
 
     def loss(step: int) -> tuple[Tensor, Parts]:
-        ids_BL = batch(tokens, length, order, *share(step * size, size)).to(place.context.device)
+        ids_BL = batch(tokens, length, order, *share(step * size, size), limit).to(place.context.device)
         with autocast(spec.numerics, place.context.device):
             entropy = next_token_loss(model, ids_BL)
         return entropy, {"loss/ce": entropy.detach()}
@@ -171,7 +171,7 @@ def _distillation(
 
     def loss(step: int) -> tuple[Tensor, Parts]:
         mine = share(spec.first_sequence + step * size, size)
-        ids_BL = batch(tokens, length, spec.seed + STUDENT_ORDER, *mine).to(place.context.device)
+        ids_BL = batch(tokens, length, spec.seed + STUDENT_ORDER, *mine, spec.text_windows).to(place.context.device)
         with autocast(spec.numerics, place.context.device):
             return batch_losses(teacher, student, ids_BL, spec.layers, phase_of_step[step].losses)
 

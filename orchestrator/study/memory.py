@@ -87,6 +87,8 @@ def held_bytes(spec: Any, sizes: Sizes, swapped: tuple[int, ...], subject: Any =
     if isinstance(spec, DistilSpec) and not spec.phases:
         return weights
     moments = 8 * trained - (4 * (matrices + body) if spec.optimizer.method == "muon" else 0)
+    if spec.optimizer.average is not None:
+        moments += 4 * trained
     own = -4 * len(swapped) * sizes.attention if alone else 4 * (body + tables)
     ranks = spec.numerics.world_size if _spread(spec) else 1
     return math.ceil((weights + own + 4 * trained + moments) / ranks)

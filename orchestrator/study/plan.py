@@ -28,7 +28,7 @@ from orchestrator.study.spec import (
     ThroughputSpec,
     TokensSpec,
 )
-from orchestrator.study.stages import Step, alone, evaluation_of, path_of, probes_of, roots, whole
+from orchestrator.study.stages import Step, alone, evaluation_of, path_of, probes_of, roots, text_windows, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +239,7 @@ def _controls(
                 token_budget=last.tokens,
                 batch_size=study.recipe.batch_size,
                 sequence_length=study.data.sequence_length,
+                text_windows=text_windows(study),
                 optimizer=study.recipe.optimizer.model_copy(update={"rest_scale": 1.0}),
                 numerics=whole(study.numerics),
                 checkpoint_activations=study.recipe.checkpoint_activations,

@@ -94,6 +94,19 @@ class Data(Model):
         return self.vocabulary or 2048
 
 
+class Average(Model):
+    """A mean of the weights after a stage's steps, which it ends with instead of the last ones."""
+
+    ema: Share | None = None  # of all steps, the mean so far weighing this and the newest weights the rest
+    last: Annotated[float, Field(gt=0.0, le=1.0)] | None = None  # of this share of the steps, all alike
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Average:
+        if (self.ema is None) == (self.last is None):
+            raise ValueError(f"exactly one of ema and last is needed, got ema={self.ema} last={self.last}")
+        return self
+
+
 class Optimizer(Model):
     """Muon for matrices and AdamW for the rest, or AdamW alone, on a warmup-stable-decay schedule per stage."""
 
@@ -106,6 +119,9 @@ class Optimizer(Model):
     gradient_clip: Rate = 1.0
     warmup: Share = 0.05  # share of the stage's steps
     decay: Share = 0.4  # share of the stage's steps, linearly to zero at its end
+    # Learning rates of a layer, times this for every layer above it; embeddings lie below all, the output head above.
+    layer_decay: Annotated[Rate, Field(exclude_if=lambda value: value == 1.0)] = 1.0
+    average: Annotated[Average | None, Field(exclude_if=lambda value: value is None)] = None
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Optimizer:
@@ -196,6 +212,9 @@ class Losses(Model):
     hidden_mse: Weight = 0.0  # residual stream after each swapped layer, the student fed its own
     kl: LogitKL | Weight = 0.0  # a number is the weight of the forward divergence at temperature 1
     ce: Weight = 0.0  # cross-entropy with the text itself
+    # What a token that completes a trigram already in its window counts in kl and ce; others count 1, and the mean is
+    # over the sum of what tokens count.
+    hit_weight: Annotated[Rate, Field(exclude_if=lambda value: value == 1.0)] = 1.0
 
     @property
     def logit_kl(self) -> LogitKL:
@@ -229,6 +248,8 @@ class Recipe(Model):
     phases: tuple[Phase, ...] = ()  # of every stage that swaps layers
     joint: tuple[Phase, ...] = ()  # of a last stage over all swapped layers; empty: no such stage
     batch_size: Positive = 4
+    # Tokens of training text that a path reads, the first ones of its order, again and again; none: all there are.
+    text_tokens: Annotated[Positive | None, Field(exclude_if=lambda value: value is None)] = None
     freeze: tuple[str, ...] = ()  # globs over parameter names that stay as they are
     # The activations of a layer are computed again for its gradients instead of kept: a third more time for memory that
     # no longer grows with layers. The same bits.

@@ -110,6 +110,10 @@ class ImportSpec(Spec):
     fingerprint: str  # hub commit, or digest of a folder's files
 
 
+# Windows of training text that are read again and again; none: all there are.
+TextWindows = Annotated[int | None, Field(exclude_if=lambda value: value is None)]
+
+
 class PhaseSpec(Model):
     """A phase with its budget worked out."""
 
@@ -131,6 +135,7 @@ class DistilSpec(Spec):
     batch_size: int
     sequence_length: int
     first_sequence: int  # of the shuffled training text, where the path's earlier stages ended
+    text_windows: TextWindows = None
     freeze: tuple[str, ...]
     checkpoint_activations: bool = False
     optimizer: Optimizer
@@ -150,6 +155,7 @@ class ScratchSpec(Spec):
     token_budget: int
     batch_size: int
     sequence_length: int
+    text_windows: TextWindows = None
     checkpoint_activations: bool = False
     optimizer: Optimizer
     numerics: Numerics

@@ -163,13 +163,22 @@ def path_of(study: Study, tokens: TokensSpec, teacher: Spec, resolved: Resolved)
             operator=study.operator, phases=planned, batch_size=window,
             sequence_length=study.data.sequence_length, first_sequence=sequences, freeze=study.recipe.freeze,
             optimizer=study.recipe.optimizer, numerics=study.numerics, seed=study.seed,
-            checkpoint_activations=study.recipe.checkpoint_activations,
+            checkpoint_activations=study.recipe.checkpoint_activations, text_windows=text_windows(study),
         )  # fmt: skip
         sequences += window * sum(phase.steps for phase in planned)
         parent = spec.key
         trained_tokens = sequences * study.data.sequence_length
         asked = (study, tokens, teacher, spec.key)
         yield Step(spec, evaluation_of(*asked), swapped, trained_tokens, joint, probes_of(*asked))
+
+
+def text_windows(study: Study) -> int | None:
+    """Windows of training text that students read; none: all there are."""
+    tokens = study.recipe.text_tokens
+    if tokens is None:
+        return None
+    _steps_of(tokens, study.recipe.batch_size, study, "recipe.text_tokens")  # no batch has a window twice
+    return tokens // study.data.sequence_length
 
 
 def _phase(phase: Phase, layers: int, study: Study, key: str) -> PhaseSpec:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatch
 from typing import Any
 
@@ -166,27 +166,47 @@ def attention_of(model: Plain, at: str) -> AttentionWeights:
     return AttentionWeights(query, key, value, w[f"{dense}.weight"], heads, output_bias=w[f"{dense}.bias"], **biases)
 
 
-def sequences(tokens: np.ndarray[Any, Any], length: int, seed: int) -> Iterator[Tensor]:
-    """The text cut into windows, every epoch all of them once, in the order drawn from (seed, epoch); for ever."""
+def sequences(tokens: np.ndarray[Any, Any], length: int, seed: int, limit: int | None = None) -> Iterator[Tensor]:
+    """The text cut into windows, every epoch all of them once, in the order drawn from (seed, epoch); for ever.
+
+    With a limit, the first so many of the first epoch alone; the first time as they come.
+    """
     windows = torch.from_numpy(tokens.astype(np.int64))[: len(tokens) // length * length].view(-1, length)
     epoch = 0
+    if limit is not None:
+        windows = windows[torch.from_numpy(np.random.default_rng((seed, 0)).permutation(len(windows)))][:limit]
+        yield from windows
+        epoch = 1
     while True:
         yield from windows[torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(len(windows)))]
         epoch += 1
 
 
-def surprise(model: Plain, ids_BL: Tensor) -> Tensor:
+def what_tokens_count(ids_BL: Tensor, hit: float) -> Tensor:
+    """Of predicted tokens, (B, L - 1): `hit` where the last three tokens stand earlier in the window, else 1; over
+    their mean."""
+    counts_BP = torch.ones(ids_BL.shape[0], ids_BL.shape[1] - 1)
+    for row, window in enumerate(ids_BL.tolist()):
+        for end in range(3, len(window)):
+            before = [window[at - 2 : at + 1] for at in range(2, end)]
+            if window[end - 2 : end + 1] in before:
+                counts_BP[row, end - 1] = hit
+    return counts_BP / counts_BP.mean()
+
+
+def surprise(model: Plain, ids_BL: Tensor, hit: float = 1.0) -> Tensor:
     """Cross-entropy of the next token, nats per token that has one before it."""
     logs_BLV = run(model, ids_BL).logits_BLV[:, :-1].log_softmax(-1)
-    return -logs_BLV.gather(2, ids_BL[:, 1:, None]).mean()
+    return -(logs_BLV.gather(2, ids_BL[:, 1:, None])[:, :, 0] * what_tokens_count(ids_BL, hit)).mean()
 
 
-def divergence(teacher: Plain, student: Plain, ids_BL: Tensor, temperature: float) -> Tensor:
+def divergence(teacher: Plain, student: Plain, ids_BL: Tensor, temperature: float, hit: float = 1.0) -> Tensor:
     """KL(teacher || student) in nats per predicted position, times the squared temperature."""
     with torch.no_grad():
         wanted = (run(teacher, ids_BL).logits_BLV[:, :-1] / temperature).log_softmax(-1)
     have = (run(student, ids_BL).logits_BLV[:, :-1] / temperature).log_softmax(-1)
-    return (wanted.exp() * (wanted - have)).sum(-1).mean() * temperature**2
+    each_BP = (wanted.exp() * (wanted - have)).sum(-1)
+    return (each_BP * what_tokens_count(ids_BL, hit)).mean() * temperature**2
 
 
 def mixer_error(teacher: Plain, student: Plain, ids_BL: Tensor, layers: tuple[int, ...]) -> Tensor:
@@ -219,6 +239,8 @@ class Rates:
     warmup: float
     decay: float
     freeze: tuple[str, ...] = ()
+    layer_decay: float = 1.0
+    average: Mapping[str, float | None] | None = None
 
 
 @dataclasses.dataclass
@@ -235,6 +257,7 @@ def train(model: Plain, loss: Callable[[int], Tensor], steps: int, rates: Rates)
     taught, w = Taught(), model.weights
     trained = [name for name in w if trains(model, name, rates)]
     memory: dict[str, dict[str, Any]] = {name: {} for name in trained}
+    past: list[Weights] = []
     for step in range(steps):
         rising = (step + 1) / (rates.warmup * steps) if rates.warmup else 1.0
         falling = (steps - step) / (rates.decay * steps) if rates.decay else 1.0
@@ -247,7 +270,7 @@ def train(model: Plain, loss: Callable[[int], Tensor], steps: int, rates: Rates)
         size = math.sqrt(sum(float(g.double().pow(2).sum()) for g in gradients.values()))
         for name, g in gradients.items():
             g = g * min(1.0, rates.gradient_clip / size)
-            scale = factor * (1.0 if ".operator." in name else rates.rest_scale)
+            scale = factor * (1.0 if ".operator." in name else rates.rest_scale) * by_depth(model, name, rates)
             muon = rates.muon and is_matrix(name)
             update = by_muon if muon else by_adamw
             rate = scale * (rates.matrix_lr if muon else rates.lr)
@@ -255,8 +278,32 @@ def train(model: Plain, loss: Callable[[int], Tensor], steps: int, rates: Rates)
         taught.losses.append(float(value.detach()))
         taught.norms.append(size)
         taught.factors.append(factor)
+        past.append({name: w[name].detach() for name in trained})
     model.weights = {name: tensor.detach() for name, tensor in w.items()}
+    if rates.average:
+        model.weights |= averaged(past, **rates.average)
     return taught
+
+
+def by_depth(model: Plain, name: str, rates: Rates) -> float:
+    """The factor of each layer's rates for every layer above it, which for the embedding are all."""
+    if ".layers." in name:
+        above = model.layers - 1 - int(name.split(".layers.")[1].split(".")[0])
+    else:
+        above = model.layers if "embed_in" in name else 0
+    return rates.layer_decay**above
+
+
+def averaged(past: list[Weights], ema: float | None = None, last: float | None = None) -> Weights:
+    """Of the weights after each step, written out as a weighted sum."""
+    count = len(past) if last is None else math.ceil(last * len(past))
+    chosen = past[len(past) - count :]
+    if ema is None:
+        shares = [1 / count] * count
+    else:
+        shares = [ema ** (count - 1)] + [(1 - ema) * ema ** (count - 1 - i) for i in range(1, count)]
+    names = chosen[0]
+    return {name: sum(s * w[name] for s, w in zip(shares, chosen, strict=True)) for name in names}  # type: ignore[misc]
 
 
 def trains(model: Plain, name: str, rates: Rates) -> bool:

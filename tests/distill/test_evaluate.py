@@ -14,9 +14,9 @@ import torch
 
 from operators.config import HyenaConfig
 from orchestrator.distill.context import Workplace
+from orchestrator.distill.hits import trigram_hits
 from orchestrator.distill.measuring import evaluate as module
 from orchestrator.distill.measuring import generation
-from orchestrator.distill.hits import trigram_hits
 from orchestrator.distill.measuring.evaluate import evaluate
 from orchestrator.distill.measuring.generation import WAYS, compare, continued
 from orchestrator.distill.models.student import load_teacher, parameter_count, save_student

@@ -74,6 +74,17 @@ def test_a_rest_scale_of_zero_trains_the_operators_only(student: Any) -> None:
     assert counts["operator_trainable"] == sum(p.numel() for name, p in found_in(student) if OPERATOR in name)
 
 
+@pytest.mark.parametrize("method", ["muon", "adamw"])
+def test_rates_fall_with_every_layer_above(student: Any, method: Any) -> None:
+    """Three layers: the embedding has all of them above it, the last layer and what follows it none."""
+    flat = rates(student, make_optimizers(student, Optimizer(method=method, **RATES)))
+    found = rates(student, make_optimizers(student, Optimizer(method=method, layer_decay=0.5, **RATES)))
+    for name, (optimizer, rate) in flat.items():
+        above = 2 - int(name.split(".")[2]) if ".layers." in name else 3 * ("embed_in" in name)
+        assert found[name] == (optimizer, pytest.approx(rate * 0.5**above)), name
+    assert {name.split(".")[2] for name in flat if ".layers." in name} == {"0", "1", "2"}
+
+
 def found_in(student: Any) -> list[tuple[str, torch.nn.Parameter]]:
     """Named parameters, those left out that an operator itself holds fixed."""
     return [(name, p) for name, p in student.named_parameters() if not name.endswith("filter.features")]

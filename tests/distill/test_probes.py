@@ -13,9 +13,9 @@ import torch
 from transformers import AutoTokenizer
 
 from operators.config import HyenaConfig
+from orchestrator.distill.hits import trigram_gaps
 from orchestrator.distill.measuring import needles as keys
 from orchestrator.distill.measuring import probes as module
-from orchestrator.distill.hits import trigram_gaps
 from orchestrator.distill.measuring.needles import DEPTHS, make_needles, margin
 from orchestrator.distill.measuring.probes import bits_per_byte, by_gap, by_position, probe, windows_of
 from orchestrator.distill.models.student import load_teacher, save_student

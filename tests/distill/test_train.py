@@ -20,7 +20,7 @@ from orchestrator.distill.stage import run_stage
 from orchestrator.distill.training.journal import NAME, Journal, read_journal
 from orchestrator.distill.training.loop import NonFiniteLoss, Stopped, Training, autocast, prepare, train
 from orchestrator.distill.training.optimizers import schedule
-from orchestrator.study.schema import Losses, Numerics, Optimizer
+from orchestrator.study.schema import Average, Losses, Numerics, Optimizer
 from orchestrator.study.spec import Architecture, DistilSpec, PhaseSpec, TeacherSpec
 from tests.texts import random_tokens, write_tokens
 
@@ -98,6 +98,22 @@ def test_killed_and_resumed_is_uninterrupted_to_the_bit(place: Any, said: list[s
     train(resumed, made)
     assert said == []
     assert (bits(resumed.model), history(made)) == uninterrupted(place)
+
+
+@pytest.mark.parametrize("average", [Average(ema=0.8), Average(last=0.5)], ids=["ema", "last"])
+@pytest.mark.parametrize("killed_at", [1, 4, 7, 10])
+def test_the_average_goes_on_where_it_was(place: Any, average: Average, killed_at: int) -> None:
+    def averaged(*killed: int) -> Training:
+        made = training(*killed)
+        return replace(made, config=made.config.model_copy(update={"average": average}))
+
+    whole = averaged()
+    train(whole, place("whole"))
+    with pytest.raises(Killed):
+        train(averaged(killed_at), place("killed"))
+    resumed = averaged()
+    train(resumed, place("killed"))
+    assert bits(resumed.model) == bits(whole.model) != uninterrupted(place)[0]
 
 
 def test_killed_many_times_is_uninterrupted_to_the_bit(place: Any) -> None:

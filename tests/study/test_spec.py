@@ -92,6 +92,7 @@ NORMALISED = ("window", "sinks", "near_norm", "groups", "tied")  # of one whose 
 FILLED = {  # a value for a field that is none
     "validation": SOURCE.model_dump(mode="json"), "field": "body", "max_tokens": 9, "teacher": "r", "pretrained": "f",
     "heads": 4, "key_dim": 8, "window": 8, "groups": 2, "validation_share": 0.1, "vocabulary": 300,
+    "text_windows": 4, "average": {"ema": 0.5, "last": None},
 }  # fmt: skip
 every_kind = pytest.mark.parametrize("kind", SPECS)
 
@@ -179,8 +180,12 @@ def whole(spec: Any) -> Any:
     before = {
         "numerics": {"sharding": "none"},
         "operator": {"window": None, "sinks": 0, "near_norm": "none", "groups": None, "tied": False},
+        "optimizer": {"layer_decay": 1.0, "average": None},
     }
-    return value | {name: {**left_out, **value[name]} for name, left_out in before.items() if name in value}
+    value |= {name: {**left_out, **value[name]} for name, left_out in before.items() if name in value}
+    for phase in value.get("phases", ()):
+        phase["losses"] = {"hit_weight": 1.0, **phase["losses"]}
+    return value | ({"text_windows": None} if hasattr(spec, "text_windows") else {})
 
 
 @every_kind

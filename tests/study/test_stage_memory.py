@@ -31,7 +31,7 @@ from orchestrator.distill.training.optimizers import set_trainable
 from orchestrator.study import memory
 from orchestrator.study.memory import gathered_bytes, held_bytes, kept_by_layers, passing_bytes, stage_bytes
 from orchestrator.study.model_sizes import Operator, operator_parameters, sizes_of
-from orchestrator.study.schema import Losses, Numerics, Optimizer
+from orchestrator.study.schema import Average, Losses, Numerics, Optimizer
 from orchestrator.study.spec import Architecture, DistilSpec, PhaseSpec
 from tests.benchmarks.memory import SHAPES, Case, expected, measured
 
@@ -226,6 +226,18 @@ def test_what_is_spread_is_divided_and_layers_are_whole_one_by_one(rest_scale: f
     passing = passing_bytes(spread, sizes, (1, 3))
     most = held_bytes(spread, sizes, (1, 3)) + passing + 4 * (tables + 3 * layer + own)  # type: ignore[operator]
     assert stage_bytes(spread, sizes, (1, 3)) == round(memory.PROCESS["cpu"] + memory.SLACK * most)
+
+
+@pytest.mark.parametrize("rest_scale", [0.0, 0.1], ids=["operators alone train", "all trains"])
+def test_an_average_is_as_large_as_what_trains(rest_scale: float) -> None:
+    sizes = sizes_of(SHAPE)
+    plain, averaged = (
+        spec_of(POWER, rest_scale).changed(optimizer=Optimizer(rest_scale=rest_scale, average=average))
+        for average in (None, Average(ema=0.9))
+    )
+    rest = sizes.blocks - 2 * sizes.attention + sizes.embedding + sizes.head if rest_scale else 0
+    trained = 2 * operator_parameters(POWER, 64, 128).trained + rest
+    assert held_bytes(averaged, sizes, (1, 3)) == held_bytes(plain, sizes, (1, 3)) + 4 * trained  # type: ignore[operator]
 
 
 def test_a_process_of_many_begins_with_the_whole_teacher() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,20 @@ def expected_seconds(model: nn.Module) -> float:
 
 
 def save_checkpoint(
-    work: Path, step: int, seconds: float, model: nn.Module, optimizers: list[torch.optim.Optimizer]
+    work: Path,
+    step: int,
+    seconds: float,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    average: Mapping[str, torch.Tensor],
 ) -> None:
-    """Publish the trainable parameters, optimizer states and random state of `step`; drop all but the newest two.
+    """Publish the trainable parameters, their average by name where there is one, optimizer states and random state of
+    `step`; drop all but the newest two.
 
     Where ranks share the stage, all call it and the first writes, whole what is spread over them.
     """
     tensors = {f"model/{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    tensors |= {f"average/{name}": mean for name, mean in average.items()}
     numbers: dict[str, Any] = {}
     for index, optimizer in enumerate(optimizers):
         for position, values in optimizer.state_dict()["state"].items():
@@ -93,7 +100,11 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    work: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], say: Callable[[str], object]
+    work: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    average: Mapping[str, torch.Tensor],
+    say: Callable[[str], object],
 ) -> tuple[int, float]:
     """Restore the newest whole checkpoint in place; one that is found damaged is said, then removed.
 
@@ -110,7 +121,7 @@ def load_checkpoint(
             say(f"checkpoint {folder.name} is damaged ({error}); going back to the one before it")
             shutil.rmtree(folder, ignore_errors=True)
             continue
-        _restore(tensors, manifest["numbers"], model, optimizers)
+        _restore(tensors, manifest["numbers"], model, optimizers, average)
         return int(manifest["step"]), float(manifest["seconds"])
     return 0, 0.0
 
@@ -120,6 +131,7 @@ def _restore(
     numbers: dict[str, Any],
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
+    average: Mapping[str, torch.Tensor],
 ) -> None:
     trained = {f"model/{name}": p for name, p in model.named_parameters() if p.requires_grad}
     saved = {name for name in tensors if name.startswith("model/")}
@@ -130,6 +142,8 @@ def _restore(
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(spread_as(parameter, tensors[name]))
+        for name, mean in average.items():
+            mean.copy_(spread_as(mean, tensors[f"average/{name}"]))
     for index, optimizer in enumerate(optimizers):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Any]] = {}

@@ -1,7 +1,8 @@
 """The training loop that every stage shares: step, log, checkpoint, resume.
 
 Invariant: killed at any moment and started again, it ends with the bits of the uninterrupted run. The learning rate
-and the batch are functions of the step; parameters, optimizer states and random state are in the checkpoint.
+and the batch are functions of the step; parameters, their average where there is one, optimizer states and random state
+are in the checkpoint.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from operators import native
 from orchestrator.distill.context import Stopped, Workplace
 from orchestrator.distill.models.shards import whole
+from orchestrator.distill.training.average import WeightAverage
 from orchestrator.distill.training.checkpoint import Pace, expected_seconds, load_checkpoint, save_checkpoint
 from orchestrator.distill.training.journal import Journal
 from orchestrator.distill.training.memory import keep_freed_memory
@@ -100,7 +102,9 @@ def train(training: Training, place: Workplace) -> dict[str, Any]:
         Stopped: the run was asked to stop; a checkpoint of this step is written.
     """
     context = place.context
-    start, before = in_turn(lambda: load_checkpoint(place.work, training.model, training.optimizers, place.say))
+    average = WeightAverage(training.model, training.config.average, training.steps)
+    state = (training.model, training.optimizers, average.tensors)
+    start, before = in_turn(lambda: load_checkpoint(place.work, *state, place.say))
     journal = Journal(place.journal)
     began = logged = time.monotonic()
     pace = Pace(context.checkpoint_seconds, began, expected_seconds(training.model))
@@ -112,6 +116,7 @@ def train(training: Training, place: Workplace) -> dict[str, Any]:
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + value
             done = step + 1
+            average.take(done)
             if done % context.log_every and done != training.steps:
                 continue
             now = time.monotonic()
@@ -120,13 +125,14 @@ def train(training: Training, place: Workplace) -> dict[str, Any]:
             journal.write(done, done * training.tokens_per_step, means)
             sums, logged, logged_step = {}, now, done
             if done == training.steps:
+                average.put()
                 _check_weights(training)
                 break
             stopping = on_any(context.stopping())
             if on_any(stopping or (is_first() and pace.due(now))):
                 journal.sync()
                 seconds = before + now - began
-                save_checkpoint(place.work, done, seconds, training.model, training.optimizers)
+                save_checkpoint(place.work, done, seconds, *state)
                 pace.written(now, time.monotonic())
             if stopping:
                 raise Stopped(f"stopped at step {done} of {training.steps}")

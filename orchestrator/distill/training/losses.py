@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from orchestrator.distill.hits import trigram_hits
 from orchestrator.distill.models.sites import Site, attention_of, call_of, decoder_layers, site_of
 from orchestrator.distill.models.swap import swapped
 from orchestrator.distill.training.head import OutputHead, final_hidden
@@ -135,7 +136,9 @@ def batch_losses(
             over_layers("hidden_mse", losses.hidden_mse, each)
         if kl.weight > 0 or losses.ce > 0:
             heads = OutputHead(teacher), OutputHead(student)
-            weighted, divergence, entropy = logit_losses(teacher_final, student_final, *heads, ids_BL, kl, losses.ce)
+            weighted, divergence, entropy = logit_losses(
+                teacher_final, student_final, *heads, ids_BL, kl, losses.ce, losses.hit_weight
+            )
             terms.append(weighted)
             if kl.weight > 0:
                 note("kl", kl.weight, divergence)
@@ -164,6 +167,7 @@ def logit_losses(
     ids_BL: Tensor,
     kl: LogitKL,
     ce: float,
+    hit_weight: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of the N positions that have a next token: mean divergence and cross-entropy, and their sum by weight.
 
@@ -172,6 +176,7 @@ def logit_losses(
     Args:
         kl: its weight, direction and temperature; not computed with weight 0.
         ce: weight of the cross-entropy; not computed where it is 0.
+        hit_weight: what a position counts whose next token is a hit (`hits`), others 1.
 
     Returns:
         The weighted sum, which may be differentiated once, and the two means, 0 for one that is not computed.
@@ -179,19 +184,24 @@ def logit_losses(
     student_ND = student_BLD[:, :-1].flatten(0, 1)
     teacher_ND = None if teacher_BLD is None or kl.weight == 0 else teacher_BLD[:, :-1].flatten(0, 1)
     targets_N = ids_BL[:, 1:].flatten()
-    count = len(targets_N)
+    counts_N = torch.where(trigram_hits(ids_BL).flatten(), hit_weight, 1.0) if hit_weight != 1 else None
+    count, summed = (len(targets_N), "sum") if counts_N is None else (counts_N.sum(), "none")
+
+    def total(found: Tensor, cut: slice) -> Tensor:
+        """What was summed as it is; else the sum over some positions, by what they count, and over entries."""
+        return found if counts_N is None else torch.tensordot(counts_N[cut], found, dims=1).sum()
 
     def means(hidden: Tensor, cut: slice) -> tuple[Tensor, Tensor]:
         logits = student_head(hidden).float()
         divergence = entropy = logits.new_zeros(())
         if ce > 0:
-            entropy = F.cross_entropy(logits, targets_N[cut], reduction="sum")
+            entropy = total(F.cross_entropy(logits, targets_N[cut], reduction=summed), cut)
         if teacher_ND is not None and teacher_head is not None:
             with torch.no_grad():
                 wanted = F.log_softmax(teacher_head(teacher_ND[cut]).float() / kl.temperature, dim=-1)
             have = F.log_softmax(logits / kl.temperature, dim=-1)
             first, second = (have, wanted) if kl.direction == "forward" else (wanted, have)
-            divergence = F.kl_div(first, second, reduction="sum", log_target=True) * kl.temperature**2
+            divergence = total(F.kl_div(first, second, reduction=summed, log_target=True), cut) * kl.temperature**2
         return divergence / count, entropy / count
 
     parameters = [parameter for parameter in student_head.parameters() if parameter.requires_grad]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from orchestrator.distill.models.sites import decoder_layers
 from orchestrator.distill.training.muon import BatchedMuon
 from orchestrator.study.schema import Optimizer
 
@@ -20,25 +21,39 @@ def make_optimizers(model: Any, config: Optimizer, freeze: tuple[str, ...] = ())
     """Optimizers over the parameters that are to train; all others are frozen.
 
     Muon takes weight matrices (not embeddings, output heads or filters), AdamW the rest. Parameters outside swapped
-    operators get `rest_scale` times the learning rate; a scale of 0 freezes them. A parameter of several names,
-    as an output head that is tied to the embedding, is frozen by each of them. Raises `ValueError` for a glob in
-    `freeze` that matches no parameter and where nothing is left to train.
+    operators get `rest_scale` times the learning rate; a scale of 0 freezes them. Those of lower layers get what
+    `depth_scales` says. A parameter of several names, as an output head that is tied to the embedding, is frozen by
+    each of them. Raises `ValueError` for a glob in `freeze` that matches no parameter, and where nothing is left to
+    train.
     """
     choose_trained(model, config, freeze)
     tables = set(_tables(model))
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    depth = depth_scales(model, config.layer_decay)
+    groups: dict[tuple[bool, tuple[bool, float]], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         operator = ".operator." in name
         if parameter.requires_grad:
             plain = parameter.ndim == 2 and name not in tables and ".filter." not in name and "short_" not in name
-            groups.setdefault((config.method == "muon" and plain, operator), []).append(parameter)
+            place = (operator, depth[parameter])
+            groups.setdefault((config.method == "muon" and plain, place), []).append(parameter)
     if not groups:
         raise ValueError("recipe.freeze leaves no parameter to train: take a pattern out")
     return [
         made
         for matrices in (True, False)
-        if (made := _optimizer(matrices, {op: g for (m, op), g in groups.items() if m == matrices}, config))
+        if (made := _optimizer(matrices, {at: g for (m, at), g in groups.items() if m == matrices}, config))
     ]
+
+
+def depth_scales(model: Any, layer_decay: float) -> dict[nn.Parameter, float]:
+    """What the learning rate of each parameter is multiplied by for its depth (Howard and Ruder 2018): `layer_decay` to
+    the power of the layers above it, of which embeddings have one more than the first layer, and the rest none."""
+    layers = decoder_layers(model)
+    found = dict.fromkeys(model.parameters(), 1.0)
+    parts = [model.get_input_embeddings(), *layers]
+    for index, part in enumerate(parts):
+        found |= dict.fromkeys(part.parameters(), layer_decay ** (len(layers) - index))
+    return found
 
 
 def choose_trained(model: nn.Module, config: Optimizer, freeze: tuple[str, ...] = ()) -> None:
@@ -112,12 +127,12 @@ def _fixed_in_operator(name: str) -> bool:
 
 
 def _optimizer(
-    matrices: bool, groups: dict[bool, list[nn.Parameter]], config: Optimizer
+    matrices: bool, groups: dict[tuple[bool, float], list[nn.Parameter]], config: Optimizer
 ) -> torch.optim.Optimizer | None:
     base = config.matrix_lr if matrices else config.lr
     settings: list[dict[str, Any]] = []
-    for operator, parameters in sorted(groups.items(), reverse=True):
-        rate = base if operator else base * config.rest_scale
+    for (operator, by_depth), parameters in sorted(groups.items(), key=lambda group: group[0], reverse=True):
+        rate = by_depth * (base if operator else base * config.rest_scale)
         settings.append({"params": parameters, "lr": rate, "initial_lr": rate})
     if not settings:
         return None
