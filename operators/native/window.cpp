@@ -8,18 +8,61 @@ namespace {
 using namespace layerswap;
 
 // Of a head of so many, which those of the tensor are shared by.
-Rows<const BFloat> rows_of(const Tensor& t, int64_t sequence, int64_t head, int64_t heads) {
-  const auto* data = reinterpret_cast<const BFloat*>(t.const_data_ptr<at::BFloat16>());
+template <class T>
+Rows<const T> rows_of(const Tensor& t, int64_t sequence, int64_t head, int64_t heads) {
+  const auto* data = static_cast<const T*>(t.const_data_ptr());
   return {data + sequence * t.stride(0) + head / (heads / t.size(1)) * t.stride(1), t.stride(2), 1, 0};
 }
 
 void check_part(const Tensor& t, const char* name, const Tensor& like, int64_t width) {
-  TORCH_CHECK(t.is_cpu() && t.scalar_type() == at::kBFloat16 && t.dim() == 4 && touching(t), name, " must be (B, H, rows, L)");
+  const bool known = t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kFloat;
+  TORCH_CHECK(t.is_cpu() && known && t.scalar_type() == like.scalar_type(), name, " must be in float32 or bfloat16, like queries");
+  TORCH_CHECK(t.dim() == 4 && touching(t), name, " must be (B, H, rows, L)");
   TORCH_CHECK(t.size(0) == like.size(0) && like.size(1) % t.size(1) == 0 && t.size(3) == like.size(3), name, " does not fit");
   TORCH_CHECK(t.size(2) == width, name, " must have ", width, " rows");
 }
 
-bool window_served() { return at::native::cpublas::could_pack(at::kBFloat16); }
+// All that heads are made of.
+struct WindowParts {
+  const Tensor &q, &k, &v, &turns;
+  at::TensorList far;
+  const std::optional<Tensor>& counted;
+  int64_t window, sinks, degree;
+  at::TensorList modes;
+  const std::optional<Tensor>& state;
+};
+
+template <class T, class P>
+void mix_heads(const WindowParts& of, Tensor& y) {
+  const int64_t batch = of.q.size(0), heads = of.q.size(1), length = of.q.size(3), values = of.v.size(2);
+  const int64_t keys = of.q.size(2), far_keys = of.far.empty() ? 0 : of.far[0].size(2);
+  const int64_t poles = of.modes.empty() ? 0 : of.modes[0].size(1), size = poles * squares_of(far_keys) * (values + 1);
+  auto* to = static_cast<T*>(y.mutable_data_ptr());
+  each(batch * heads, [&](int64_t item) {
+    const int64_t sequence = item / heads, head = item % heads;
+    const auto rows = [&](const Tensor& t) { return rows_of<T>(t, sequence, head, heads); };
+    WindowHead<T> one{length, keys, far_keys, values, of.window, of.sinks, of.degree,
+                      rows(of.q), rows(of.k), rows(of.v), {}, {},
+                      of.turns.const_data_ptr<float>(), nullptr, nullptr, nullptr, 0.0f, {}};
+    if (poles) {
+      const auto part = [&](int i) { return of.modes[i].const_data_ptr<float>() + head * poles; };
+      one.modes = {poles, part(0), part(1)};
+    }
+    if (far_keys) {
+      one.far_q = rows(of.far[0]), one.far_k = rows(of.far[1]);
+      one.h = of.far[2].const_data_ptr<float>() + head * of.far[2].size(1);
+      one.level = of.far[3].const_data_ptr<float>() + head * keys, one.shift = of.far[4].const_data_ptr<float>()[head];
+    }
+    if (of.counted) one.counted = of.counted->const_data_ptr<float>() + item * length;
+    WindowMixer<T, P> mixer(one);
+    for (int64_t t0 = 0; t0 < length; t0 += kQueries) mixer.block(t0, to + item * values * length);
+    if (of.state) mixer.store(of.state->mutable_data_ptr<float>() + item * size);
+    at::native::cpublas::brgemm_release(std::is_same_v<P, BFloat>);
+  });
+}
+
+// Whether the processor multiplies in bfloat16; where it does not, products are in float32.
+bool narrow_products() { return at::native::cpublas::could_pack(at::kBFloat16); }
 
 // Near queries and keys as the rows have them and values (B, H, rows, L), keys and values also of fewer heads, and the
 // cosines and sines (2, pairs, L) that turn them; of far positions, where there are any, queries and keys, lags
@@ -59,35 +102,16 @@ Tensor window_mix(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
     TORCH_CHECK(poles && state->numel() == batch * heads * size, "state does not fit");
   }
   Tensor y = at::empty({batch, heads, values, length}, v.options());
-  auto* to = reinterpret_cast<BFloat*>(y.mutable_data_ptr<at::BFloat16>());
-  each(batch * heads, [&](int64_t item) {
-    const int64_t sequence = item / heads, head = item % heads;
-    const auto of = [&](const Tensor& t) { return rows_of(t, sequence, head, heads); };
-    WindowHead one{length, keys, far_keys, values, window, sinks, degree,
-                   of(q), of(k), of(v), {}, {},
-                   turns.const_data_ptr<float>(), nullptr, nullptr, nullptr, 0.0f, {}};
-    if (poles) {
-      const auto part = [&](int i) { return modes[i].const_data_ptr<float>() + head * poles; };
-      one.modes = {poles, part(0), part(1)};
-    }
-    if (far_keys) {
-      one.far_q = of(far[0]), one.far_k = of(far[1]);
-      one.h = far[2].const_data_ptr<float>() + head * far[2].size(1);
-      one.level = far[3].const_data_ptr<float>() + head * keys, one.shift = far[4].const_data_ptr<float>()[head];
-    }
-    if (counted) one.counted = counted->const_data_ptr<float>() + item * length;
-    WindowMixer mixer(one);
-    for (int64_t t0 = 0; t0 < length; t0 += kQueries) mixer.block(t0, to + item * values * length);
-    if (state) mixer.store(state->mutable_data_ptr<float>() + item * size);
-    at::native::cpublas::brgemm_release();
-  });
+  const WindowParts of{q, k, v, turns, far, counted, window, sinks, degree, modes, state};
+  if (q.scalar_type() == at::kFloat) mix_heads<float, float>(of, y);
+  else if (narrow_products()) mix_heads<BFloat, BFloat>(of, y);
+  else mix_heads<BFloat, float>(of, y);
   return y;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(layerswap, library) {
-  library.def("window_served() -> bool", window_served);
   library.def(
       "window_mix(Tensor q, Tensor k, Tensor v, Tensor turns, Tensor[] far, Tensor? counted, int window, int sinks, int degree, "
       "Tensor[] modes, Tensor(a!)? state) -> Tensor");

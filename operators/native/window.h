@@ -1,9 +1,7 @@
-// Whole sequences of a head with a window in bfloat16: sixty-four queries at a time against the keys that they see, near
+// Whole sequences of a head with a window: sixty-four queries at a time against the keys that they see, near
 // ones by softmax and far ones by power and lag, over one sum. Products are transposed, keys by queries, so that what is
 // done to them goes along queries, and pairs of their rows are at once what the product with the values reads.
 #pragma once
-
-#include <ATen/native/CPUBlas.h>
 
 #include "window_state.h"
 
@@ -11,35 +9,41 @@ namespace layerswap {
 
 constexpr int64_t kQueries = 64, kFarKeys = 512;
 
+template <class T>
 struct WindowHead {
   int64_t length, keys, far_keys, values;   // widths of a near key, a far one (0: nothing is far) and a value
   int64_t window, sinks, degree;
-  Rows<const BFloat> q, k, v, far_q, far_k;  // rows `channel` apart, positions touch
+  Rows<const T> q, k, v, far_q, far_k;  // rows `channel` apart, positions touch
   const float* turns;                        // cosines and sines, rows of pairs
   const float *h, *counted, *level;          // h: kQueries zeros, lags from the window on, zeros; counted may be null
   float shift;                               // of the level, whose key `level` is
   LagModes modes;                            // of h, where there is a state of squared features
 };
 
-// Two rows of sixty-four in bfloat16, the first in the lower halves.
-FORCED void pair(const Vec* first, const Vec* second, uint32_t* to) {
-  for (int j = 0; j < kQueries / kLanes; ++j) pair_of(first[j], second[j], to + j * kLanes);
+// Two rows of sixty-four.
+template <class P>
+FORCED void pair(const Vec* first, const Vec* second, typename Packed<P>::Word* to) {
+  for (int j = 0; j < kQueries / kLanes; ++j) Packed<P>::put(first[j], second[j], to + j * kLanes, kQueries);
 }
 
-// Queries t0 to t0 + n of `width` rows as pairs of rows.
-inline void pack_queries(Rows<const BFloat> q, int64_t width, int64_t t0, int64_t n, uint32_t* to) {
-  for (int64_t k = 0; k < width; k += 2, to += kQueries) {
-    const BFloat *a = q.data + k * q.channel + t0, *b = a + q.channel;
-    for (int64_t r = 0; r < n; ++r) to[r] = uint32_t(a[r].bits) | uint32_t(b[r].bits) << 16;
-    std::fill(to + n, to + kQueries, 0u);
+// Queries t0 to t0 + n of `width` rows, packed.
+template <class P, class T>
+inline void pack_queries(Rows<const T> q, int64_t width, int64_t t0, int64_t n, typename Packed<P>::Word* to) {
+  for (int64_t k = 0; k < width; k += 2, to += Packed<P>::kRows * kQueries) {
+    const T *a = q.data + k * q.channel + t0, *b = a + q.channel;
+    for (int64_t r = 0; r < kQueries; r += kLanes) {
+      const int64_t count = std::max<int64_t>(0, n - r);
+      Packed<P>::put(read_some(a + r, count), read_some(b + r, count), to + r, kQueries);
+    }
   }
 }
 
 // Channels i and pairs + i of `width` rows turned by position, times a factor; the rows of `to` are `length` apart.
-inline void turn_rows(Rows<const BFloat> x, int64_t width, int64_t length, const float* turns, float factor, BFloat* to) {
+template <class T, class P>
+inline void turn_rows(Rows<const T> x, int64_t width, int64_t length, const float* turns, float factor, P* to) {
   const int64_t pairs = width / 2;
   for (int64_t i = 0; i < pairs; ++i) {
-    const BFloat *one = x.data + i * x.channel, *other = one + pairs * x.channel;
+    const T *one = x.data + i * x.channel, *other = one + pairs * x.channel;
     const float *cosine = turns + i * length, *sine = cosine + pairs * length;
     for (int64_t t = 0; t < length; t += kLanes) {
       const int64_t n = length - t;
@@ -52,40 +56,39 @@ inline void turn_rows(Rows<const BFloat> x, int64_t width, int64_t length, const
 }
 
 // Keys with the channels of a position side by side, (length, width).
-inline void turn_keys(Rows<const BFloat> k, int64_t width, int64_t length, BFloat* to) {
+template <class T, class P>
+inline void turn_keys(Rows<const T> k, int64_t width, int64_t length, P* to) {
   for (int64_t c = 0; c < width; c += kLanes) {
     const int64_t lanes = std::min(kLanes, width - c);
     for (int64_t s = 0; s < length; s += kLanes) {
       const int64_t count = std::min(kLanes, length - s);
       Vec tile[16];
-      load_tile(Rows<const BFloat>{k.data + c * k.channel, k.channel, 1, lanes}, s, count, tile);
+      load_tile(Rows<const T>{k.data + c * k.channel, k.channel, 1, lanes}, s, count, tile);
       for (int64_t i = 0; i < count; ++i) write_some(to + (s + i) * width + c, tile[i], lanes);
     }
   }
 }
 
-inline void product(int64_t rows, int64_t inner, int64_t stride, const BFloat* a, const uint32_t* b, bool add, float* c) {
-  at::native::cpublas::brgemm(rows, kQueries, inner, stride, kQueries, kQueries, add,
-                              reinterpret_cast<const at::BFloat16*>(a), reinterpret_cast<const at::BFloat16*>(b), c);
-}
-
+// T: of the rows; P: of the factors of products.
+template <class T, class P>
 class WindowMixer {
  public:
-  explicit WindowMixer(const WindowHead& head)
+  explicit WindowMixer(const WindowHead<T>& head)
       : head_(head), stride_(head.length + 2), turned_(head.length * head.keys), far_(head.length * head.far_keys),
-        v_(head.values * stride_), query_(head.keys / 2 * kQueries), far_query_(head.far_keys / 2 * kQueries),
+        v_(head.values * stride_), query_(head.keys / 2 * kPair), far_query_(head.far_keys / 2 * kPair),
         near_(std::max(head.values, head.sinks + head.window + kQueries) * kQueries), far_products_(kFarKeys * kQueries),
-        weights_((head.sinks + head.window + kQueries + kFarKeys + 4) / 2 * kQueries), y_(head.values * kQueries),
+        weights_((head.sinks + head.window + kQueries + kFarKeys + 4) / 2 * kPair), y_(head.values * kQueries),
         far_y_((head.values + 1) * kQueries), state_(head.modes, head.modes.count ? head.far_keys : 0, head.values),
         from_state_((head.values + 1) * kQueries), rotated_(head.keys * head.length), levels_(head.length) {
     turn_rows(head.k, head.keys, head.length, head.turns, 1.0f, rotated_.data());
-    turn_keys({rotated_.data(), head.length, 1, 0}, head.keys, head.length, turned_.data());
+    turn_keys(Rows<const P>{rotated_.data(), head.length, 1, 0}, head.keys, head.length, turned_.data());
     const float factor = 1.0f / std::sqrt(float(head.keys));
     turn_rows(head.q, head.keys, head.length, head.turns, factor, rotated_.data());
     if (head.far_keys) set_levels(factor);
     if (head.far_keys) turn_keys(head.far_k, head.far_keys, head.length, far_.data());
     for (int64_t row = 0; row < head.values; ++row)
-      std::copy_n(head.v.data + row * head.v.channel, head.length, v_.data() + row * stride_);
+      for (int64_t t = 0; t < head.length; t += kLanes)
+        write_some(&v_[row * stride_ + t], read_some(head.v.data + row * head.v.channel + t, head.length - t), head.length - t);
   }
 
   // The state of all positions that lie behind the window for the position that comes next.
@@ -96,9 +99,9 @@ class WindowMixer {
   }
 
   // Queries from t0 on, rows of y `length` apart.
-  void block(int64_t t0, BFloat* y) {
+  void block(int64_t t0, T* y) {
     const int64_t n = std::min(kQueries, head_.length - t0);
-    pack_queries({rotated_.data(), head_.length, 1, 0}, head_.keys, t0, n, query_.data());
+    pack_queries<P>(Rows<const P>{rotated_.data(), head_.length, 1, 0}, head_.keys, t0, n, query_.data());
     near(t0, n);
     Vec share[kVecs], rest[kVecs] = {};
     for (int j = 0; j < kVecs; ++j) share[j] = 1.0f / sum_[j];
@@ -117,6 +120,8 @@ class WindowMixer {
   }
 
  private:
+  using Word = typename Packed<P>::Word;
+  static constexpr int64_t kPair = Packed<P>::kRows * kQueries;  // words of two rows of queries
   static constexpr int kVecs = kQueries / kLanes;
 
   // Of queries that are not turned.
@@ -147,8 +152,8 @@ class WindowMixer {
   void near(int64_t t0, int64_t n) {
     const int64_t low = std::max<int64_t>(0, t0 - head_.window + 1), sinks = std::min(head_.sinks, low);
     const int64_t all = sinks + t0 + n - low;
-    if (sinks) product(sinks, head_.keys, head_.keys, turned_.data(), query_.data(), false, near_.data());
-    product(all - sinks, head_.keys, head_.keys, &turned_[low * head_.keys], query_.data(), false, &near_[sinks * kQueries]);
+    if (sinks) product(sinks, kQueries, head_.keys, head_.keys, turned_.data(), query_.data(), false, near_.data());
+    product(all - sinks, kQueries, head_.keys, head_.keys, &turned_[low * head_.keys], query_.data(), false, &near_[sinks * kQueries]);
     const auto place = [&](int64_t i) { return i < sinks ? i : low + i - sinks; };
     for (int j = 0; j < kVecs; ++j) largest_[j] = Vec{} - 1e30f, sum_[j] = Vec{};
     Vec row[kVecs], next[kVecs];
@@ -166,9 +171,9 @@ class WindowMixer {
       if (from == end) continue;
       for (int64_t i = from; i < end; i += 2) {
         weigh(i, end, row), weigh(i + 1, end, next);
-        pair(row, next, &weights_[(i - from) / 2 * kQueries]);
+        pair<P>(row, next, &weights_[(i - from) / 2 * kPair]);
       }
-      product(head_.values, (end - from + 1) / 2 * 2, stride_, &v_[place(from)], weights_.data(), add, y_.data());
+      product(head_.values, kQueries, (end - from + 1) / 2 * 2, stride_, &v_[place(from)], weights_.data(), add, y_.data());
       add = true;
     }
   }
@@ -179,7 +184,7 @@ class WindowMixer {
 
   // Values by far weights, and the sums of these.
   void far(int64_t t0, int64_t n) {
-    pack_queries(head_.far_q, head_.far_keys, t0, n, far_query_.data());
+    pack_queries<P>(head_.far_q, head_.far_keys, t0, n, far_query_.data());
     const int64_t stop = t0 + n - head_.window;
     for (int j = 0; j < kVecs; ++j) far_sum_[j] = Vec{};
     const Power power{head_.degree};
@@ -188,7 +193,7 @@ class WindowMixer {
     const int64_t from = std::max(head_.sinks, state_.seen());
     for (int64_t start = from; start < stop; start += kFarKeys) {
       const int64_t count = std::min(kFarKeys, stop - start);
-      product(count, head_.far_keys, head_.far_keys, &far_[start * head_.far_keys], far_query_.data(), false,
+      product(count, kQueries, head_.far_keys, head_.far_keys, &far_[start * head_.far_keys], far_query_.data(), false,
               far_products_.data());
       const auto weigh = [&](int64_t i, Vec* to) {
         if (i >= count) return std::fill(to, to + kVecs, Vec{});
@@ -203,9 +208,9 @@ class WindowMixer {
       for (int64_t i = 0; i < count; i += 2) {
         Vec row[kVecs], next[kVecs];
         weigh(i, row), weigh(i + 1, next);
-        pair(row, next, &weights_[i / 2 * kQueries]);
+        pair<P>(row, next, &weights_[i / 2 * kPair]);
       }
-      product(head_.values, (count + 1) / 2 * 2, stride_, &v_[start], weights_.data(), start > from, far_y_.data());
+      product(head_.values, kQueries, (count + 1) / 2 * 2, stride_, &v_[start], weights_.data(), start > from, far_y_.data());
     }
     if (state_.seen()) gather(t0, n, from < stop);
   }
@@ -214,7 +219,8 @@ class WindowMixer {
   void gather(int64_t t0, int64_t n, bool add) {
     float queries[kMostSquared * kQueries] = {};
     for (int64_t c = 0; c < head_.far_keys; ++c)
-      for (int64_t r = 0; r < n; ++r) queries[c * kQueries + r] = number(head_.far_q.data[c * head_.far_q.channel + t0 + r]);
+      for (int64_t r = 0; r < n; r += kLanes)
+        write(&queries[c * kQueries + r], read_some(head_.far_q.data + c * head_.far_q.channel + t0 + r, n - r));
     state_.read(queries, t0 - head_.window - state_.seen() + 1, from_state_.data());
     for (int64_t i = 0; i < head_.values * kQueries; i += kLanes)
       write(&far_y_[i], read(&from_state_[i]) + (add ? read(&far_y_[i]) : Vec{}));
@@ -232,16 +238,16 @@ class WindowMixer {
     }
   }
 
-  const WindowHead& head_;
+  const WindowHead<T>& head_;
   int64_t stride_;
-  std::vector<BFloat> turned_, far_, v_;
-  std::vector<uint32_t> query_, far_query_;
+  std::vector<P> turned_, far_, v_;
+  std::vector<Word> query_, far_query_;
   std::vector<float> near_, far_products_;
-  std::vector<uint32_t> weights_;
+  std::vector<Word> weights_;
   std::vector<float> y_, far_y_;
-  WindowState state_;
+  WindowState<P> state_;
   std::vector<float> from_state_;
-  std::vector<BFloat> rotated_;
+  std::vector<P> rotated_;
   std::vector<float> levels_;
   Vec largest_[kVecs], sum_[kVecs], far_sum_[kVecs];
 };

@@ -31,10 +31,11 @@ class Far(NamedTuple):
 
 
 def takes_whole(u_BEL: Tensor, mask_BL: Tensor | None) -> bool:
-    """Whether the core mixes what such rows say: in bfloat16, without gradients, texts that are not padded, and where
-    the processor multiplies in bfloat16. Queries and keys must be of even widths."""
-    plain = mask_BL is None and not torch.is_grad_enabled() and u_BEL.dtype == torch.bfloat16
-    return plain and serves(u_BEL) and bool(torch.ops.layerswap.window_served())
+    """Whether the core mixes what such rows say: in float32 or bfloat16, without gradients, texts that are not padded.
+    Queries and keys must be of even widths. Products of rows in bfloat16 are in float32 where the processor has none
+    in bfloat16 (AMX)."""
+    plain = mask_BL is None and not torch.is_grad_enabled() and u_BEL.dtype in (torch.float32, torch.bfloat16)
+    return plain and serves(u_BEL)
 
 
 def mix_window(

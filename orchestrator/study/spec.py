@@ -15,7 +15,7 @@ from pydantic import Field, TypeAdapter
 from orchestrator.files import canonical_json
 from orchestrator.study.schema import Evaluation, Losses, Model, Numerics, Operator, Optimizer, Throughput
 
-STAGE_VERSION = 5  # raise it with any change that makes an old result differ from a new one
+STAGE_VERSION = 6  # raise it with any change that makes an old result differ from a new one
 DOMAIN = b"layerswap/stage\n"
 
 

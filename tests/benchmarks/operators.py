@@ -284,6 +284,7 @@ def main() -> None:
     ONLY = options.only
     EAGER, CLOCK = options.eager, time.process_time if options.busy else time.perf_counter
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # filters with random weights have such lags, trained ones none
     options.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for mode in options.modes:

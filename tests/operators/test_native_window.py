@@ -1,4 +1,4 @@
-"""Operators with a window by the compiled core: whole sequences in bfloat16, and that steps are the core's.
+"""Operators with a window by the compiled core: whole sequences, and that steps are the core's.
 
 That steps agree with torch's is part of the contract (`test_native`).
 """
@@ -47,8 +47,6 @@ def test_whole_sequences_with_a_window_agree_with_the_definition(
     name: str, length: int, core: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one pass under autocast: nearer than torch's products, which are rounded before they are weighed."""
-    if not torch.ops.layerswap.window_served():
-        pytest.skip("no products in bfloat16 on this processor")
     operator: Any = build(replace(WINDOWS[name], init="random"), 32, 601)
     operator.initialise(None, generator())
     operator.in_proj.weight.mul_(3.0)  # so that weights differ
@@ -65,6 +63,14 @@ def test_whole_sequences_with_a_window_agree_with_the_definition(
         native.use(False)
         theirs = operator(x_BLD)
     assert (found - wanted).norm() <= 1.1 * (theirs - wanted).norm()
+
+
+@torch.no_grad()
+def test_the_core_leaves_the_smallest_numbers_of_its_thread_as_they_were(core: None) -> None:
+    operator: Any = build(replace(WINDOWS["tied"], init="random"), 32, 64)
+    operator.initialise(None, generator())
+    operator(draw(2, 64, 32))
+    assert float(torch.tensor(1e-40) * 0.5) == pytest.approx(5e-41, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -97,13 +103,29 @@ STEPS = {"squares": "window_modal_step", "alone": "window_step", "tied": "heads_
 @pytest.mark.parametrize("name", WINDOWS)
 @pytest.mark.parametrize("length", [1, 16, 17, 64, 200, 601])
 @torch.no_grad()
+def test_whole_sequences_in_float32_are_those_of_the_definition(
+    name: str, length: int, core: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operator: Any = build(replace(WINDOWS[name], init="random"), 32, 640)
+    operator.initialise(None, generator())
+    operator.in_proj.weight.mul_(3.0)
+    calls, mix = [], torch.ops.layerswap.window_mix
+    monkeypatch.setattr(torch.ops.layerswap, "window_mix", lambda *given: calls.append(1) or mix(*given))
+    x_BLD, state = draw(2, length + 9, 32), operator.init_state(2)
+    found = operator(x_BLD[:, :length])
+    parts = [operator.extend(x_BLD[:, cut], state)[0] for cut in (slice(length), slice(length, None))]
+    assert len(calls) == 2 and torch.equal(found, parts[0])
+    close(torch.cat(parts, dim=1), operator.reference(x_BLD), 1e-4)
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("length", [1, 16, 17, 64, 200, 601])
+@torch.no_grad()
 def test_steps_go_on_from_the_state_of_a_whole_prompt(
     name: str, length: int, core: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts in bfloat16, by blocks; what their state gives to later queries is that of the definition. The core's
     steps follow, as its states are in float32, and torch's chunks."""
-    if not torch.ops.layerswap.window_served():
-        pytest.skip("no products in bfloat16 on this processor")
     operator: Any = build(replace(WINDOWS[name], init="random"), 32, 640)
     operator.initialise(None, generator())
     operator.in_proj.weight.mul_(3.0)

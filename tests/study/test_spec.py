@@ -72,15 +72,15 @@ SPECS: dict[str, Any] = {
 # A change of these is a new identity of every stage computed so far: say so in the CHANGELOG, and raise STAGE_VERSION
 # where the same specification would give another result.
 KEYS = {
-    "tokens": "0c7d0bae5b313fca3694208a416873093278393ce65abad32d382b0d1e7a965c",
-    "import": "989739f3cb9c7c05956cb16f4c1d8525fc6d6faffd0914dfb07867e3a5a718ef",
-    "teacher": "904ce91f234e82bc360cbb1f16e20c590da57d364663d4b69d6afbba8beebf9b",
-    "distil": "7ff10022cc0056f8f2f3c7ace916429cc8d5d46b4c5c00dc0d720b0ef5f2e610",
-    "scratch": "d50df4eefadc9c28c1be2ebef20b8df312b47e96fa9d7cba05f8d8cd3bca5bac",
-    "evaluate": "0dc9d3fbea20343f9c8a9bf5dcf276b8bc38a7e43a38c32056e6056721cf9e8f",
-    "throughput": "ea9df6f74c46915c6fb91dd1a6da4206abdcc0cfb5f1494ca13cd74da1a48d56",
-    "probes": "60762d72e36135e27a97cc87620b75c2d7573befe4358e9906cbbf3268947637",
-    "tasks": "bd244ecf7536da1686607cf2baf2c7bea5fcbff70a01be63d6d3507e05bfb9ed",
+    "tokens": "1cd08c244d3a786d4d5df5de02d1fd2958c703930c65f16c6f054a046b8ac819",
+    "import": "067ea57c4bb62c31e6a0f81546942838cbb7da60af1000c1b2e0ad683dcde620",
+    "teacher": "77478c7d1a8f82a7ff67bf21643aa651ad4f900effc1b98ac8581d0ba2bd9096",
+    "distil": "a6723f047573c89c12cfd3d5bfba9d8d0a9a8b24a5d0c93391cb9fc5eebd4305",
+    "scratch": "39d32cd8aa8588f69a1dcb0d729240f1cee0f80e4194759ed7e73efa7047ee18",
+    "evaluate": "5382173ea4b18f85dec4fe0ba1b95cb07373c65e75b32720425fde0c3b5ed4a6",
+    "throughput": "0014251d7d042c7d69e18a2a9e599900124801da4911a4f9990502a1d77effbc",
+    "probes": "aa0dfd0dd9de50bbdd0252a2e876611891652096d9a3441790176d96be4c41cd",
+    "tasks": "2ee5cf077f62a94852c10293c7b5f5aa35b371f7149052c1111bf9d051936ae6",
 }
 WORDS = {  # another value for a field whose words are given
     "source": "jsonl", "method": "adamw", "dtype": "bfloat16", "window": "linear", "init": "random",

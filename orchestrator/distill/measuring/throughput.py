@@ -1,7 +1,8 @@
 """Speed of a student's architecture against its teacher's: training, prefill and decode.
 
 Weights do not change speed, so a measurement belongs to an architecture, and to which of it trains; every student of
-that shape shares it.
+that shape shares it. Where weights are random, filters have lags that have decayed below the smallest normal number, which
+CPUs multiply slowly: they count as zero, for those of students have none.
 Both models run in turn in one process that has the machine to itself; ratios are medians of ratios by turn.
 """
 
@@ -41,6 +42,7 @@ def measure_throughput(spec: ThroughputSpec, place: Workplace) -> dict[str, Any]
         core, what prefill and decode ran through: the compiled one where there is one ("native"), else "torch".
     """
     prepare(spec.numerics)
+    torch.set_flush_denormal(True)
     device = place.context.device
     core = "native" if native.use(device == "cpu") else "torch"
     teacher = load_teacher(place.inputs["teacher"], spec.numerics.teacher_dtype).to(device)
