@@ -1,8 +1,8 @@
 """Speed of a student's architecture against its teacher's: training, prefill and decode.
 
 Weights do not change speed, so a measurement belongs to an architecture, and to which of it trains; every student of
-that shape shares it. Where weights are random, filters have lags that have decayed below the smallest normal number, which
-CPUs multiply slowly: they count as zero, for those of students have none.
+that shape shares it. Random filters have lags that have decayed below the smallest normal number, which CPUs multiply
+slowly: they count as zero, for those of students have none.
 Both models run in turn in one process that has the machine to itself; ratios are medians of ratios by turn.
 """
 
