@@ -20,6 +20,7 @@ from orchestrator.run.compute import ClaimLost, Disturbed, StageClaimed, compute
 from orchestrator.run.distributed import RankDied
 from orchestrator.run.mirror import Mirror
 from orchestrator.run.store import Store
+from orchestrator.run.turns import Turns
 from orchestrator.study.spec import spec_from_json
 
 POLL_SECONDS = 0.5
@@ -44,7 +45,8 @@ class Broker:
         self.futures: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self.disturbed: Counter[str] = Counter()  # key -> how often it was
         self.training: set[str] = set()  # keys of stages that train at this moment
-        self.shared = asyncio.Semaphore(self._shared_at_once())
+        self.turns = Turns(self.cores, sum(node.gpus for node in nodes))
+        self.places = {key: (int(trains(spec)), place) for place, (key, spec) in enumerate(self.specs.items())}
 
     async def begin(self, keys: list[str]) -> None:
         """Have stages computed as cores come free, whether or not somebody waits for them yet."""
@@ -83,11 +85,8 @@ class Broker:
                 if self.store.finished(key):  # who held the claim published, then let go, since the look before
                     continue
                 await asyncio.gather(*(self.want(parent) for parent in spec.parents.values()))
-                if spec.world_size == 1:
+                async with self.turns.turn(self.places[key], *self._share(spec)):
                     await self._compute(key, spec, claim.expired)
-                else:
-                    async with self.shared:
-                        await self._compute(key, spec, claim.expired)
             try:
                 return self.store.result(key)
             except (OSError, ValueError):  # damaged since it was published
@@ -100,7 +99,7 @@ class Broker:
             return False
 
     async def _compute(self, key: str, spec: Any, expired: str | None) -> None:
-        if hasattr(spec, "optimizer"):
+        if trains(spec):
             self.training.add(key)
         try:
             await self._submit(key, spec, expired)
@@ -132,10 +131,15 @@ class Broker:
             return {"num_cpus": 0, **pinned(self.here)}
         return {"num_cpus": spec.threads, "num_gpus": gpus, "scheduling_strategy": "DEFAULT"}
 
-    def _shared_at_once(self) -> int:
-        """Stages of several ranks that may hold a claim at once: no more than there are cores for."""
-        most = max((spec.cores for spec in self.specs.values() if spec.world_size > 1), default=1)
-        return max(1, self.cores // most)
+    def _share(self, spec: Any) -> tuple[float, float]:
+        """Cores and GPUs that a stage keeps busy, all its processes together."""
+        gpus = self.context.gpus_per_stage * spec.world_size if uses_device(spec) else 0.0
+        return min(spec.cores, self.cores), gpus
+
+
+def trains(spec: Any) -> bool:
+    """Whether a stage trains a model; the others make what it begins from, or judge what it made."""
+    return hasattr(spec, "optimizer")
 
 
 def start_broker(specs: dict[str, str], context: RunContext, nodes: tuple[Node, ...]) -> Any:

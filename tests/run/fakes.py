@@ -13,6 +13,7 @@ from orchestrator.run.store import Store
 from orchestrator.study.schema import Evaluation, Numerics, Optimizer, Throughput
 from orchestrator.study.spec import (
     Architecture,
+    DistilSpec,
     EvaluateSpec,
     SourceIdentity,
     Spec,
@@ -41,11 +42,20 @@ EVALUATIONS = [
     )
     for tokens in (8, 16)
 ]  # fmt: skip
+STUDENTS = [
+    DistilSpec(
+        tokens=TOKENS.key, teacher=TEACHERS[0].key, parent=TEACHERS[0].key, layers=(0,), new_layers=(0,),
+        operator=SkipConfig(), phases=(), batch_size=8, sequence_length=8, first_sequence=0, freeze=(),
+        optimizer=Optimizer(), numerics=Numerics(), seed=seed,
+    )
+    for seed in (0, 1)
+]  # fmt: skip
+JUDGED = [EVALUATIONS[0].of(student.key) for student in STUDENTS]
 SPEED = ThroughputSpec(
     teacher=TEACHERS[0].key, operator=SkipConfig(), layers=(0,), throughput=Throughput(), train_batch_size=8,
     sequence_length=8, numerics=Numerics(), hardware="h",
 )  # fmt: skip
-SPECS: dict[str, Spec] = {spec.key: spec for spec in [TOKENS, *TEACHERS, *EVALUATIONS]}
+SPECS: dict[str, Spec] = {spec.key: spec for spec in [TOKENS, *TEACHERS, *STUDENTS, *EVALUATIONS, *JUDGED]}
 
 
 class Fake(Broker):

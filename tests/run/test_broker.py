@@ -18,7 +18,8 @@ from orchestrator.run.broker import StageFailed
 from orchestrator.run.compute import Disturbed, StageClaimed
 from orchestrator.run.mirror import Mirror
 from orchestrator.run.store import Store
-from tests.run.fakes import EVALUATIONS, TEACHERS, TOKENS, Fake, publish
+from orchestrator.run.turns import Turns
+from tests.run.fakes import EVALUATIONS, JUDGED, STUDENTS, TEACHERS, TOKENS, Fake, publish
 
 
 @pytest.fixture
@@ -209,6 +210,22 @@ def test_a_failure_is_told_in_the_words_that_the_stage_left(context: RunContext)
             await broker.want(TOKENS.key)
 
     asyncio.run(run())
+
+
+def test_a_student_is_judged_before_the_next_one_trains(context: RunContext) -> None:
+    """On one core, where all is asked for at once and the plan has both trainings first."""
+
+    async def run() -> list[str]:
+        broker = Fake(context)
+        broker.turns = Turns(1, 0)
+        keys = [TEACHERS[0].key, STUDENTS[0].key, STUDENTS[1].key, *(spec.key for spec in JUDGED)]
+        await broker.begin(keys)
+        await asyncio.gather(*(broker.want(key) for key in keys))
+        return broker.computed
+
+    first, second = (spec.key for spec in STUDENTS)
+    one, other = (spec.key for spec in JUDGED)
+    assert asyncio.run(run()) == [TOKENS.key, TEACHERS[0].key, first, one, second, other]
 
 
 def test_only_training_stages_are_waited_for(context: RunContext) -> None:

@@ -34,13 +34,12 @@ def test_cores_and_place_of_every_kind(context: RunContext) -> None:
         assert not needs["scheduling_strategy"].soft
     assert broker._needs(TEACHERS[1])["num_cpus"] == 0  # its ranks have them
     assert broker._needs(TEACHERS[1])["scheduling_strategy"].node_id == HERE
-    assert broker._shared_at_once() == 3  # of six cores, two for each
-    del broker.specs[TEACHERS[1].key]
-    broker.specs["many"] = TEACHERS[0].model_copy(update={"numerics": Numerics(threads=5)})
-    assert broker._shared_at_once() == 6  # no stage has ranks
-    broker.specs["most"] = TEACHERS[0].model_copy(update={"numerics": Numerics(threads=5, world_size=2)})
-    assert broker._shared_at_once() == 1
-    assert broker._needs(broker.specs["many"])["num_cpus"] == 5
+    many = TEACHERS[0].model_copy(update={"numerics": Numerics(threads=5)})
+    assert broker._needs(many)["num_cpus"] == 5
+    # What is counted before Ray is asked: all processes together, on the six cores and one GPU that there are.
+    most = TEACHERS[0].model_copy(update={"numerics": Numerics(threads=5, world_size=2)})
+    shares = [broker._share(spec) for spec in (TOKENS, EVALUATIONS[0], TEACHERS[1], many, most)]
+    assert shares == [(1, 0.0), (1, 0.5), (2, 1.0), (5, 0.5), (6, 1.0)]
 
 
 @pytest.mark.parametrize(("share", "gpus"), [(0.0, 0), (0.5, 3)])
