@@ -29,7 +29,7 @@ from orchestrator.run.preflight import DEVICES
 from orchestrator.run.store import Store
 from orchestrator.study.loader import StudyError
 from orchestrator.study.pretrained import KEY, check_teacher
-from orchestrator.study.schema import Numerics
+from orchestrator.study.recipe import Numerics
 from orchestrator.study.sources import Location, folder_fingerprint
 from orchestrator.study.spec import TasksSpec, short
 

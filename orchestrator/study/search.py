@@ -7,7 +7,8 @@ import json
 import random
 from typing import Any
 
-from orchestrator.study.schema import Space, Study, Uniform
+from orchestrator.study.schema import Study
+from orchestrator.study.space import Space, Uniform
 
 
 def sample(study: Study) -> list[dict[str, Any]]:

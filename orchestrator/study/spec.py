@@ -13,7 +13,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, TypeAdapter
 
 from orchestrator.files import canonical_json
-from orchestrator.study.schema import Evaluation, Losses, Model, Numerics, Operator, Optimizer, Throughput
+from orchestrator.study.recipe import Losses, Numerics, Optimizer
+from orchestrator.study.schema import Evaluation, Operator, Throughput
+from orchestrator.study.values import Model
 
 STAGE_VERSION = 6  # raise it with any change that makes an old result differ from a new one
 DOMAIN = b"layerswap/stage\n"

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from orchestrator.study.loader import StudyError
+from orchestrator.study.recipe import Numerics, Phase
 from orchestrator.study.schedule import swap_order
-from orchestrator.study.schema import Evaluation, Numerics, Phase, Pretrain, Study
+from orchestrator.study.schema import Evaluation, Pretrain, Study
 from orchestrator.study.sources import Resolved
 from orchestrator.study.spec import (
     DistilSpec,

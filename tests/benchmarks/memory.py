@@ -21,7 +21,8 @@ from operators.config import HyenaConfig, ImplicitFilterConfig
 from orchestrator.cli import PROCESS as PROCESS_OF_STAGES
 from orchestrator.study.memory import PROCESS, held_bytes, passing_bytes, stage_bytes
 from orchestrator.study.model_sizes import operator_parameters, sizes_of
-from orchestrator.study.schema import Evaluation, Losses, Numerics, Optimizer
+from orchestrator.study.recipe import Losses, Numerics, Optimizer
+from orchestrator.study.schema import Evaluation
 from orchestrator.study.spec import Architecture, DistilSpec, EvaluateSpec, PhaseSpec, ProbesSpec, TeacherSpec
 
 POWER = HyenaConfig(

@@ -15,7 +15,7 @@ from orchestrator.distill import stage
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.stage import run_stage
 from orchestrator.distill.training.journal import read_journal
-from orchestrator.study.schema import Losses, Numerics, Optimizer
+from orchestrator.study.recipe import Losses, Numerics, Optimizer
 from orchestrator.study.spec import Architecture, DistilSpec, PhaseSpec, ScratchSpec
 from tests.texts import random_tokens, write_tokens
 

@@ -21,7 +21,8 @@ from orchestrator.distill.measuring.evaluate import evaluate
 from orchestrator.distill.measuring.generation import WAYS, compare, continued
 from orchestrator.distill.models.student import load_teacher, parameter_count, save_student
 from orchestrator.distill.models.swap import swap, swapped
-from orchestrator.study.schema import Evaluation, Numerics
+from orchestrator.study.recipe import Numerics
+from orchestrator.study.schema import Evaluation
 from orchestrator.study.spec import EvaluateSpec
 from tests.texts import random_tokens, write_tokens
 

@@ -20,7 +20,8 @@ from orchestrator.distill.context import Workplace
 from orchestrator.distill.models.student import WEIGHTS
 from orchestrator.distill.stage import run_stage
 from orchestrator.distill.training.journal import read_journal
-from orchestrator.study.schema import Evaluation, LogitKL, Losses, Numerics, Optimizer
+from orchestrator.study.recipe import LogitKL, Losses, Numerics, Optimizer
+from orchestrator.study.schema import Evaluation
 from orchestrator.study.spec import Architecture, DistilSpec, EvaluateSpec, PhaseSpec, ScratchSpec, TeacherSpec
 from tests.distill import plain
 from tests.distill.plain import Plain, Rates, Taught

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from operators.config import HyenaConfig
 from orchestrator.distill.stage import run_stage
-from orchestrator.study.schema import Evaluation, Numerics, Optimizer
+from orchestrator.study.recipe import Numerics, Optimizer
+from orchestrator.study.schema import Evaluation
 from orchestrator.study.spec import DistilSpec, EvaluateSpec
 from tests.distill import plain
 from tests.distill.plain import Plain

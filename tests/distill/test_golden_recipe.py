@@ -15,7 +15,7 @@ from operators.config import HyenaConfig
 from orchestrator.distill.data import batch
 from orchestrator.distill.models.student import WEIGHTS
 from orchestrator.distill.stage import run_stage
-from orchestrator.study.schema import Average, LogitKL, Losses, Numerics, Optimizer
+from orchestrator.study.recipe import Average, LogitKL, Losses, Numerics, Optimizer
 from orchestrator.study.spec import DistilSpec, PhaseSpec, ScratchSpec
 from tests.distill import plain
 from tests.distill.plain import Plain

@@ -20,7 +20,8 @@ from orchestrator.distill.context import RunContext, Workplace
 from orchestrator.distill.measuring import throughput as module
 from orchestrator.distill.models.swap import SwappedAttention
 from orchestrator.distill.stage import run_stage
-from orchestrator.study.schema import Numerics, Throughput
+from orchestrator.study.recipe import Numerics
+from orchestrator.study.schema import Throughput
 from orchestrator.study.spec import ThroughputSpec
 
 LENGTHS, DECODED, BATCH, REPEATS = (24, 40), 5, 2, 3

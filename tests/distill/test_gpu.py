@@ -14,7 +14,7 @@ from orchestrator.distill.models.student import WEIGHTS, load_student, load_teac
 from orchestrator.distill.models.swap import swap
 from orchestrator.distill.stage import run_stage
 from orchestrator.distill.training.loop import train
-from orchestrator.study.schema import Losses, Numerics, Optimizer
+from orchestrator.study.recipe import Losses, Numerics, Optimizer
 from orchestrator.study.spec import Architecture, DistilSpec, PhaseSpec, TeacherSpec
 from tests.distill.test_train import Killed, bits, die_at_the_sixth, history, training
 from tests.texts import random_tokens, write_tokens

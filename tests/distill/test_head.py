@@ -29,7 +29,8 @@ from orchestrator.distill.training import frozen
 from orchestrator.distill.training import losses as losses_module
 from orchestrator.distill.training.head import OutputHead, check_output_head, final_hidden
 from orchestrator.distill.training.losses import batch_losses, next_token_loss
-from orchestrator.study.schema import Evaluation, LogitKL, Losses, Numerics, Optimizer
+from orchestrator.study.recipe import LogitKL, Losses, Numerics, Optimizer
+from orchestrator.study.schema import Evaluation
 from orchestrator.study.spec import DistilSpec, EvaluateSpec, PhaseSpec
 from tests.texts import random_tokens, write_tokens
 

@@ -16,7 +16,7 @@ from orchestrator.distill.training import journal as journal_module
 from orchestrator.distill.training import loop
 from orchestrator.distill.training.journal import NAME, Journal, read_journal
 from orchestrator.distill.training.loop import Stopped, Training, autocast, prepare, train
-from orchestrator.study.schema import Numerics, Optimizer
+from orchestrator.study.recipe import Numerics, Optimizer
 from orchestrator.study.spec import Architecture, TeacherSpec
 from tests.texts import write_tokens
 

@@ -18,7 +18,7 @@ from orchestrator.distill.models.swap import swap
 from orchestrator.distill.training import losses as module
 from orchestrator.distill.training.head import OutputHead, final_hidden
 from orchestrator.distill.training.losses import batch_losses, logit_losses, next_token_loss, recorded
-from orchestrator.study.schema import LogitKL, Losses
+from orchestrator.study.recipe import LogitKL, Losses
 
 LAYERS = (0, 2)
 

@@ -14,7 +14,7 @@ from orchestrator.distill.models.student import load_teacher
 from orchestrator.distill.models.swap import swap
 from orchestrator.distill.training import muon
 from orchestrator.distill.training.optimizers import make_optimizers, schedule, set_learning_rate, trainable_counts
-from orchestrator.study.schema import Optimizer
+from orchestrator.study.recipe import Optimizer
 
 RATES = {"matrix_lr": 0.1, "lr": 0.01, "rest_scale": 0.5}
 OPERATOR = ".operator."

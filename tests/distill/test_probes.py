@@ -21,7 +21,7 @@ from orchestrator.distill.measuring.probes import bits_per_byte, by_gap, by_posi
 from orchestrator.distill.models.student import load_teacher, save_student
 from orchestrator.distill.training import losses
 from orchestrator.study.documents import DataError
-from orchestrator.study.schema import Numerics
+from orchestrator.study.recipe import Numerics
 from orchestrator.study.spec import ProbesSpec
 from tests.conftest import TEXT
 from tests.distill.students import student_of

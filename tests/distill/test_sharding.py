@@ -22,7 +22,7 @@ from orchestrator.distill.training.journal import read_journal
 from orchestrator.distill.training.sharding import shard
 from orchestrator.study.memory import held_bytes
 from orchestrator.study.model_sizes import sizes_of
-from orchestrator.study.schema import LogitKL, Losses, Numerics, Optimizer
+from orchestrator.study.recipe import LogitKL, Losses, Numerics, Optimizer
 from orchestrator.study.spec import Architecture, DistilSpec, PhaseSpec, ScratchSpec, TeacherSpec
 from tests.distill import two_ranks
 from tests.texts import random_tokens, write_tokens

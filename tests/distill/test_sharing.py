@@ -25,7 +25,8 @@ from orchestrator.distill.models.student import (
 from orchestrator.distill.stage import STAGES, run_stage
 from orchestrator.distill.training import loop
 from orchestrator.distill.training.journal import read_journal
-from orchestrator.study.schema import Evaluation, Losses, Numerics, Optimizer
+from orchestrator.study.recipe import Losses, Numerics, Optimizer
+from orchestrator.study.schema import Evaluation
 from orchestrator.study.spec import Architecture, DistilSpec, EvaluateSpec, PhaseSpec, ScratchSpec
 from tests.distill.students import student_of
 from tests.held import held_bytes

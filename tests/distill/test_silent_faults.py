@@ -20,7 +20,7 @@ from orchestrator.distill.models.student import load_teacher
 from orchestrator.distill.models.swap import swap
 from orchestrator.distill.stage import run_stage
 from orchestrator.distill.training.losses import batch_losses
-from orchestrator.study.schema import LogitKL, Losses, Numerics, Optimizer
+from orchestrator.study.recipe import LogitKL, Losses, Numerics, Optimizer
 from orchestrator.study.spec import DistilSpec, PhaseSpec
 from tests.texts import random_tokens, write_tokens
 

@@ -18,7 +18,7 @@ from orchestrator.distill.models.student import load_teacher
 from orchestrator.distill.models.swap import swap
 from orchestrator.distill.training import frozen
 from orchestrator.distill.training.losses import recorded
-from orchestrator.study.schema import Numerics, Optimizer
+from orchestrator.study.recipe import Numerics, Optimizer
 from orchestrator.study.spec import DistilSpec
 from tests.texts import write_tokens
 

@@ -21,7 +21,7 @@ from orchestrator.distill.measuring.scores import Items, read_items
 from orchestrator.distill.measuring.tasks import measure_task
 from orchestrator.distill.models.auto import AutoModelForCausalLM
 from orchestrator.distill.models.export import exported
-from orchestrator.study.schema import Numerics
+from orchestrator.study.recipe import Numerics
 from orchestrator.study.sources import Location
 from orchestrator.study.spec import TasksSpec
 from tests.distill.students import student_of

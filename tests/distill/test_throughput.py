@@ -17,7 +17,8 @@ from orchestrator.distill.models.student import load_teacher
 from orchestrator.distill.models.swap import swap, swapped
 from orchestrator.distill.training import memory
 from orchestrator.distill.training.optimizers import make_optimizers
-from orchestrator.study.schema import Numerics, Optimizer, Throughput
+from orchestrator.study.recipe import Numerics, Optimizer
+from orchestrator.study.schema import Throughput
 from orchestrator.study.spec import ThroughputSpec
 
 LAYERS = (1, 2)

@@ -20,7 +20,7 @@ from orchestrator.distill.stage import run_stage
 from orchestrator.distill.training.journal import NAME, Journal, read_journal
 from orchestrator.distill.training.loop import NonFiniteLoss, Stopped, Training, autocast, prepare, train
 from orchestrator.distill.training.optimizers import schedule
-from orchestrator.study.schema import Average, Losses, Numerics, Optimizer
+from orchestrator.study.recipe import Average, Losses, Numerics, Optimizer
 from orchestrator.study.spec import Architecture, DistilSpec, PhaseSpec, TeacherSpec
 from tests.texts import random_tokens, write_tokens
 

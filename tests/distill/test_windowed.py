@@ -21,7 +21,7 @@ from orchestrator.distill.models.sites import sites
 from orchestrator.distill.models.student import load_student, load_teacher, save_student
 from orchestrator.distill.models.swap import swap
 from orchestrator.distill.stage import run_stage
-from orchestrator.study.schema import Losses, Numerics, Optimizer
+from orchestrator.study.recipe import Losses, Numerics, Optimizer
 from orchestrator.study.spec import DistilSpec, PhaseSpec
 from tests.distill.students import llama
 from tests.models.models import logits, teacher_of, text

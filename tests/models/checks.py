@@ -22,7 +22,7 @@ from orchestrator.distill.models.swap import SwappedAttention, swap, swapped
 from orchestrator.distill.training.head import check_output_head
 from orchestrator.distill.training.losses import batch_losses, train_operators_only
 from orchestrator.distill.training.recompute import recompute_layers
-from orchestrator.study.schema import LogitKL, Losses
+from orchestrator.study.recipe import LogitKL, Losses
 from tests.models.decoding import beams, chunks, decoding, prefix, static
 from tests.models.models import CHANNELS, HEADS, logits, near, student_of, takes, teacher_of, text
 from tests.models.reading import reading

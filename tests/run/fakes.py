@@ -10,7 +10,8 @@ from orchestrator.distill.context import RunContext
 from orchestrator.run.broker import Broker
 from orchestrator.run.cluster import Node
 from orchestrator.run.store import Store
-from orchestrator.study.schema import Evaluation, Numerics, Optimizer, Throughput
+from orchestrator.study.recipe import Numerics, Optimizer
+from orchestrator.study.schema import Evaluation, Throughput
 from orchestrator.study.spec import (
     Architecture,
     DistilSpec,

@@ -14,7 +14,7 @@ from orchestrator.run import broker as module
 from orchestrator.run.broker import Broker, start_broker
 from orchestrator.run.cluster import Node
 from orchestrator.run.distributed import RankDied
-from orchestrator.study.schema import Numerics
+from orchestrator.study.recipe import Numerics
 from orchestrator.study.spec import ImportSpec
 from tests.run.fakes import EVALUATIONS, HERE, SPEED, TEACHERS, TOKENS, Fake
 

@@ -30,7 +30,7 @@ from orchestrator.run.cluster import (
     check_store,
     connected,
 )
-from orchestrator.study.schema import Numerics, Optimizer
+from orchestrator.study.recipe import Numerics, Optimizer
 from orchestrator.study.spec import Architecture, ImportSpec, Spec, TeacherSpec
 
 ROOT = Path(__file__).resolve().parents[2]

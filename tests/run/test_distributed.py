@@ -23,7 +23,7 @@ from orchestrator.run.cluster import Cluster, connected
 from orchestrator.run.compute import compute
 from orchestrator.run.distributed import RankDied, _cause
 from orchestrator.run.store import Store
-from orchestrator.study.schema import Numerics, Optimizer
+from orchestrator.study.recipe import Numerics, Optimizer
 from orchestrator.study.spec import Architecture, TeacherSpec
 from tests.texts import random_tokens, write_tokens
 

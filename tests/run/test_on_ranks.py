@@ -17,7 +17,7 @@ from orchestrator.distill import stage
 from orchestrator.distill.context import RunContext, Workplace
 from orchestrator.run import distributed as module
 from orchestrator.run.distributed import RankDied, run_on_ranks
-from orchestrator.study.schema import Numerics, Optimizer
+from orchestrator.study.recipe import Numerics, Optimizer
 from orchestrator.study.spec import Architecture, TeacherSpec
 
 SPEC = TeacherSpec(

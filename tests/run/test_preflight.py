@@ -18,7 +18,7 @@ from orchestrator.run.cluster import ClusterError
 from orchestrator.run.preflight import check_memory, idle_gpus
 from orchestrator.run.sweep import Cluster, connected
 from orchestrator.study.plan import stage_memory
-from orchestrator.study.schema import Numerics, Optimizer
+from orchestrator.study.recipe import Numerics, Optimizer
 from orchestrator.study.spec import short
 from tests.record.handmade import Hand
 

@@ -167,15 +167,6 @@ def test_tokens_and_the_place_in_the_text_run_on_along_a_path() -> None:
     assert sum(step.own_tokens for step in steps) == steps[-1].tokens
 
 
-def test_students_and_their_control_read_so_many_windows_of_text() -> None:
-    plan = planned("recipe.text_tokens=1023", "controls={skip: false, scratch: own}")
-    specs = [step.train for step in (*plan.trials[0].steps, *plan.controls.values())]
-    assert [spec.kind for spec in specs] == ["distil"] * 4 + ["scratch"]  # type: ignore[attr-defined]
-    assert {spec.text_windows for spec in specs} == {31}  # type: ignore[attr-defined]
-    assert plan.teacher.train.key == planned().teacher.train.key
-    assert {step.train.text_windows for step in only().steps} == {None}  # type: ignore[attr-defined]
-
-
 def test_a_budget_that_is_no_whole_number_of_steps_is_rounded_down() -> None:
     assert only("recipe.phases=[]", "recipe.joint.0.tokens=191").steps[0].tokens == 128
 

@@ -9,7 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from orchestrator.study.loader import StudyError, read_document, validate
-from orchestrator.study.schema import Numerics, Study
+from orchestrator.study.recipe import Numerics
+from orchestrator.study.schema import Study
 
 BASE = "study: s\nrecipe: {phases: [{tokens: 9, losses: {ce: 1.0}}]}\n"
 OPTIMIZER: dict[str, Any] = {

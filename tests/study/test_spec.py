@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from operators.config import HyenaConfig, WindowConfig
 from orchestrator.distill.context import RunContext
-from orchestrator.study.schema import Evaluation, LogitKL, Losses, Numerics, Optimizer, Throughput
+from orchestrator.study.recipe import LogitKL, Losses, Numerics, Optimizer
+from orchestrator.study.schema import Evaluation, Throughput
 from orchestrator.study.spec import (
     Architecture,
     DistilSpec,

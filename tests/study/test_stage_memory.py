@@ -31,7 +31,7 @@ from orchestrator.distill.training.optimizers import set_trainable
 from orchestrator.study import memory
 from orchestrator.study.memory import gathered_bytes, held_bytes, kept_by_layers, passing_bytes, stage_bytes
 from orchestrator.study.model_sizes import Operator, operator_parameters, sizes_of
-from orchestrator.study.schema import Average, Losses, Numerics, Optimizer
+from orchestrator.study.recipe import Average, Losses, Numerics, Optimizer
 from orchestrator.study.spec import Architecture, DistilSpec, PhaseSpec
 from tests.benchmarks.memory import SHAPES, Case, expected, measured
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from orchestrator.study.schema import Average
+from orchestrator.study.recipe import Average
 
 
 class WeightAverage:

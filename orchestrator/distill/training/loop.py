@@ -27,7 +27,7 @@ from orchestrator.distill.training.journal import Journal
 from orchestrator.distill.training.memory import keep_freed_memory
 from orchestrator.distill.training.optimizers import schedule, set_learning_rate
 from orchestrator.distill.training.ranks import average_gradients, in_turn, is_first, mean, on_any
-from orchestrator.study.schema import Numerics, Optimizer
+from orchestrator.study.recipe import Numerics, Optimizer
 
 Parts = dict[str, Tensor]
 

@@ -23,7 +23,7 @@ from orchestrator.distill.hits import trigram_hits
 from orchestrator.distill.models.sites import Site, attention_of, call_of, decoder_layers, site_of
 from orchestrator.distill.models.swap import swapped
 from orchestrator.distill.training.head import OutputHead, final_hidden
-from orchestrator.study.schema import LogitKL, Losses
+from orchestrator.study.recipe import LogitKL, Losses
 
 # Float32 numbers of one chunk's logits: 16 MB, which a CPU's cache holds; 256 MB, which keep an accelerator busy.
 LOGITS_PER_CHUNK, LOGITS_ELSEWHERE = 1 << 22, 1 << 26

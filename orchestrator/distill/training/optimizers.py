@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from orchestrator.distill.models.sites import decoder_layers
 from orchestrator.distill.training.muon import BatchedMuon
-from orchestrator.study.schema import Optimizer
+from orchestrator.study.recipe import Optimizer
 
 MUON_MOMENTUM = 0.95
 

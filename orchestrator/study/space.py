@@ -1,0 +1,65 @@
+"""The part of a study file that says what is tried: the search, its space, early stopping."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from orchestrator.study.values import Model, Positive
+
+
+class Asha(Model):
+    """Early stopping at stage boundaries (Li et al. 2020): a rung is a number of swapped layers."""
+
+    reduction_factor: Annotated[int, Field(ge=2)] = 2
+    grace_layers: Positive = 1
+
+
+class Uniform(Model):
+    """Random search: a real number between two bounds, on a linear or logarithmic scale."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Uniform:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"low {self.low} must be below high {self.high}, both finite")
+        if self.log and self.low <= 0:
+            raise ValueError(f"low {self.low} must be positive on a logarithmic scale")
+        return self
+
+
+Axis = tuple[Any, ...] | Uniform
+Space = dict[str, Axis]
+
+
+class Search(Model):
+    """Which values are tried. `space` maps study keys to choices; a list of such mappings is their union."""
+
+    method: Literal["grid", "random"] = "grid"
+    space: Space | tuple[Space, ...] = Field(default_factory=dict)
+    trials: Positive | None = None  # random: how many
+    early_stopping: Asha | None = None
+
+    @property
+    def spaces(self) -> tuple[Space, ...]:
+        """The mappings, whichever way they were written."""
+        return self.space if isinstance(self.space, tuple) else (self.space,)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Search:
+        if self.method == "random" and self.trials is None:
+            raise ValueError("random search needs trials: how many points to draw")
+        if self.method == "grid" and self.trials is not None:
+            raise ValueError(f"trials={self.trials} belongs to random search: a grid runs every point")
+        for space in self.spaces:
+            for key, axis in space.items():
+                if isinstance(axis, Uniform) and self.method == "grid":
+                    raise ValueError(f"{key} is a range: a grid needs a list of values")
+                if isinstance(axis, tuple) and not axis:
+                    raise ValueError(f"{key} has no value: list at least one")
+        return self
