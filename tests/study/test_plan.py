@@ -205,10 +205,6 @@ def test_a_budget_that_is_no_whole_number_of_steps_is_rounded_down() -> None:
             "recipe.joint.0.tokens: 63 tokens are less than one step of 64 (batch_size x sequence_length)" + RAISE,
         ),
         (
-            ["recipe.text_tokens=63"],
-            "recipe.text_tokens: 63 tokens are less than one step of 64 (batch_size x sequence_length)" + RAISE,
-        ),
-        (
             ["teacher.tokens=255"],
             "teacher.tokens: 255 tokens are less than one step of 256 (batch_size x sequence_length)" + RAISE,
         ),

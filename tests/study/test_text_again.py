@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.study.loader import StudyError
 from tests.study.test_plan import only, planned
 
 
@@ -21,3 +22,8 @@ def test_students_and_their_control_read_so_many_windows_of_text() -> None:
     assert {spec.text_windows for spec in specs} == {31}  # type: ignore[attr-defined]
     assert plan.teacher.train.key == planned().teacher.train.key
     assert {step.train.text_windows for step in only().steps} == {None}  # type: ignore[attr-defined]
+
+
+def test_a_text_shorter_than_a_batch_is_told() -> None:
+    with pytest.raises(StudyError, match=r"recipe\.text_tokens: 63 tokens are less than one step of 64 \(batch_size x "):
+        planned("recipe.text_tokens=63")
