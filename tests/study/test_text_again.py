@@ -25,5 +25,7 @@ def test_students_and_their_control_read_so_many_windows_of_text() -> None:
 
 
 def test_a_text_shorter_than_a_batch_is_told() -> None:
-    with pytest.raises(StudyError, match=r"recipe\.text_tokens: 63 tokens are less than one step of 64 \(batch_size x "):
+    with pytest.raises(
+        StudyError, match=r"recipe\.text_tokens: 63 tokens are less than one step of 64 \(batch_size x "
+    ):
         planned("recipe.text_tokens=63")
