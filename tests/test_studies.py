@@ -22,6 +22,7 @@ from tests.texts import save_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
+SMOLLM2 = [path.stem for path in STUDIES if path.stem.startswith("smollm2")]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def fetched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_study_parses_plans_and_asks_its_question(path: Path, hub: Path, fetched: Path) -> None:
     smollm2 = [f"teacher.folder={fetched}", "teacher.gguf=small.gguf"]
-    elsewhere = {"pythia-70m": local(hub), "smollm2": smollm2, "long": smollm2}
+    elsewhere = {"pythia-70m": local(hub), "long": smollm2} | dict.fromkeys(SMOLLM2, smollm2)
     document = read_document(path, tuple(elsewhere.get(path.stem, ())))
     study = validate(document)
     plan = make_plan(document, study, resolve(study, path.parent))

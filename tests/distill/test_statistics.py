@@ -49,6 +49,17 @@ def test_heads_that_are_looked_at_in_parts_say_the_same(
     torch.testing.assert_close(found.profile, wanted.profile, rtol=1e-12, atol=0.0)
 
 
+def test_what_comes_after_the_last_layer_that_is_looked_at_is_not_computed(teacher: Any, ids: Tensor) -> None:
+    called: list[int] = []
+    for layer in range(3):
+        attention_of(teacher, layer).register_forward_hook(lambda *_, layer=layer: called.append(layer))
+    found = attention_statistics(teacher, (1, 0), ids)
+    assert called == [0, 1] * len(ids)
+    for layer, one in attention_statistics(teacher, (0, 1, 2), ids).items():
+        assert layer == 2 or torch.equal(found[layer].profile, one.profile)
+    assert called == [0, 1] * len(ids) + [0, 1, 2] * len(ids)
+
+
 def test_inputs_have_the_mean_and_covariance_of_all_positions(teacher: Any, ids: Tensor) -> None:
     inputs: list[Tensor] = []
     keep = attention_of(teacher, 1).register_forward_pre_hook(

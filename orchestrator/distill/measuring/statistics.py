@@ -8,6 +8,7 @@ Shapes: B sequences, L positions, H heads, T lags.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -26,6 +27,10 @@ NUMBERS = 1 << 24  # of attention's weights that are looked at together: 128 MB 
 SMALLEST = 1e-9  # of a weight, so that one that underflowed to 0 has a logarithm
 
 
+class _AllSeen(Exception):
+    """Every layer that is looked at has computed: what comes after it in the model is not needed."""
+
+
 @torch.no_grad()
 def attention_statistics(
     model: Any, layers: tuple[int, ...], ids_BL: Tensor, *, near: bool = False
@@ -42,6 +47,7 @@ def attention_statistics(
     examples: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     rotations: dict[int, Rotation] = {}
     sums: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    left: set[int] = set()  # layers that this text has not reached yet
 
     def look(site: Site) -> Any:
         layer, call = site.layer, call_of(site)
@@ -65,6 +71,9 @@ def attention_statistics(
             found = [seen_HT, x_ND.mean(0), x_ND.t() @ x_ND / len(x_ND)]
             before = sums[layer] or [torch.zeros_like(one) for one in found]
             sums[layer] = [a + b for a, b in zip(before, found, strict=True)]
+            left.discard(layer)
+            if not left:
+                raise _AllSeen
 
         return keep
 
@@ -75,7 +84,9 @@ def attention_statistics(
     model.config._attn_implementation = "eager"  # of classes that cannot be told by that, too
     try:
         for ids_L in ids_BL:
-            trunk_of(model)(input_ids=ids_L[None], use_cache=False)
+            left.update(layers)
+            with contextlib.suppress(_AllSeen):
+                trunk_of(model)(input_ids=ids_L[None], use_cache=False)
     finally:
         model.set_attn_implementation(implementation)
         model.config._attn_implementation = implementation
