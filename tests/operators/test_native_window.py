@@ -41,7 +41,7 @@ WINDOWS: dict[str, HyenaConfig | WindowConfig] = {
 
 
 @pytest.mark.parametrize("name", WINDOWS)
-@pytest.mark.parametrize("length", [1, 64, 75, 200, 601])
+@pytest.mark.parametrize("length", [1, 64, 75, 601])
 @torch.no_grad()
 def test_whole_sequences_with_a_window_agree_with_the_definition(
     name: str, length: int, core: None, monkeypatch: pytest.MonkeyPatch
@@ -101,7 +101,7 @@ STEPS = {"squares": "window_modal_step", "alone": "window_step", "tied": "heads_
 
 
 @pytest.mark.parametrize("name", WINDOWS)
-@pytest.mark.parametrize("length", [1, 16, 17, 64, 200, 601])
+@pytest.mark.parametrize("length", [64, 75, 601])
 @torch.no_grad()
 def test_whole_sequences_in_float32_are_those_of_the_definition(
     name: str, length: int, core: None, monkeypatch: pytest.MonkeyPatch
@@ -119,7 +119,7 @@ def test_whole_sequences_in_float32_are_those_of_the_definition(
 
 
 @pytest.mark.parametrize("name", WINDOWS)
-@pytest.mark.parametrize("length", [1, 16, 17, 64, 200, 601])
+@pytest.mark.parametrize("length", [1, 17, 64, 601])
 @torch.no_grad()
 def test_steps_go_on_from_the_state_of_a_whole_prompt(
     name: str, length: int, core: None, monkeypatch: pytest.MonkeyPatch
