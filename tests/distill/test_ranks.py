@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.distill.training import ranks
+from orchestrator.distill.training.losses import logit_losses
 from orchestrator.distill.training.ranks import (
     PeerLost,
     average_gradients,
@@ -25,6 +26,7 @@ from orchestrator.distill.training.ranks import (
     share,
     world_size,
 )  # fmt: skip
+from orchestrator.study.recipe import LogitKL
 
 
 class Peers:
@@ -73,6 +75,14 @@ class Peers:
         into[:] = self.exchanged(value)
 
 
+class Head(nn.Linear):
+    """An output head as losses ask for it."""
+
+    def __init__(self, width: int, vocabulary: int) -> None:
+        super().__init__(width, vocabulary, bias=False)
+        self.vocabulary = vocabulary
+
+
 @pytest.fixture
 def peers(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Peers:
     """Three ranks, or as many as the test says."""
@@ -109,6 +119,25 @@ def test_parts_of_a_batch_are_equal_and_follow_each_other(peers: Peers) -> None:
 def test_means_are_over_the_ranks(peers: Peers) -> None:
     found = peers.run(lambda rank: mean(torch.tensor([rank, 10.0 * rank])).tolist())
     assert found == [[1.0, 10.0]] * 3
+
+
+@pytest.mark.parametrize("peers", [2], indirect=True)
+def test_hits_weigh_over_the_whole_batch_that_ranks_share(peers: Peers) -> None:
+    """One rank's part repeats itself and the other's never does; the mean over both is that of one process."""
+    ids_BL = torch.stack([torch.tensor([1, 2, 3] * 4), torch.arange(12)])
+    head, hidden_BLD = Head(5, 13), torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(0))
+
+    def entropy(rows: slice) -> float:
+        given = (None, hidden_BLD[rows], None, head, ids_BL[rows], LogitKL(weight=0.0), 1.0, 4.0)
+        return float(logit_losses(*given)[0].detach())  # type: ignore[arg-type]
+
+    logs_BLV = torch.nn.functional.linear(hidden_BLD, head.weight).log_softmax(-1)[:, :-1]
+    counts_BP = torch.ones(2, 11)
+    counts_BP[0, 4:] = 4.0  # the sixth token is the first to end a trigram that was there
+    each_BP = -logs_BLV.gather(2, ids_BL[:, 1:, None])[..., 0]
+    wanted = float((each_BP * counts_BP).sum().detach() / counts_BP.sum())
+    found = peers.run(lambda rank: entropy(slice(rank, rank + 1)))
+    assert sum(found) / 2 == pytest.approx(wanted, rel=1e-5)
 
 
 def test_gradients_are_averaged_in_place_and_shape_and_what_has_none_keeps_none(peers: Peers) -> None:

@@ -23,6 +23,7 @@ from orchestrator.distill.hits import trigram_hits
 from orchestrator.distill.models.sites import Site, attention_of, call_of, decoder_layers, site_of
 from orchestrator.distill.models.swap import swapped
 from orchestrator.distill.training.head import OutputHead, final_hidden
+from orchestrator.distill.training.ranks import mean
 from orchestrator.study.recipe import LogitKL, Losses
 
 # Float32 numbers of one chunk's logits: 16 MB, which a CPU's cache holds; 256 MB, which keep an accelerator busy.
@@ -185,7 +186,8 @@ def logit_losses(
     teacher_ND = None if teacher_BLD is None or kl.weight == 0 else teacher_BLD[:, :-1].flatten(0, 1)
     targets_N = ids_BL[:, 1:].flatten()
     counts_N = torch.where(trigram_hits(ids_BL).flatten(), hit_weight, 1.0) if hit_weight != 1 else None
-    count, summed = (len(targets_N), "sum") if counts_N is None else (counts_N.sum(), "none")
+    # Of the whole batch, where ranks share it: each of their parts is as long, but has hits of its own.
+    count, summed = (len(targets_N), "sum") if counts_N is None else (mean(counts_N.sum()), "none")
 
     def total(found: Tensor, cut: slice) -> Tensor:
         """What was summed as it is; else the sum over some positions, by what they count, and over entries."""
