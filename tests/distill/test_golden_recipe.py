@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from operators.config import HyenaConfig
+from operators.config import HyenaConfig, ImplicitFilterConfig
+from orchestrator.distill import stage
 from orchestrator.distill.data import batch
 from orchestrator.distill.models.student import WEIGHTS
 from orchestrator.distill.stage import run_stage
@@ -123,8 +123,26 @@ def test_epochs_of_few_windows_have_each_of_the_first_ones_once() -> None:
         assert again != found[(epoch - 1) * LIMIT : epoch * LIMIT]
 
 
-@pytest.mark.parametrize("limit", [WINDOWS, WINDOWS + 1])
-def test_a_limit_that_holds_nothing_back_changes_nothing(limit: int) -> None:
-    tokens = np.arange(LENGTH * WINDOWS)
-    assert batch(tokens, LENGTH, SEED, 0, 40, limit).tolist() == batch(tokens, LENGTH, SEED, 0, 40).tolist()
-    assert max(Counter(row[0] for row in batch(tokens, LENGTH, SEED, 0, WINDOWS, limit).tolist()).values()) == 1
+def test_statistics_are_of_the_same_few_windows(
+    place: Any, tiny_teacher: Path, tmp_path: Path, text: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    real = stage.attention_statistics
+
+    def looked(model: Any, layers: Any, ids_BL: torch.Tensor, **more: Any) -> Any:
+        seen.append(ids_BL)
+        return real(model, layers, ids_BL, **more)
+
+    monkeypatch.setattr(stage, "attention_statistics", looked)
+    operator = HyenaConfig(heads=HEADS, filter=ImplicitFilterConfig(positive=True, width=16, features=9))
+    inputs = {"tokens": tmp_path / "tokens", "teacher": tiny_teacher, "parent": tiny_teacher}
+    run_stage(spec_of(ADAMW).changed(operator=operator, phases=()), place(inputs=inputs))
+    read = plain.sequences(text, LENGTH, SEED + 1, LIMIT)
+    assert torch.equal(seen[0], torch.stack([next(read) for _ in range(16)]))
+
+
+@pytest.mark.parametrize("limit", [None, WINDOWS, WINDOWS + 1])
+def test_a_limit_that_holds_nothing_back_changes_nothing(limit: int | None) -> None:
+    tokens, count = np.arange(LENGTH * WINDOWS), 2 * WINDOWS + 6
+    read = plain.sequences(tokens, LENGTH, SEED)
+    assert torch.equal(batch(tokens, LENGTH, SEED, 0, count, limit), torch.stack([next(read) for _ in range(count)]))

@@ -98,7 +98,7 @@ def test_a_skipped_layer_with_the_rest_frozen_has_the_gradient_that_any_operator
 def test_prefill_and_decode_run_through_the_core_where_there_is_one_and_training_as_the_study_says(
     place: Any, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch, built: bool
 ) -> None:
-    used, seen = [False], {}
+    used, seen, halves = [False], {}, set()
 
     def use(on: bool) -> bool:
         used[0] = on and built
@@ -109,6 +109,7 @@ def test_prefill_and_decode_run_through_the_core_where_there_is_one_and_training
 
         def call(*words: Any) -> Any:
             seen.setdefault(name, set()).add((used[0], torch.get_num_threads()))
+            halves.add(float(torch.tensor(1e-40) * 0.5))
             return real(*words)
 
         return call
@@ -120,6 +121,8 @@ def test_prefill_and_decode_run_through_the_core_where_there_is_one_and_training
     result = measure_throughput(spec, place(inputs={"teacher": tiny_teacher}))
     assert result["core"] == ("native" if built else "torch")
     assert seen == {"_prefill": {(built, 2)}, "_decode": {(built, 2)}, "_train": {(False, 2)}}
+    assert halves == {0.0}, "random filters were measured with the smallest numbers"
+    assert float(torch.tensor(1e-40) * 0.5) > 0.0, "and what comes after has lost them"
 
 
 def test_a_clock_waits_for_the_device_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,10 @@ Both models run in turn in one process that has the machine to itself; ratios ar
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,6 +33,16 @@ from orchestrator.study.spec import ThroughputSpec
 Timed = Callable[[Any], float]  # model -> seconds
 
 
+@contextlib.contextmanager
+def _denormals_as_zero() -> Iterator[None]:
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@_denormals_as_zero()
 def measure_throughput(spec: ThroughputSpec, place: Workplace) -> dict[str, Any]:
     """Tokens per second and ratios to the teacher (above 1 is faster).
 
@@ -42,7 +53,6 @@ def measure_throughput(spec: ThroughputSpec, place: Workplace) -> dict[str, Any]
         core, what prefill and decode ran through: the compiled one where there is one ("native"), else "torch".
     """
     prepare(spec.numerics)
-    torch.set_flush_denormal(True)
     device = place.context.device
     core = "native" if native.use(device == "cpu") else "torch"
     teacher = load_teacher(place.inputs["teacher"], spec.numerics.teacher_dtype).to(device)

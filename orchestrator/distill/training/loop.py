@@ -70,7 +70,6 @@ def prepare(numerics: Numerics, seed: int = 0) -> None:
         raise RuntimeError(NO_CORE)
     keep_freed_memory()
     torch.set_num_threads(numerics.threads)
-    torch.set_flush_denormal(False)  # a measurement of speed before, in this process, may have set it
     torch.set_float32_matmul_precision(numerics.matmul)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read before the first product; CPUs do not
     torch.use_deterministic_algorithms(True)  # with warnings only, attention's gradients would differ on a GPU
