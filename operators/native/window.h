@@ -13,7 +13,7 @@ template <class T>
 struct WindowHead {
   int64_t length, keys, far_keys, values;   // widths of a near key, a far one (0: nothing is far) and a value
   int64_t window, sinks, degree;
-  Rows<const T> q, k, v, far_q, far_k;  // rows `channel` apart, positions touch
+  Rows<const T> q, k, v, far_q, far_k;       // rows `channel` apart, positions touch
   const float* turns;                        // cosines and sines, rows of pairs
   const float *h, *counted, *level;          // h: kQueries zeros, lags from the window on, zeros; counted may be null
   float shift;                               // of the level, whose key `level` is

@@ -56,9 +56,8 @@ class WindowState {
   WindowState(LagModes modes, int64_t keys, int64_t values)
       : modes_(modes), keys_(keys), rows_(values + 1), features_(squares_of(keys)),
         stride_((modes.count * features_ + 15) / 16 * 16), sums_(rows_ * stride_), narrow_(rows_ * stride_),
-        added_(rows_ * stride_), read_(stride_ / 2 * kPair * kTaken), written_(kTaken / 2 * kPair * stride_),
-        values_(rows_ * kTaken),
-        into_(modes.count * kTaken) {
+        added_(rows_ * stride_), read_(stride_ / 2 * kRows * kTaken), written_(kTaken / 2 * kRows * stride_),
+        values_(rows_ * kTaken), into_(modes.count * kTaken) {
     for (int64_t i = 0; i < modes.count * kTaken; ++i)
       into_[i] = std::exp(modes.log_pole[i / kTaken] * float(kTaken - 1 - i % kTaken));
   }
@@ -103,7 +102,7 @@ class WindowState {
       const auto put = [&](Vec feature) {
         const Vec weighed = feature * decay;
         if (at++ % 2 == 0) held = weighed;
-        else Packed<P>::put(held, weighed, &read_[(at / 2 - 1) * kPair * kTaken + j * kLanes], kTaken);
+        else Packed<P>::put(held, weighed, &read_[(at / 2 - 1) * kRows * kTaken + j * kLanes], kTaken);
       };
       for (int64_t mode = 0; mode < modes_.count; ++mode) {
         decay = modes_.residue[mode] * exp_of(modes_.log_pole[mode] * (kPlace + float(lag + j * kLanes)));
@@ -121,7 +120,7 @@ class WindowState {
   }
 
  private:
-  static constexpr int64_t kPair = Packed<P>::kRows;
+  static constexpr int64_t kRows = Packed<P>::kRows;
 
   // Features of keys by mode, pairs of positions side by side.
   void write(const P* keys, int64_t count) {
@@ -141,7 +140,7 @@ class WindowState {
       }
       for (int64_t f = 0; f < stride_; f += kLanes)
         Packed<P>::put(layerswap::read(&both[f]), layerswap::read(&both[stride_ + f]),
-                       &written_[i / 2 * kPair * stride_ + f], stride_);
+                       &written_[i / 2 * kRows * stride_ + f], stride_);
     }
   }
 

@@ -90,13 +90,18 @@ def batch(
     there = windows if limit is None else min(windows, limit)
     rows = []
     for position in range(first, first + count):
-        epoch, place = divmod(position, there)
-        window = _order(there, seed, epoch)[place] if there == windows or epoch else place
-        if there < windows:
-            window = _order(windows, seed, 0)[window]
-        start = int(window) * length
+        start = _window_at(position, windows, there, seed) * length
         rows.append(np.asarray(tokens[start : start + length], dtype=np.int64))
     return torch.from_numpy(np.stack(rows))
+
+
+def _window_at(position: int, windows: int, there: int, seed: int) -> int:
+    """The window that stands at a position of the endless text, of which epochs visit the first `there`."""
+    epoch, place = divmod(position, there)
+    if there == windows:
+        return int(_order(windows, seed, epoch)[place])
+    among = _order(there, seed, epoch)[place] if epoch else place
+    return int(_order(windows, seed, 0)[among])
 
 
 def spread_windows(tokens: np.ndarray[Any, Any], length: int, budget: int) -> torch.Tensor:

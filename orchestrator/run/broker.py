@@ -122,7 +122,7 @@ class Broker:
 
     def _needs(self, spec: Any) -> dict[str, Any]:
         """Ray options: cores, GPUs and place of the process that computes a stage."""
-        gpus = self.context.gpus_per_stage if uses_device(spec) else 0.0
+        gpus = self._gpus(spec)
         if spec.kind in READS_FILES:
             return {"num_cpus": min(spec.threads, self.here.cpus), **pinned(self.here)}
         if spec.kind == "throughput":  # hardware is the driver's, all of it, so that nothing runs beside
@@ -133,8 +133,11 @@ class Broker:
 
     def _share(self, spec: Any) -> tuple[float, float]:
         """Cores and GPUs that a stage keeps busy, all its processes together."""
-        gpus = self.context.gpus_per_stage * spec.world_size if uses_device(spec) else 0.0
-        return min(spec.cores, self.cores), gpus
+        return min(spec.cores, self.cores), self._gpus(spec) * spec.world_size
+
+    def _gpus(self, spec: Any) -> float:
+        """Of each process of a stage."""
+        return self.context.gpus_per_stage if uses_device(spec) else 0.0
 
 
 def trains(spec: Any) -> bool:

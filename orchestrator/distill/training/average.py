@@ -23,10 +23,9 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, config: Average | None, steps: int) -> None:
-        wanted = model.named_parameters() if config is not None else ()
+        self._decay, last = (None, None) if config is None else (config.ema, config.last)
+        wanted = () if config is None else model.named_parameters()
         self._trained = {name: p for name, p in wanted if p.requires_grad}
-        self._decay = config.ema if config is not None else None
-        last = config.last if config is not None else None
         self._first = 1 if last is None else steps - math.ceil(last * steps) + 1
         self.tensors: dict[str, Tensor] = {name: p.detach().clone() for name, p in self._trained.items()}
 

@@ -131,7 +131,7 @@ def _optimizer(
 ) -> torch.optim.Optimizer | None:
     base = config.matrix_lr if matrices else config.lr
     settings: list[dict[str, Any]] = []
-    for (operator, by_depth), parameters in sorted(groups.items(), key=lambda group: group[0], reverse=True):
+    for (operator, by_depth), parameters in sorted(groups.items(), reverse=True):
         rate = by_depth * (base if operator else base * config.rest_scale)
         settings.append({"params": parameters, "lr": rate, "initial_lr": rate})
     if not settings:
