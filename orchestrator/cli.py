@@ -58,7 +58,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="print it as JSON")] = False,
 ) -> None:
     """Print the tree of stages before anything runs."""
-    from orchestrator.record.plan_view import plan_summary, plan_text
+    from orchestrator.record.screen.plan_view import plan_summary, plan_text
 
     made, _ = load(study, overrides, look=True)
     store = store_of(study, home)
@@ -133,7 +133,7 @@ def run(
 @app.command()
 def status(study: StudyFile, overrides: Overrides = None, home: HomeDirectory = None) -> None:
     """Say what is finished, failed, begun or not begun."""
-    from orchestrator.record.plan_view import status_text
+    from orchestrator.record.screen.plan_view import status_text
 
     made, _ = load(study, overrides)
     print(status_text(made, store_of(study, home)))
@@ -156,7 +156,7 @@ def report(
         bad_input(f"--json {json_file} cannot be written: give the path of a file in a directory that exists")
     from orchestrator.files import write_json
     from orchestrator.record import driver
-    from orchestrator.record.recorder import Recorder
+    from orchestrator.record.tracking.recorder import Recorder
 
     records, text = driver.report(job, Recorder(job.home, made, job.speeds, live=False))
     if json_file is not None:
@@ -265,7 +265,7 @@ def gc(
     kept: set[str] = set()
     for study in studies:
         kept |= needed_by(load(study, None)[0])
-    from orchestrator.record.plan_view import gc_text
+    from orchestrator.record.screen.plan_view import gc_text
 
     print(gc_text(store, kept, delete))
 
@@ -300,7 +300,7 @@ def ui(
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
         bad_input(f"--port {port} is taken by another program: give another one")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    from orchestrator.record.database import renew_places
+    from orchestrator.record.tracking.database import renew_places
 
     try:
         renew_places(place)

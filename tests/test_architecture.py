@@ -108,7 +108,7 @@ def test_what_plans_imports_no_heavy_package(path: Path) -> None:
         ("orchestrator.distill.context", "torch transformers ray mlflow"),
         ("orchestrator.run.broker", "torch transformers datasets mlflow"),
         ("orchestrator.record.driver", "torch transformers datasets"),
-        ("orchestrator.record.plan_view", "torch pandas"),
+        ("orchestrator.record.screen.plan_view", "torch pandas"),
         ("orchestrator.distill.stage", "lm_eval"),
         ("operators.registry", "transformers datasets ray mlflow orchestrator"),
     ],

@@ -1,1 +1,1 @@
-"""What is told: MLflow records, progress on the terminal, the report. MLflow is imported in `tracking` only."""
+"""What is told of studies: their answer, MLflow records, what a terminal shows."""

@@ -12,9 +12,9 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from orchestrator.distill.models.origin import Origin
-from orchestrator.record.plan_view import layer_ranges
+from orchestrator.record.answer.report import legend, pipe_table, table
 from orchestrator.record.records import Record
-from orchestrator.record.report import legend, pipe_table, table
+from orchestrator.record.screen.plan_view import layer_ranges
 from orchestrator.study.plan import Plan, Trial
 from orchestrator.study.schema import Pretrain, Pretrained
 from orchestrator.study.spec import STAGE_VERSION, SourceIdentity

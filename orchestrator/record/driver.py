@@ -21,11 +21,11 @@ import psutil
 from orchestrator.distill.context import RunContext, newest_step
 from orchestrator.distill.training.journal import read_journal
 from orchestrator.files import canonical_json
+from orchestrator.record.answer.report import answer, write_report
 from orchestrator.record.home import Home
-from orchestrator.record.progress import Progress, distinct_steps
-from orchestrator.record.recorder import Recorder
 from orchestrator.record.records import Record, best_path, make_records
-from orchestrator.record.report import answer, write_report
+from orchestrator.record.screen.progress import Progress, distinct_steps
+from orchestrator.record.tracking.recorder import Recorder
 from orchestrator.run.cluster import Cluster
 from orchestrator.run.interrupt import Interrupt
 from orchestrator.run.store import Store

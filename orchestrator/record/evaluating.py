@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.distill.context import RunContext
+from orchestrator.record.answer.report import text_table
+from orchestrator.record.answer.task_table import LEGEND, task_table
 from orchestrator.record.choice import exported_stage
 from orchestrator.record.driver import Job, report
-from orchestrator.record.recorder import Recorder
 from orchestrator.record.records import make_records
-from orchestrator.record.report import text_table
 from orchestrator.record.task_results import label, task_result
-from orchestrator.record.task_table import LEGEND, task_table
+from orchestrator.record.tracking.recorder import Recorder
 from orchestrator.run.compute import compute
 from orchestrator.run.hardware import accelerators
 from orchestrator.run.preflight import DEVICES

@@ -41,6 +41,6 @@ ROOMS = {
     "operators": _OPERATORS,
     "study": Room(("orchestrator/files.py", "orchestrator/study/*.py"), _AROUND),
     "run": Room(("orchestrator/run/*.py",), _AROUND),
-    "record": Room(("orchestrator/cli.py", "orchestrator/record/*.py"), _AROUND),
+    "record": Room(("orchestrator/cli.py", "orchestrator/record/**/*.py"), _AROUND),
     "elsewhere": Room(_OPERATORS.sources + _ORCHESTRATION.sources, _OPERATORS.tests + _ORCHESTRATION.tests),
 }

@@ -15,7 +15,7 @@ from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 
 from orchestrator.record.doctor import examine
 from orchestrator.record.home import Home, sqlite_uri
-from orchestrator.record.runs import AnotherVersionError, Runs, make_database
+from orchestrator.record.tracking.runs import AnotherVersionError, Runs, make_database
 
 
 def test_two_makers_and_a_torn_beginning_give_one_whole_database(tmp_path: Path) -> None:

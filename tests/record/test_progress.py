@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from orchestrator.files import write_json
-from orchestrator.record.progress import Progress
+from orchestrator.record.screen.progress import Progress
 from orchestrator.run.store import Store
 from orchestrator.study.loader import read_document, validate
 from orchestrator.study.plan import Plan, make_plan

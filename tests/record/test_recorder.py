@@ -17,12 +17,12 @@ from werkzeug.serving import BaseWSGIServer, make_server
 
 from orchestrator.distill.training.journal import Journal
 from orchestrator.files import write_json
-from orchestrator.record import recorder as recorder_module
-from orchestrator.record import tracking as tracking_module
 from orchestrator.record.home import Home
-from orchestrator.record.recorder import Recorder
-from orchestrator.record.runs import TOLD
-from orchestrator.record.tracking import Tracker
+from orchestrator.record.tracking import recorder as recorder_module
+from orchestrator.record.tracking import tracker as tracking_module
+from orchestrator.record.tracking.recorder import Recorder
+from orchestrator.record.tracking.runs import TOLD
+from orchestrator.record.tracking.tracker import Tracker
 from orchestrator.run.store import Store
 from orchestrator.study.loader import read_document, validate
 from orchestrator.study.plan import Plan, make_plan, throughput_specs

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from orchestrator.record.answer.report import answer, pipe_table, table, text_table, verdict, write_report
 from orchestrator.record.records import best_path, pareto_front
-from orchestrator.record.report import answer, pipe_table, table, text_table, verdict, write_report
 from orchestrator.study.loader import read_document, validate
 from orchestrator.study.plan import Plan, make_plan
 from orchestrator.study.sources import resolve

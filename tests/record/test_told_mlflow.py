@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from mlflow.entities import Run
 
-from orchestrator.record.runs import Runs
-from orchestrator.record.tracking import SUMMARY, Tracker
+from orchestrator.record.tracking.runs import Runs
+from orchestrator.record.tracking.tracker import SUMMARY, Tracker
 from orchestrator.study.spec import short
 from tests.record.handmade import RATIOS, SPEEDS, START, Hand, put, quality
 

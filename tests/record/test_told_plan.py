@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from orchestrator.record.estimate import estimate
-from orchestrator.record.plan_view import gc_text, plan_summary, plan_text, status_text
+from orchestrator.record.screen.estimate import estimate
+from orchestrator.record.screen.plan_view import gc_text, plan_summary, plan_text, status_text
 from orchestrator.study.spec import ImportSpec, short
 from tests.record.handmade import Hand, put
 
@@ -216,7 +216,7 @@ def test_large_numbers_are_told_in_thousands_and_millions(tmp_path: Path, two_co
     ("layers", "told"), [((0,), "0"), ((0, 1), "0-1"), ((0, 2, 3, 4, 7), "0,2-4,7"), ((1, 3), "1,3"), ((), "")]
 )
 def test_layers_as_people_write_them(layers: tuple[int, ...], told: str) -> None:
-    from orchestrator.record.plan_view import layer_ranges
+    from orchestrator.record.screen.plan_view import layer_ranges
 
     assert layer_ranges(layers) == told
 

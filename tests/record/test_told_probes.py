@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from orchestrator.record import probe_table
-from orchestrator.record.plan_view import status_text
+from orchestrator.record.answer import probe_table
+from orchestrator.record.answer.probe_table import LEGEND, draw_probes, probed_rows
+from orchestrator.record.answer.report import answer, markdown, write_report
 from orchestrator.record.probe_results import probe_numbers, probe_result
-from orchestrator.record.probe_table import LEGEND, draw_probes, probed_rows
-from orchestrator.record.progress import Progress
 from orchestrator.record.records import Record, make_records
-from orchestrator.record.report import answer, markdown, write_report
-from orchestrator.record.runs import Runs
-from orchestrator.record.tracking import Tracker
+from orchestrator.record.screen.plan_view import status_text
+from orchestrator.record.screen.progress import Progress
+from orchestrator.record.tracking.runs import Runs
+from orchestrator.record.tracking.tracker import Tracker
 from tests.record.handmade import Hand, probes, put
 
 PROBED = ["teacher", "skip all", "two 0", "two 1", "two joint", "two mixed", "heads 0", "heads 1", "heads joint"]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.record import progress as module
-from orchestrator.record.progress import Progress
+from orchestrator.record.screen import progress as module
+from orchestrator.record.screen.progress import Progress
 from tests.record.handmade import START, Hand, put
 
 UNKNOWN = "time left: known once the first steps are measured"

@@ -9,10 +9,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from orchestrator.record import report
+from orchestrator.record.answer import report
+from orchestrator.record.answer.report import answer, draw_pareto, markdown, resources, table, verdict, write_report
+from orchestrator.record.answer.speed_table import crossovers, measured_rows, speed_table
 from orchestrator.record.records import Record, make_records
-from orchestrator.record.report import answer, draw_pareto, markdown, resources, table, verdict, write_report
-from orchestrator.record.speed_table import crossovers, measured_rows, speed_table
 from tests.record.handmade import Hand
 
 RUN = {"seconds": 90.0, "trained": ["a", "b"], "reused": 3, "peak_rss_mb": 1_536.0, "disk_mb": 768.0}

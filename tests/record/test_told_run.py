@@ -12,9 +12,10 @@ import psutil
 import pytest
 
 from orchestrator.distill.context import RunContext
-from orchestrator.record import driver, report
+from orchestrator.record import driver
+from orchestrator.record.answer import report
 from orchestrator.record.driver import Job, last_run, run_study
-from orchestrator.record.progress import Progress
+from orchestrator.record.screen.progress import Progress
 from orchestrator.run.cluster import Cluster
 from orchestrator.run.interrupt import Interrupt
 from orchestrator.run.sweep import Outcome

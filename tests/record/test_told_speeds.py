@@ -8,9 +8,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pytest
 
-from orchestrator.record import speed_table
+from orchestrator.record.answer import speed_table
+from orchestrator.record.answer.report import answer, markdown, write_report
 from orchestrator.record.records import Record, make_records
-from orchestrator.record.report import answer, markdown, write_report
 from tests.record.handmade import Hand
 
 TWO, HEADS = "trial-00 losses=kl:1.0", "trial-02 operator=hyena-2h"

@@ -31,9 +31,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from sqlalchemy.engine import make_url
 
-from orchestrator.record.database import renew_places
 from orchestrator.record.home import Home, sqlite_uri
 from orchestrator.record.records import leaves
+from orchestrator.record.tracking.database import renew_places
 from orchestrator.study.loader import dump
 
 for noisy in ("mlflow", "alembic", "urllib3"):  # what fails is raised too, and told in one line by the recorder

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from orchestrator.distill.training.journal import read_journal
-from orchestrator.record.estimate import estimate
-from orchestrator.record.progress import distinct_steps
 from orchestrator.record.records import trial_words
+from orchestrator.record.screen.estimate import estimate
+from orchestrator.record.screen.progress import distinct_steps
 from orchestrator.record.task_results import tasks_of
 from orchestrator.run.store import Store, tree_bytes
 from orchestrator.study.plan import Plan, Trial, operator_name, stage_memory

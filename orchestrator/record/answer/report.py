@@ -12,13 +12,13 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from orchestrator.files import write_json, write_text
-from orchestrator.record.probe_table import LEGEND as PROBE_LEGEND
-from orchestrator.record.probe_table import draw_probes, drawn, probe_table, probed_rows
+from orchestrator.record.answer.probe_table import LEGEND as PROBE_LEGEND
+from orchestrator.record.answer.probe_table import draw_probes, drawn, probe_table, probed_rows
+from orchestrator.record.answer.speed_table import LEGEND as SPEED_LEGEND
+from orchestrator.record.answer.speed_table import crossovers, draw_speed, measured_rows, speed_table
+from orchestrator.record.answer.task_table import LEGEND as TASK_LEGEND
+from orchestrator.record.answer.task_table import task_table
 from orchestrator.record.records import Record, best_path, ends, pareto_front
-from orchestrator.record.speed_table import LEGEND as SPEED_LEGEND
-from orchestrator.record.speed_table import crossovers, draw_speed, measured_rows, speed_table
-from orchestrator.record.task_table import LEGEND as TASK_LEGEND
-from orchestrator.record.task_table import task_table
 from orchestrator.study.plan import Plan
 
 COLUMNS = ["row", "swapped", "tokens", "perplexity", "ratio", "agree", "hit", "miss"]

@@ -14,8 +14,8 @@ from typing import Any
 from orchestrator.distill.training.journal import read_journal
 from orchestrator.record.home import Home
 from orchestrator.record.probe_results import probe_numbers, probe_result
-from orchestrator.record.runs import MARKER, Point, Runs
 from orchestrator.record.task_results import task_numbers, task_results
+from orchestrator.record.tracking.runs import MARKER, Point, Runs
 from orchestrator.run.store import Store
 from orchestrator.study.plan import Plan, Trial, operator_name
 from orchestrator.study.spec import ThroughputSpec, short

@@ -16,8 +16,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from orchestrator.record.home import Home
-from orchestrator.record.runs import AnotherVersionError
-from orchestrator.record.tracking import Tracker
+from orchestrator.record.tracking.runs import AnotherVersionError
+from orchestrator.record.tracking.tracker import Tracker
 from orchestrator.run.store import Store
 from orchestrator.study.plan import Plan
 from orchestrator.study.spec import ThroughputSpec

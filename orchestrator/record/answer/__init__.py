@@ -1,0 +1,1 @@
+"""Records -> the answer: tables, pictures, pages."""

@@ -1,0 +1,1 @@
+"""Store -> MLflow, beside a run."""
