@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrator.record.given import bad_input, home_of, job_of, load, needed_by, store_of
+from orchestrator.record.given import bad_input, home_of, load, look_at, needed_of_all, run_job, store_of
 from orchestrator.record.options import (
     BestOf,
     Claims,
@@ -22,6 +22,7 @@ from orchestrator.record.options import (
     Overrides,
     StageName,
     StudyFile,
+    StudyName,
     TrackingUri,
     TrialName,
 )
@@ -94,8 +95,8 @@ def run(
     from orchestrator.run.interrupt import Interrupt
 
     with Interrupt() as interrupt:
-        made, resolved = load(study, overrides, look=True)
-        job = job_of(command, study, home, made, tracking_uri)
+        job, resolved = run_job(command, study, overrides, home, tracking_uri, device or "cpu")
+        made = job.plan
         from orchestrator.distill.context import RunContext
         from orchestrator.record.driver import run_study
         from orchestrator.run.cluster import Cluster, ClusterError
@@ -124,33 +125,32 @@ def run(
                 code = run_study(job, context, cluster, interrupt)
         except (ClusterError, MirrorError) as error:
             bad_input(error)
-        unsent = copies.upload_all(store, [*made.specs, *(s.key for s in job.speeds.values())]) if copies else []
+        unsent = copies.upload_all(store, sorted(job.keys)) if copies else []
         for line in unsent:
             print(line, file=sys.stderr)
     raise typer.Exit(code or (1 if unsent else 0))
 
 
 @app.command()
-def status(study: StudyFile, overrides: Overrides = None, home: HomeDirectory = None) -> None:
+def status(command: typer.Context, study: StudyName, overrides: Overrides = None, home: HomeDirectory = None) -> None:
     """Say what is finished, failed, begun or not begun."""
     from orchestrator.record.screen.plan_view import status_text
 
-    made, _ = load(study, overrides)
-    print(status_text(made, store_of(study, home)))
+    job = look_at(command, study, overrides, home)
+    print(status_text(job.plan, store_of(study, home)))
 
 
 @app.command()
 def report(
     command: typer.Context,
-    study: StudyFile,
+    study: StudyName,
     overrides: Overrides = None,
     home: HomeDirectory = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the records to this file")] = None,
     tracking_uri: TrackingUri = None,
 ) -> None:
     """Print the answer from what is finished, write the report's files and send MLflow what it lacks."""
-    made, _ = load(study, overrides)
-    job = job_of(command, study, home, made, tracking_uri)
+    job = look_at(command, study, overrides, home, tracking_uri)
     store_of(study, home, must_exist=True)
     if json_file is not None and (json_file.is_dir() or not json_file.parent.is_dir()):
         bad_input(f"--json {json_file} cannot be written: give the path of a file in a directory that exists")
@@ -158,16 +158,21 @@ def report(
     from orchestrator.record import driver
     from orchestrator.record.tracking.recorder import Recorder
 
-    records, text = driver.report(job, Recorder(job.home, made, job.speeds, live=False))
+    recorder = Recorder(job.home, job.plan, job.speeds, live=False) if job.home.writable else None
+    if recorder is None:
+        print(
+            f"{job.home.root} is not yours to write: its report and MLflow's records stay as they are", file=sys.stderr
+        )
+    records, text = driver.report(job, recorder)
     if json_file is not None:
-        write_json(json_file, {"study": job.name, "run": driver.last_run(job), "records": records})
+        write_json(json_file, {"study": job.name, "run": driver.cost_of(job), "records": records})
     print(text)
 
 
 @app.command()
 def export(
     command: typer.Context,
-    study: StudyFile,
+    study: StudyName,
     to: Annotated[Path, typer.Option("--to", help="folder to write, which must not exist")],
     overrides: Overrides = None,
     home: HomeDirectory = None,
@@ -176,8 +181,8 @@ def export(
     best: BestOf = None,
 ) -> None:
     """Write a finished student as a Hugging Face folder for AutoModelForCausalLM."""
-    made, _ = load(study, overrides)
-    job = job_of(command, study, home, made)
+    job = look_at(command, study, overrides, home)
+    made = job.plan
     from orchestrator.distill.models.export import export_student, swapped_layers
     from orchestrator.distill.models.origin import origin_of
     from orchestrator.record.card import model_card
@@ -242,8 +247,7 @@ def evaluate(
             evaluating.check_no_study(trial, stage, best, overrides)
             models, job = evaluating.of_folders(model, teacher), None
         else:
-            made, _ = load(model, overrides)
-            job = job_of(command, model, home, made, tracking_uri)
+            job = look_at(command, model, overrides, home, tracking_uri)
             store = store_of(model, home, must_exist=True)
             models = evaluating.of_study(job, store, teacher, trial, stage, best)
         store = store_of(model, home, write=True)
@@ -256,28 +260,36 @@ def evaluate(
 
 @app.command()
 def gc(
-    studies: Annotated[list[Path], typer.Argument(metavar="STUDY...", help="the studies whose stages are kept")],
+    command: typer.Context,
+    studies: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[STUDY...]", help="studies to keep beside all that the home remembers"),
+    ] = None,
+    overrides: Overrides = None,
     home: HomeDirectory = None,
     delete: Annotated[bool, typer.Option("--delete", help="delete them; without it they are only listed")] = False,
 ) -> None:
-    """List, or delete, the stages that none of the given studies needs."""
-    store = store_of(studies[0], home, write=delete, must_exist=True)
-    kept: set[str] = set()
-    for study in studies:
-        kept |= needed_by(load(study, None)[0])
+    """List, or delete, the stages that no study needs: none that was run in this home, and none of those given."""
     from orchestrator.record.screen.plan_view import gc_text
 
+    first = studies[0] if studies else Path("study")
+    store = store_of(first, home, write=delete, must_exist=True)
+    kept = needed_of_all(home_of(first, home))
+    for study in studies or []:
+        kept |= look_at(command, study, overrides, home).keys
     print(gc_text(store, kept, delete))
 
 
 @app.command()
 def doctor(
+    command: typer.Context,
     study: Annotated[Path | None, typer.Argument(metavar="[STUDY]", help="say of each stage if it needs it")] = None,
+    overrides: Overrides = None,
     home: HomeDirectory = None,
     fix: Annotated[bool, typer.Option("--fix", help="remove what is surely safe to remove")] = False,
 ) -> None:
     """Name what interrupted runs left behind, and what to do about it; exit code 1 where something needs attention."""
-    needed = None if study is None else needed_by(load(study, None)[0])
+    needed = None if study is None else look_at(command, study, overrides, home).keys
     place = home_of(study or Path("study"), home)
     store_of(study or Path("study"), home)
     from orchestrator.record.doctor import doctor_text, examine
@@ -289,7 +301,7 @@ def doctor(
 
 @app.command()
 def ui(
-    study: StudyFile,
+    study: StudyName,
     home: HomeDirectory = None,
     port: Annotated[int, typer.Option(help="port of the MLflow UI", min=1, max=65_535)] = 5000,
 ) -> None:

@@ -7,7 +7,7 @@ in an exit code that is not 0.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import functools
 import sys
 import threading
 import time
@@ -20,20 +20,22 @@ import psutil
 
 from orchestrator.distill.context import RunContext, newest_step
 from orchestrator.distill.training.journal import read_journal
-from orchestrator.files import canonical_json
 from orchestrator.record.answer.report import answer, write_report
 from orchestrator.record.home import Home
+from orchestrator.record.provenance import Provenance
 from orchestrator.record.records import Record, best_path, make_records
+from orchestrator.record.remembered import Asked, Run, Variant, variant_of
 from orchestrator.record.screen.progress import Progress, distinct_steps
 from orchestrator.record.tracking.recorder import Recorder
 from orchestrator.run.cluster import Cluster
 from orchestrator.run.interrupt import Interrupt
-from orchestrator.run.store import Store
+from orchestrator.run.store import Store, tree_bytes
 from orchestrator.run.sweep import Outcome, missing, run_plan
 from orchestrator.study.plan import Plan
 from orchestrator.study.spec import ThroughputSpec
 
 LOOK_SECONDS = 2.0  # between looks at what is finished
+REMEMBER_SECONDS = 15.0  # of a run that a kill may take from what is told of its cost
 ROUNDS = 2  # of computing what the store lacks
 
 
@@ -45,26 +47,40 @@ class Job:
     home: Home
     speeds: dict[str, ThroughputSpec]
     commands: dict[str, str]  # by name, with the words that belong to this study
+    asked: Asked
 
     @property
     def name(self) -> str:
         """The study's name."""
         return self.plan.study.study
 
+    @functools.cached_property
+    def variant(self) -> Variant:
+        """What the home remembers of it."""
+        return variant_of(self.home, self.plan)
+
+    @property
+    def keys(self) -> set[str]:
+        """Of all that it needs, measurements included."""
+        return {*self.plan.specs, *(spec.key for spec in self.speeds.values())}
+
 
 def run_study(job: Job, context: RunContext, cluster: Cluster, interrupt: Interrupt) -> int:
     """Compute what is missing, tell everything, and return the exit code."""
-    began = time.monotonic()
-    started = time.time()
     store = Store(job.home.store)
-    keys = [*job.plan.specs, *(spec.key for spec in job.speeds.values())]
-    for line in store.withdraw_damaged(keys):
+    for line in store.withdraw_damaged(job.keys):
         print(line, file=sys.stderr)
-    store.tidy(keys)
-    before = _finished(job.plan, store)
-    watch = _Watch(job, cluster.cpus)
+    store.tidy(job.keys)
+    job.variant.remember(job.asked, job.keys)
+    with job.variant.running(Provenance.of(job.commands["run"])) as run:
+        return _run(job, store, context, cluster, interrupt, run)
+
+
+def _run(job: Job, store: Store, context: RunContext, cluster: Cluster, interrupt: Interrupt, run: Run) -> int:
+    stopped = job.variant.stopped()
+    watch = _Watch(job, store, cluster.cpus, run)
     recorder = Recorder(job.home, job.plan, job.speeds)
-    outcome = Outcome(_stopped_before(job))
+    outcome = Outcome(stopped)
     watch.start()
     recorder.start()
     with suppress(KeyboardInterrupt):  # `interrupt` knows
@@ -72,18 +88,10 @@ def run_study(job: Job, context: RunContext, cluster: Cluster, interrupt: Interr
     watch.stop()
     if interrupt.number:
         outcome.failures.clear()  # of stages that were asked to stop; a stage that failed itself has told the store
-    run = {
-        "started": started,
-        "seconds": time.monotonic() - began,
-        "trained": sorted(_finished(job.plan, store) - before),
-        "reused": len(before),
-        "peak_rss_mb": watch.peak_mb,
-        "disk_mb": store.disk_bytes() / 2**20,
-        "plan": _digest(job),
-        "stopped": None if interrupt.number or outcome.failures else outcome.stopped,
-    }
-    _unless_full(lambda: job.home.add_run(job.name, run))
-    _, text = report(job, recorder, run, outcome)
+    status = "interrupted" if interrupt.number else "failed" if outcome.failures else "finished"
+    decided = outcome.stopped if status == "finished" else None
+    watch.tell(status=status, failures=outcome.failures, stopped=decided)
+    _, text = report(job, recorder, outcome)
     return _tell(job, outcome, text, interrupt.number)
 
 
@@ -99,35 +107,36 @@ def _compute(job: Job, store: Store, context: RunContext, cluster: Cluster, outc
     return outcome
 
 
-def report(
-    job: Job, recorder: Recorder, run: dict[str, Any] | None = None, outcome: Outcome | None = None
-) -> tuple[list[Record], str]:
+def report(job: Job, recorder: Recorder | None, outcome: Outcome | None = None) -> tuple[list[Record], str]:
     """Bring MLflow up to date and write the report's files from what is finished.
 
-    `run` is the newest run, which the home may have failed to remember. Returns the records and the answer for the
-    terminal. What cannot be written, or MLflow does not take, is told and stops nothing.
+    Without a recorder nothing is written, in MLflow or here. Returns the records and the answer for the terminal. What
+    cannot be written, or MLflow does not take, is told and stops nothing.
     """
-    last = last_run(job, run)
-    recorder.catch_up()
-    records = make_records(
-        job.plan, Store(job.home.store), job.speeds, set(last.get("trained", [])), recorder.run_id
-    )  # fmt: skip
-    folder = job.home.study(job.name)
-    files: dict[str, Path] = {}
-    _unless_full(lambda: files.update(write_report(job.plan, records, last, folder)))
-    best = best_path(records)
-    summary = {"best_perplexity_ratio": best[-1]["metrics"]["perplexity_ratio"]} if best else {}
-    told = outcome or Outcome(last.get("stopped") or {})
-    recorder.finish(told.stopped, told.failures, summary, sorted(files.values()))
-    for line in recorder.behind(job.commands["report"]):
-        print(line, file=sys.stderr)
+    cost = cost_of(job)
+    if recorder is not None:
+        recorder.catch_up()
+    run_id = (lambda _: None) if recorder is None else recorder.run_id
+    records = make_records(job.plan, Store(job.home.store, write=False), job.speeds, set(cost["trained"]), run_id)
+    if recorder is not None:
+        _write(job, recorder, records, cost, outcome or Outcome(job.variant.stopped()))
     commands = [
-        f"report:   {folder / 'report.md'}",
+        f"report:   {job.variant.folder / 'report.md'}",
         f"records:  {job.commands['report']} --json records.json",
         f"export:   {job.commands['export']} --to student",
         f"browse:   {job.commands['ui']}",
     ]
-    return records, answer(job.plan, records, last, commands)
+    return records, answer(job.plan, records, cost, commands)
+
+
+def _write(job: Job, recorder: Recorder, records: list[Record], cost: dict[str, Any], outcome: Outcome) -> None:
+    files: dict[str, Path] = {}
+    _unless_full(lambda: files.update(write_report(job.plan, records, cost, job.variant.folder)))
+    best = best_path(records)
+    summary = {"best_perplexity_ratio": best[-1]["metrics"]["perplexity_ratio"]} if best else {}
+    recorder.finish(outcome.stopped, outcome.failures, summary, sorted(files.values()))
+    for line in recorder.behind(job.commands["report"]):
+        print(line, file=sys.stderr)
 
 
 def _unless_full(write: Callable[[], None]) -> None:
@@ -137,23 +146,31 @@ def _unless_full(write: Callable[[], None]) -> None:
         print(f"cannot be written: {error.filename or 'the report'}: {error.strerror or error}", file=sys.stderr)
 
 
-def last_run(job: Job, newest: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The `newest` or last remembered run, with the highest memory of all runs; empty before the first."""
-    runs = job.home.runs(job.name)
-    last = newest or (runs[-1] if runs else {})
-    return {**last, "peak_rss_mb": max(run["peak_rss_mb"] for run in [*runs, last])} if last else {}
+def cost_of(job: Job) -> dict[str, Any]:
+    """What the study took in all its runs: minutes, stages, memory of the largest; and its own disk."""
+    store = Store(job.home.store, write=False)
+    cost, mine = job.variant.cost(), _finished(job.plan, store)
+    disk = {"disk_mb": sum(tree_bytes(store.folder(key)) for key in job.keys) / 2**20}
+    trained = sorted(mine.intersection(cost.trained))
+    ran = {"runs": cost.runs, "seconds": cost.seconds} if cost.runs else {}
+    stages = {"trained": trained, "reused": len(mine) - len(trained)}
+    return {**ran, **stages, **disk, "peak_rss_mb": cost.peak_rss_mb}
 
 
 class _Watch:
-    """The thread beside a run that tells the terminal and weighs the processes."""
+    """The thread beside a run that tells the terminal, weighs the processes and writes down what the run took."""
 
-    def __init__(self, job: Job, cores: int) -> None:
-        self.progress = Progress(job.plan, Store(job.home.store), job.speeds, cores)
+    def __init__(self, job: Job, store: Store, cores: int, run: Run) -> None:
+        self.job, self.store, self.run = job, store, run
+        self.progress = Progress(job.plan, store, job.speeds, cores)
+        self.began = self.told = time.monotonic()
+        self.before = _finished(job.plan, store)
         self.peak_mb = 0.0
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._again_and_again, daemon=True)
 
     def start(self) -> None:
+        self.tell()
         self.progress.begin()
         self.thread.start()
 
@@ -161,6 +178,13 @@ class _Watch:
         self.over.set()
         self.thread.join()
         self._look()
+
+    def tell(self, **more: Any) -> None:
+        """Let the home remember the run as it is now."""
+        self.told = time.monotonic()
+        trained = sorted(_finished(self.job.plan, self.store) - self.before)
+        cost = {"trained": trained, "reused": len(self.before), "peak_rss_mb": self.peak_mb}
+        self.run.tell(seconds=self.told - self.began, **cost, **more)
 
     def _look(self) -> None:
         try:
@@ -173,6 +197,8 @@ class _Watch:
     def _again_and_again(self) -> None:
         while not self.over.wait(LOOK_SECONDS):
             self._look()
+            if time.monotonic() - self.told > REMEMBER_SECONDS:
+                self.tell()
 
 
 def _tell(job: Job, outcome: Outcome, text: str, stopped_by: int) -> int:
@@ -202,21 +228,6 @@ def _unfinished(job: Job) -> list[str]:
             tokens = next((line["tokens"] for line in read_journal(store.folder(key)) if line["step"] == at), 0)
             lines.append(f"  {name} goes on after step {at}, {tokens:,} of {step.own_tokens:,} tokens")
     return lines
-
-
-def _digest(job: Job) -> str:
-    """What two runs have in common where early stopping has decided the same for both."""
-    asked = [[step.train.key for step in trial.steps] for trial in job.plan.trials]
-    text = canonical_json([asked, job.plan.study.search.model_dump(mode="json")])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _stopped_before(job: Job) -> dict[str, int]:
-    """Trials that early stopping ended in a completed run of this very plan: they stay stopped."""
-    for run in reversed(job.home.runs(job.name)):
-        if run["plan"] == _digest(job) and run["stopped"] is not None:
-            return dict(run["stopped"])
-    return {}
 
 
 def _finished(plan: Plan, store: Store) -> set[str]:

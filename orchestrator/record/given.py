@@ -60,11 +60,6 @@ def _look(teacher: Location) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-def needed_by(made: Plan) -> set[str]:
-    """Keys of all stages of a plan, its measurements on this machine included."""
-    return made.specs.keys() | {spec.key for spec in throughput_specs(made, hardware()).values()}
-
-
 def bad_input(error: object) -> NoReturn:
     """Say what is wrong and end the command with code 2."""
     print(error, file=sys.stderr)
@@ -92,13 +87,79 @@ def store_of(study: Path, home: Path | None, *, write: bool = False, must_exist:
         bad_input(error)
 
 
-def job_of(command: typer.Context, study: Path, home: Path | None, made: Plan, tracking_uri: str | None = None) -> Any:
-    """The `Job` of a plan, with the words that started it."""
+def run_job(
+    command: typer.Context, study: Path, overrides: list[str] | None, home: Path | None, tracking_uri: str | None,
+    device: str,
+) -> tuple[Any, Resolved]:  # fmt: skip
+    """The `Job` of a study that is about to run, its inputs looked at, with the words that started it."""
+    made, resolved = load(study, overrides, look=True)
+    asked = _asked(study, overrides, resolved, device)
+    return _job(command, home_of(study, home).root, tracking_uri, made, asked), resolved
+
+
+def look_at(
+    command: typer.Context, study: Path, overrides: list[str] | None, home: Path | None, tracking_uri: str | None = None
+) -> Any:
+    """The `Job` of a study to be looked at: as it was run, by its file or by its name in the home.
+
+    Only a study that was never run as its file says now is resolved again, for which its inputs must be there.
+    """
+    from orchestrator.record.remembered import UnknownStudyError, as_written, named
+
+    place = home_of(study, home)
+    try:
+        if study.exists():
+            variant = as_written(place, _document(study, overrides))
+        elif study.suffix in (".yaml", ".yml"):
+            variant = None
+        else:
+            variant = named(place, str(study))
+            if overrides:
+                bad_input(f"--set {overrides[0]} belongs to a study file, and {study} is what was run: leave it out")
+        if variant is not None:
+            asked = variant.asked()
+            return _job(command, place.root, tracking_uri, asked.plan(), asked)
+    except UnknownStudyError as error:
+        bad_input(error)
+    made, resolved = load(study, overrides)
+    asked = _asked(study, overrides, resolved, "cpu")
+    return _job(command, place.root, tracking_uri, made, asked)
+
+
+def needed_of_all(home: Any) -> set[str]:
+    """Keys of all stages that what was run in a home needs."""
+    from orchestrator.record.remembered import UnknownStudyError, variants
+
+    try:
+        return {key for variant in variants(home) for key in variant.needed()}
+    except UnknownStudyError as error:
+        bad_input(error)
+
+
+def _document(study: Path, overrides: list[str] | None) -> Document:
+    try:
+        document = read_document(study, tuple(overrides or ()))
+        validate(document)
+    except StudyError as error:
+        bad_input(error)
+    return document
+
+
+def _asked(study: Path, overrides: list[str] | None, resolved: Resolved, device: str) -> Any:
+    from orchestrator.record.remembered import Asked
+
+    document = _document(study, overrides)
+    text = study.read_text(encoding="utf-8")
+    said = tuple(overrides or ())
+    return Asked(str(study.absolute()), text, said, document.values, resolved, device, hardware())
+
+
+def _job(command: typer.Context, root: Path, tracking_uri: str | None, made: Plan, asked: Any) -> Any:
     from orchestrator.record.commands import commands_of
     from orchestrator.record.driver import Job
     from orchestrator.record.home import Home
 
-    place = Home(home_of(study, home).root, tracking_uri)
     if tracking_uri is not None and "://" not in tracking_uri:
         bad_input(f"--tracking-uri {tracking_uri}: no URI; write http://HOST:PORT, or sqlite:////FILE for a database")
-    return Job(made, place, throughput_specs(made, hardware()), commands_of(command))
+    speeds = throughput_specs(made, asked.hardware)
+    return Job(made, Home(root, tracking_uri), speeds, commands_of(command), asked)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import json
+import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
-
-from orchestrator.files import read_json, write_json
 
 IN_USE = "in-use"  # a file that every running driver holds a shared lock on
 
@@ -47,37 +45,40 @@ class Home:
         """Reports of one study."""
         return self.root / "studies" / name
 
-    def runs(self, name: str) -> list[dict[str, Any]]:
-        """What earlier runs of a study used and trained, oldest first."""
-        try:
-            runs: list[dict[str, Any]] = read_json(self.study(name) / "runs.json")
-        except (OSError, json.JSONDecodeError):
-            return []
-        return runs
-
-    @contextlib.contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Say for the time of a run that somebody runs here; the kernel takes it back at any death."""
-        with (self.root / IN_USE).open("a") as stream:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(stream, fcntl.LOCK_SH)
-            yield
+    def in_use(self) -> AbstractContextManager[None]:
+        """Say for the time of a run that somebody runs here."""
+        return holding(self.root / IN_USE)
 
     @property
     def used(self) -> bool:
         """Whether a run is going on here at this moment."""
-        try:
-            with (self.root / IN_USE).open() as stream:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except OSError:  # held, or on a file system without locks, where nobody can tell
-            return True
-        return False
+        return held(self.root / IN_USE)
 
-    def add_run(self, name: str, run: dict[str, Any]) -> None:
-        """Remember a run."""
-        write_json(self.study(name) / "runs.json", [*self.runs(name), run])
+    @property
+    def writable(self) -> bool:
+        """Whether this user may write here."""
+        return os.access(self.root, os.W_OK)
+
+
+@contextlib.contextmanager
+def holding(path: Path) -> Iterator[None]:
+    """Hold a shared lock on a file; the kernel takes it back at any death."""
+    with path.open("a") as stream:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(stream, fcntl.LOCK_SH)
+        yield
+
+
+def held(path: Path) -> bool:
+    """Whether some process holds the file."""
+    try:
+        with path.open() as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:  # held, or on a file system without locks, where nobody can tell
+        return True
+    return False
 
 
 def sqlite_uri(path: Path) -> str:
@@ -89,8 +90,8 @@ def sqlite_uri(path: Path) -> str:
 
 
 def default_home(study: Path) -> Path:
-    """`runs/` beside the study's repository: the nearest folder above with a .git or pyproject.toml, else here."""
+    """`runs/` of the study's repository (the nearest folder above with a .git or pyproject.toml), else beside it."""
     for folder in study.resolve().parents:
         if (folder / ".git").exists() or (folder / "pyproject.toml").exists():
             return folder / "runs"
-    return Path.cwd() / "runs"
+    return study.resolve().parent / "runs"

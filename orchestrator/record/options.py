@@ -9,6 +9,9 @@ from typing import Annotated
 import typer
 
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="study file, for example studies/layerwise.yaml")]
+StudyName = Annotated[
+    Path, typer.Argument(metavar="STUDY", help="study file, or the NAME or NAME/ID of one that was run in the home")
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the study; repeatable")
 ]

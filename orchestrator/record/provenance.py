@@ -37,7 +37,7 @@ class Provenance:
 
 @functools.cache
 def commit() -> str | None:
-    """The commit of the repository that this code is run from; None where it is installed without one, or without git."""
+    """The commit of the repository that this code is run from; None where it is installed, or git is not."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None

@@ -19,6 +19,7 @@ from typing import Any
 
 from orchestrator.files import sealed, sha256_file
 from orchestrator.record.home import Home
+from orchestrator.record.remembered import Asked
 from orchestrator.run.store import Store
 from orchestrator.study.loader import read_document, validate
 from orchestrator.study.plan import make_plan, throughput_specs
@@ -64,7 +65,9 @@ class Hand:
         (root / "text.txt").write_text("a long convolution\n")
         document = read_document(self.file, overrides)
         study = validate(document)
-        self.plan = make_plan(document, study, resolve(study, root))
+        resolved = resolve(study, root)
+        self.plan = make_plan(document, study, resolved)
+        self.asked = Asked(str(self.file), STUDY, overrides, document.values, resolved, "cpu", "test")
         self.home = Home(root / "home")
         self.store = Store(self.home.store)
         self.speeds = throughput_specs(self.plan, "test")

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from orchestrator.cli import app
 from orchestrator.distill.measuring import tasks as asking
 from orchestrator.record.home import Home
+from orchestrator.record.remembered import variant_of
 from orchestrator.record.task_results import task_numbers, task_results
 from orchestrator.run.store import Store
 from orchestrator.study.plan import Plan
@@ -132,7 +133,7 @@ def test_a_study_is_told_in_a_table_in_the_report_and_in_mlflow(ran: Ran, asks: 
         ("choice first 4", "acc"), ("choice first 4", "acc_norm"), ("rolling first 4", "bits_per_byte"),
         ("rolling first 4", "byte_perplexity"), ("rolling first 4", "word_perplexity"),
     ]  # fmt: skip
-    records = json.loads((ran.home.study("exported") / "records.json").read_text())["records"]
+    records = json.loads((variant_of(ran.home, ran.plan).folder / "records.json").read_text())["records"]
     (row,) = (row for row in records if row["stage_key"] == key)
     numbers = row["tasks"]["rolling first 4"]["metrics"]["byte_perplexity"]
     _, student, teacher, relative = told["rolling first 4", "byte_perplexity"]
@@ -142,7 +143,7 @@ def test_a_study_is_told_in_a_table_in_the_report_and_in_mlflow(ran: Ran, asks: 
     assert numbers["ratio"] == pytest.approx(numbers["value"] / numbers["teacher"]) and numbers["chance"] is None
     assert row["tasks"]["choice first 4"]["metrics"]["acc"]["chance"] == 0.25
     assert not any(name.startswith("tasks") for name in row["metrics"])
-    report = (ran.home.study("exported") / "report.md").read_text()
+    report = (variant_of(ran.home, ran.plan).folder / "report.md").read_text()
     assert "\n## Tasks\n" in report
     assert (
         f"| trial-00 stage 2 | rolling first 4 | byte_perplexity | 4 | {student} | {teacher} | {relative} |" in report

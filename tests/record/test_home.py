@@ -1,4 +1,4 @@
-"""Where a home's things lie, what it remembers of runs, and who uses it."""
+"""Where a home's things lie, and who uses it."""
 
 from __future__ import annotations
 
@@ -28,17 +28,6 @@ def test_a_server_keeps_files_where_it_likes(tmp_path: Path, uri: str) -> None:
 
 def test_a_database_of_the_user_has_its_files_beside_the_store(tmp_path: Path) -> None:
     assert Home(tmp_path, "sqlite:///elsewhere.db").artefacts == f"file://{tmp_path.resolve()}/mlartifacts"
-
-
-def test_runs_are_remembered_in_their_order_and_by_study(tmp_path: Path) -> None:
-    home = Home(tmp_path)
-    assert home.runs("smoke") == []
-    home.add_run("smoke", {"seconds": 1.0})
-    home.add_run("other", {"seconds": 9.0})
-    home.add_run("smoke", {"seconds": 2.0})
-    assert home.runs("smoke") == [{"seconds": 1.0}, {"seconds": 2.0}]
-    (home.study("smoke") / "runs.json").write_text("[{")
-    assert home.runs("smoke") == []
 
 
 def test_a_home_is_used_as_long_as_a_run_goes_on(tmp_path: Path) -> None:
@@ -79,7 +68,8 @@ def test_the_default_is_beside_the_studies_repository(
     assert default_home(inner / "s.yaml") == inner.resolve() / "runs"
 
 
-def test_outside_of_any_repository_it_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outside_of_any_repository_it_is_beside_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Path, "exists", lambda _: False)  # whatever lies above the tests' own directory
-    assert default_home(Path("/far/away/s.yaml")) == tmp_path.resolve() / "runs"
+    assert default_home(Path("/far/away/s.yaml")) == Path("/far/away/runs")
+    assert default_home(Path("s.yaml")) == tmp_path.resolve() / "runs"

@@ -14,7 +14,8 @@ import pytest
 from orchestrator.distill.context import RunContext
 from orchestrator.record import driver
 from orchestrator.record.answer import report
-from orchestrator.record.driver import Job, last_run, run_study
+from orchestrator.record.driver import Job, cost_of, run_study
+from orchestrator.record.provenance import Provenance
 from orchestrator.record.screen.progress import Progress
 from orchestrator.run.cluster import Cluster
 from orchestrator.run.interrupt import Interrupt
@@ -29,7 +30,7 @@ class Quiet:
 
     lines: list[str] = []  # noqa: RUF012
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: Any, **__: Any) -> None:
         self.given: list[Any] = []
         Quiet.last = self
 
@@ -54,7 +55,7 @@ class Scene:
 
     def __init__(self, hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
         self.hand = hand
-        self.job = Job(hand.plan, hand.home, hand.speeds, COMMANDS)
+        self.job = Job(hand.plan, hand.home, hand.speeds, COMMANDS, hand.asked)
         self.interrupt = Interrupt.__new__(Interrupt)
         self.interrupt.number = 0
         self.computed = 0
@@ -73,7 +74,7 @@ class Scene:
     @property
     def runs(self) -> list[dict[str, Any]]:
         """What the home remembers."""
-        return self.hand.home.runs("handmade")
+        return self.job.variant.runs()
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def scene(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> Scene:
 
 def test_what_a_run_remembers(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     hand = scene.hand
-    clock = iter([100.0, 190.0])
+    clock = iter([100.0, 100.0])
     monkeypatch.setattr(driver.time, "monotonic", lambda: next(clock, 190.0))
     hand.text()
     hand.finish("teacher", "two 0")
@@ -103,9 +104,8 @@ def test_what_a_run_remembers(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> 
     assert began <= run["started"] <= time.time()
     assert run["stopped"] == {}
     assert 1 < run["peak_rss_mb"] < 2**20
-    size = sum(path.stat().st_size for path in hand.home.store.rglob("*") if path.is_file())
-    assert run["disk_mb"] == pytest.approx(size / 2**20)
-    rows = json.loads((hand.home.study("handmade") / "records.json").read_text())["records"]
+    assert (run["status"], run["failures"], run["command"]) == ("finished", {}, "layerswap run S")
+    rows = json.loads((scene.job.variant.folder / "records.json").read_text())["records"]
     reused = {row["name"] for row in rows if row["reused"]}
     assert reused == {"teacher", "trial-00 stage 1", "trial-01 stage 1"}
 
@@ -114,7 +114,7 @@ def test_the_answer_names_the_files_and_the_commands(scene: Scene, capsys: pytes
     scene.hand.all_done()
     assert scene.run() == 0
     assert scene.computed == 0  # nothing was missing
-    page = scene.hand.home.study("handmade") / "report.md"
+    page = scene.job.variant.folder / "report.md"
     assert page.is_file()
     told = capsys.readouterr().out.splitlines()
     assert told[-4:] == [
@@ -200,12 +200,9 @@ def test_trials_that_were_stopped_stay_so_for_the_same_plan(scene: Scene, tmp_pa
     assert scene.run() == 0
     assert scene.computed == 1  # not asked again
     assert [run["stopped"] for run in scene.runs] == [{"trial-02": 2}] * 2
-    assert scene.runs[0]["plan"] == scene.runs[1]["plan"]
     (tmp_path / "other").mkdir()
     other = Hand(tmp_path / "other", "search.early_stopping={grace_layers: 1}")
-    job = Job(other.plan, hand.home, other.speeds, COMMANDS)
-    assert driver._digest(job) != scene.runs[0]["plan"]
-    assert driver._stopped_before(job) == {}
+    assert Job(other.plan, hand.home, other.speeds, COMMANDS, other.asked).variant.stopped() == {}
 
 
 def test_damage_is_told_before_anything_is_computed(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,12 +246,32 @@ def test_a_report_that_cannot_be_written_stops_nothing(
     assert Quiet.last.given[0][3] == []
 
 
-def test_the_last_run_has_the_highest_memory_of_all(scene: Scene) -> None:
-    assert last_run(scene.job) == {}
-    for peak, seconds in ((5.0, 1.0), (9.0, 2.0), (7.0, 3.0)):
-        scene.hand.home.add_run("handmade", {"peak_rss_mb": peak, "seconds": seconds})
-    assert last_run(scene.job) == {"peak_rss_mb": 9.0, "seconds": 3.0}
-    assert last_run(scene.job, {"peak_rss_mb": 11.0, "seconds": 4.0}) == {"peak_rss_mb": 11.0, "seconds": 4.0}
+def test_the_cost_is_that_of_all_runs_and_the_disk_the_studys_own(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hand = scene.hand
+    assert cost_of(scene.job) == {"disk_mb": 0.0, "trained": [], "reused": 0, "peak_rss_mb": 0.0}
+    hand.text()
+    hand.finish("teacher")
+    (hand.store.root / "ab" / "abc").mkdir(parents=True)
+    (hand.store.root / "ab" / "abc" / "DONE.json").write_text("of another study")
+    for seconds, peak, names in ((60.0, 300.0, ["two 0", "two 1"]), (30.0, 900.0, ["skip 0"]), (10.0, 100.0, [])):
+        monkeypatch.setattr(driver, "_tree_rss_mb", lambda peak=peak: peak)
+        clock = iter([0.0, 0.0])
+        monkeypatch.setattr(driver.time, "monotonic", lambda clock=clock, seconds=seconds: next(clock, seconds))
+        scene.compute = lambda names=names: (hand.finish(*names), Outcome())[1]
+        scene.run()
+    hand.finish("skip 1")  # by another study
+    folders = [hand.store.folder(key) for key in scene.job.keys]
+    size = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+    assert cost_of(scene.job) == {
+        "runs": 3,
+        "seconds": 100.0,
+        "trained": sorted(hand.key(name) for name in ("two 0", "two 1", "skip 0")),
+        "reused": 2,
+        "peak_rss_mb": 900.0,
+        "disk_mb": size / 2**20,
+    }
 
 
 def test_memory_is_of_this_process_and_all_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +294,8 @@ def test_memory_is_of_this_process_and_all_below_it(monkeypatch: pytest.MonkeyPa
 def test_a_look_that_fails_stops_neither_the_watch_nor_the_weighing(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch = driver._Watch(scene.job, 2)
+    with scene.job.variant.running(Provenance.of("run")) as run:
+        watch = driver._Watch(scene.job, scene.hand.store, 2, run)
     weights = iter([3.0, 8.0, 5.0])
     monkeypatch.setattr(driver, "_tree_rss_mb", lambda: next(weights))
 
