@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from orchestrator.record import home_commands
 from orchestrator.record.given import bad_input, home_of, load, look_at, needed_of_all, run_job, store_of
 from orchestrator.record.options import (
     BestOf,
@@ -198,6 +199,11 @@ def export(
         for each in (key, made.teacher.train.key, made.tokens.key):
             if (name := store.damaged(each)) is not None:
                 bad_input(f"stage {short(each)}: {name} is damaged or gone: run the study again, which computes it")
+        if store.dropped(key):
+            bad_input(
+                f"stage {short(key)}: its weights were dropped: `layerswap prune {study} --restore {short(key)}`, then "
+                "run the study, which trains it again"
+            )
         tokenizer, teacher = store.artefacts(made.tokens.key) / "tokenizer", store.artefacts(made.teacher.train.key)
         student = store.artefacts(key)
         card = model_card(made, records, key, trial, swapped_layers(student), origin_of(teacher))
@@ -324,6 +330,16 @@ def ui(
     os.chdir(place.root)  # the server imports what lies in its working directory
     os.execv(sys.executable, command)
 
+
+app.command("list")(home_commands.list_studies)
+for each in (
+    home_commands.show,
+    home_commands.compare,
+    home_commands.prune,
+    home_commands.archive,
+    home_commands.delete,
+):
+    app.command()(each)
 
 if __name__ == "__main__":
     app()

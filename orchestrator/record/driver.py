@@ -21,6 +21,7 @@ import psutil
 from orchestrator.distill.context import RunContext, newest_step
 from orchestrator.distill.training.journal import read_journal
 from orchestrator.record.answer.report import answer, write_report
+from orchestrator.record.catalogue import summarise
 from orchestrator.record.home import Home
 from orchestrator.record.provenance import Provenance
 from orchestrator.record.records import Record, best_path, make_records
@@ -137,6 +138,10 @@ def _write(job: Job, recorder: Recorder, records: list[Record], cost: dict[str, 
     recorder.finish(outcome.stopped, outcome.failures, summary, sorted(files.values()))
     for line in recorder.behind(job.commands["report"]):
         print(line, file=sys.stderr)
+    if job.variant.runs():
+        stages = [step.train.key for _, step in distinct_steps(job.plan).values()]
+        done = sum(Store(job.home.store, write=False).finished(key) for key in stages)
+        _unless_full(lambda: summarise(job.variant, records, (done, len(stages)), cost["disk_mb"]))
 
 
 def _unless_full(write: Callable[[], None]) -> None:

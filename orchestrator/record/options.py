@@ -42,6 +42,14 @@ class Best(StrEnum):
     knee = "knee"
 
 
+class Kept(StrEnum):
+    """`--keep`: whose weights stay."""
+
+    best = "best"
+    front = "front"
+    all = "all"
+
+
 TrialName = Annotated[str | None, typer.Option("--trial", help="a trial, trial-03 say; its last stage, or see --stage")]
 StageName = Annotated[
     str | None,

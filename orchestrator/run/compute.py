@@ -126,7 +126,7 @@ def _tell_failure(spec: Any, store: Store, folder: Path, error: Exception) -> No
 
 def _check_inputs(spec: Any, store: Store) -> None:
     """Raise `Disturbed` unless every parent is finished and has the bytes that it published."""
-    said = store.withdraw_damaged(spec.parents.values())
+    said = store.withdraw_damaged(spec.parents.values(), needed=True)
     lacking = [short(key) for key in spec.parents.values() if not store.finished(key)]
     if lacking:
         raise Disturbed(f"stage {short(spec.key)} lacks {', '.join(lacking)}: {'; '.join(said) or 'not finished'}")

@@ -44,8 +44,11 @@ class Mirror:
         return self._manifest(key) is not None
 
     def upload(self, store: Store, key: str) -> None:
-        """Copy a finished stage there unless it is there already; raises what the file system does, nothing torn."""
-        if self.finished(key):
+        """Copy a finished stage there unless it is there already or its weights were dropped here.
+
+        Raises what the file system does, nothing torn.
+        """
+        if self.finished(key) or store.dropped(key):
             return
         folder = store.folder(key)
         self._files.makedirs(self._at(key), exist_ok=True)

@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from orchestrator.files import read_json, sha256_file, unsealed, write_text
+from orchestrator.files import read_json, sealed, sha256_file, unsealed, write_json, write_text
 from orchestrator.run.claims import LEASE, LOCK, Flock, exclusively
 from orchestrator.study.spec import place_of, short
 
@@ -108,17 +108,46 @@ class Store:
         folder = self.folder(key)
         return (folder / LEASE).exists() or Flock(folder / LOCK).held_by_other()
 
-    def withdraw_damaged(self, keys: Iterable[str]) -> list[str]:
-        """Let finished stages whose files are not what was published count as not finished; a line for each."""
+    def locked_by_lease(self, key: str) -> bool:
+        """Whether a lease lies on the stage."""
+        return (self.folder(key) / LEASE).exists()
+
+    def withdraw_damaged(self, keys: Iterable[str], *, needed: bool = False) -> list[str]:
+        """Let finished stages whose files are not what was published count as not finished; a line for each.
+
+        With `needed` that goes for stages whose weights were dropped too: somebody is about to read them.
+        """
         said = []
         for key in keys:
             if not self.finished(key):
                 continue
             bad = self.damaged(key)
-            if bad:
+            told = f"{bad} is damaged or gone" if bad else "its weights were dropped and are needed"
+            if bad or (needed and self.dropped(key)):
                 (self.folder(key) / DONE).unlink(missing_ok=True)
-                said.append(self.say(key, f"{bad} is damaged or gone: the stage is computed again"))
+                said.append(self.say(key, f"{told}: the stage is computed again"))
         return said
+
+    def dropped(self, key: str) -> tuple[str, ...]:
+        """The artefacts of a finished stage that were dropped to save room, its result kept."""
+        return tuple(self.done(key).get("dropped", ()))
+
+    def drop(self, key: str) -> int:
+        """Drop the artefacts of a finished stage and keep its result; returns the bytes freed.
+
+        0 where it is being computed, not finished or dropped already. What needs the artefacts computes them again.
+        """
+        with exclusively(self.folder(key)) as ours:
+            if not ours or not self.finished(key) or self.locked_by_lease(key):
+                return 0
+            done = self.done(key)
+            names = sorted(done["files"])
+            freed = tree_bytes(self.artefacts(key))
+            # First what is told, then the files: a death in between leaves files that nobody asks for.
+            told = {**done, "files": {}, "dropped": sorted({*names, *done.get("dropped", ())})}
+            write_json(self.folder(key) / DONE, sealed(told))
+            shutil.rmtree(self.artefacts(key), ignore_errors=True)
+            return freed
 
     def tidy(self, keys: Iterable[str]) -> None:
         """Remove what attempts left that died after they had published and before they had cleared up."""
@@ -152,7 +181,7 @@ class Store:
 
     def remove(self, key: str) -> bool:
         """Delete a stage, finished or not, with all that its attempts left; False for one that is being computed."""
-        if (self.folder(key) / LEASE).exists():
+        if self.locked_by_lease(key):
             return False
         with exclusively(self.folder(key)) as ours:
             if ours:

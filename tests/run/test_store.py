@@ -98,3 +98,31 @@ def test_a_store_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be made"):
         Store(tmp_path / "file" / "store")
+
+
+def test_what_was_dropped_keeps_its_result_until_somebody_needs_its_files(text: tuple[TokensSpec, RunContext]) -> None:
+    spec, context = text
+    result = compute(spec.model_dump_json(), context)
+    store = Store(Path(context.store))
+    names = sorted(path.name for path in store.artefacts(spec.key).iterdir() if path.is_file())
+    before = store.disk_bytes()
+    freed = store.drop(spec.key)
+    assert freed > 0 and store.disk_bytes() < before - freed // 2
+    assert store.finished(spec.key) and store.result(spec.key) == result
+    assert set(names) <= set(store.dropped(spec.key)) and store.damaged(spec.key) is None
+    assert store.withdraw_damaged([spec.key]) == []
+    assert store.drop(spec.key) == 0  # nothing is left
+    [said] = store.withdraw_damaged([spec.key], needed=True)
+    assert said.endswith("its weights were dropped and are needed: the stage is computed again")
+    assert compute(spec.model_dump_json(), context) == result
+    assert store.dropped(spec.key) == () and (store.artefacts(spec.key) / "train.bin").is_file()
+
+
+def test_nothing_is_dropped_of_a_stage_that_is_being_computed(text: tuple[TokensSpec, RunContext]) -> None:
+    spec, context = text
+    compute(spec.model_dump_json(), context)
+    store = Store(Path(context.store))
+    with FileLock(store.folder(spec.key) / "lock", thread_local=False):
+        assert store.drop(spec.key) == 0
+    assert store.drop("absent") == 0
+    assert store.damaged(spec.key) is None and store.dropped(spec.key) == ()

@@ -1,0 +1,148 @@
+"""Commands over all that a home remembers: list, show and compare studies, drop weights, forget a study."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orchestrator.record.given import bad_input, home_of, look_at, store_of
+from orchestrator.record.options import HomeDirectory, Kept, StudyName
+
+NAMED = Path("study")  # what a home is looked for from where no study is given
+Yes = Annotated[bool, typer.Option("--yes", help="do it; without it what would go is only listed")]
+
+
+def list_studies(home: HomeDirectory = None) -> None:
+    """List what was run in a home, newest first."""
+    from orchestrator.record.answer.report import text_table
+    from orchestrator.record.catalogue import listed
+
+    store_of(NAMED, home)
+    place = home_of(NAMED, home)
+    found = listed(place)
+    print(text_table(found) if len(found) else f"nothing was run in {place.root} yet")
+
+
+def show(command: typer.Context, study: StudyName, home: HomeDirectory = None) -> None:
+    """Tell who ran a study when, with which software, and how each run ended."""
+    from orchestrator.record.catalogue import shown
+    from orchestrator.record.remembered import UnknownStudyError
+
+    job = _run_before(command, study, home)
+    try:
+        print(shown(job.variant))
+    except UnknownStudyError as error:
+        bad_input(error)
+
+
+def compare(command: typer.Context, first: StudyName, second: StudyName, home: HomeDirectory = None) -> None:
+    """Tell in which values two studies differ, what they share, and their best students side by side."""
+    from orchestrator.record import catalogue
+    from orchestrator.record.answer.report import text_table
+
+    jobs = [_run_before(command, study, home) for study in (first, second)]
+    variants = [job.variant for job in jobs]
+    if variants[0] == variants[1]:
+        bad_input(f"{first} and {second} are one study, {variants[0].title}: `layerswap list` names the others")
+    values = catalogue.differences(*variants)
+    print(text_table(values) if len(values) else "the same values: what they read differs")
+    shared, *each = catalogue.shared_stages(*variants)
+    print(f"\n{shared} stages are shared, of {each[0]} and {each[1]}\n")
+    mine, theirs = (_records(job) for job in jobs)
+    table = catalogue.by_layers(mine, theirs, (variants[0].title, variants[1].title))
+    print(text_table(table) if len(table) else "neither has a finished student yet")
+
+
+def prune(
+    command: typer.Context,
+    study: StudyName,
+    home: HomeDirectory = None,
+    keep: Annotated[Kept, typer.Option(help="whose weights stay: best student, the front's, or all")] = Kept.front,
+    disk: Annotated[
+        float | None, typer.Option(min=0, metavar="GB", help="of all weights of students: drop more, worst first")
+    ] = None,
+    restore: Annotated[
+        str | None, typer.Option(metavar="STAGE", help="start of a key: let the next run train this one again")
+    ] = None,
+    yes: Yes = False,
+) -> None:
+    """Drop weights of a study's students by a rule; all numbers stay, and what needs the weights trains them again."""
+    if restore is not None:
+        _restore(command, study, home, restore)
+        return
+    _drop(command, study, home, keep.value, None if disk is None else int(disk * 2**30), yes)
+
+
+def archive(command: typer.Context, study: StudyName, home: HomeDirectory = None, yes: Yes = False) -> None:
+    """Drop the weights of all students of a study; its numbers and reports stay."""
+    _drop(command, study, home, "none", None, yes)
+
+
+def delete(command: typer.Context, study: StudyName, home: HomeDirectory = None, yes: Yes = False) -> None:
+    """Forget a study: delete its reports and the stages that no other study of the home needs."""
+    from orchestrator.record import keeping
+    from orchestrator.record.remembered import UnknownStudyError
+
+    job = _run_before(command, study, home)
+    _not_while_it_runs(job)
+    store = store_of(study, home, write=yes, must_exist=True)
+    try:
+        room = keeping.to_delete(job.home, job.variant, store)
+    except UnknownStudyError as error:
+        bad_input(error)
+    stays = f"; {room.shared} stay, which other studies need" if room.shared else ""
+    verb = "deleted" if yes else "would be deleted by --yes"
+    told = keeping.delete(job.variant, store, room) if yes else []
+    print(
+        "\n".join([*told, f"{job.variant.title}, {len(room.stages)} stages, {room.bytes / 2**20:.1f} MB {verb}{stays}"])
+    )
+
+
+def _drop(command: typer.Context, study: Path, home: Path | None, keep: Any, budget: int | None, yes: bool) -> None:
+    from orchestrator.record import keeping
+    from orchestrator.record.remembered import UnknownStudyError
+
+    job = _run_before(command, study, home)
+    _not_while_it_runs(job)
+    store = store_of(study, home, write=yes, must_exist=True)
+    try:
+        elsewhere = keeping.needed_elsewhere(job.home, job.variant)
+    except UnknownStudyError as error:
+        bad_input(error)
+    room = keeping.to_prune(job.plan, store, _records(job), keep, budget, elsewhere)
+    if yes:
+        keeping.prune(store, room)
+    print(keeping.room_text(room, yes))
+
+
+def _restore(command: typer.Context, study: Path, home: Path | None, start: str) -> None:
+    job = _run_before(command, study, home)
+    store = store_of(study, home, write=True, must_exist=True)
+    found = [key for key in sorted(job.keys) if key.startswith(start) and store.finished(key) and store.dropped(key)]
+    if len(found) != 1:
+        told = f"{len(found)} stages whose weights were dropped begin so"
+        bad_input(f"--restore {start}: {told}: `layerswap status {study}` lists all")
+    print("\n".join([*store.withdraw_damaged(found, needed=True), f"train it with: layerswap run {job.asked.file}"]))
+
+
+def _run_before(command: typer.Context, study: Path, home: Path | None) -> Any:
+    """The job of a study that was run; bad input where it was not."""
+    job = look_at(command, study, None, home)
+    if not job.variant.runs():
+        bad_input(f"{study} was not run in {job.home.root} as it is written now: `layerswap list` tells what was")
+    return job
+
+
+def _not_while_it_runs(job: Any) -> None:
+    if job.variant.alive:
+        bad_input(f"{job.variant.title} is running: end that run first, or wait for it")
+
+
+def _records(job: Any) -> list[dict[str, Any]]:
+    from orchestrator.record.records import make_records
+    from orchestrator.run.store import Store
+
+    store = Store(job.home.store, write=False)
+    return make_records(job.plan, store, job.speeds, set(), lambda _: None)
