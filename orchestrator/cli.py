@@ -8,7 +8,6 @@ import os
 import socket
 import sqlite3
 import sys
-import uuid
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -97,39 +96,16 @@ def run(
 
     with Interrupt() as interrupt:
         job, resolved = run_job(command, study, overrides, home, tracking_uri, device or "cpu")
-        made = job.plan
-        from orchestrator.distill.context import RunContext
-        from orchestrator.record.driver import run_study
-        from orchestrator.run.cluster import Cluster, ClusterError
-        from orchestrator.run.mirror import Mirror, MirrorError
-        from orchestrator.run.preflight import check_memory, check_run, idle_gpus
+        from orchestrator.record.running import CannotRunError, Where, start
+        from orchestrator.run.store import StoreError
 
-        root = job.home.store.resolve()
-        stop = root / f"stop-{uuid.uuid4().hex[:8]}"
-        asked, device = device is not None, device or "cpu"
-        gpus = gpus_per_stage if gpus_per_stage is not None else float(device.startswith("cuda"))
-        context = RunContext(
-            str(root), device, checkpoint_seconds, locations=resolved.locations, gpus_per_stage=gpus,
-            claims=claims.value, mirror=mirror, stop=str(stop),
-        )  # fmt: skip
-        cluster = Cluster(ray_address)
+        where = Where(ray_address, device, gpus_per_stage, checkpoint_seconds, claims.value, mirror)
+        store_of(study, home)
         try:
-            copies = Mirror(mirror) if mirror is not None else None
-            check_run(made, context, cluster)
-            known = store_of(study, home)
-            check_memory(made, job.speeds, context, cluster, {key for key in known.all_keys() if known.finished(key)})
-            if not asked and (idle := idle_gpus(context, cluster)):
-                print(f"note: GPUs of this machine that stay idle: {idle}; --device cuda uses them", file=sys.stderr)
-            store = store_of(study, home, write=True)
-            interrupt.stop = stop
-            with job.home.in_use():
-                code = run_study(job, context, cluster, interrupt)
-        except (ClusterError, MirrorError) as error:
+            code = start(job, resolved, where, interrupt)
+        except (CannotRunError, StoreError) as error:
             bad_input(error)
-        unsent = copies.upload_all(store, sorted(job.keys)) if copies else []
-        for line in unsent:
-            print(line, file=sys.stderr)
-    raise typer.Exit(code or (1 if unsent else 0))
+    raise typer.Exit(code)
 
 
 @app.command()

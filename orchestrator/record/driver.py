@@ -32,7 +32,7 @@ from orchestrator.run.cluster import Cluster
 from orchestrator.run.interrupt import Interrupt
 from orchestrator.run.store import Store, tree_bytes
 from orchestrator.run.sweep import Outcome, missing, run_plan
-from orchestrator.study.plan import Plan
+from orchestrator.study.plan import Plan, throughput_specs
 from orchestrator.study.spec import ThroughputSpec
 
 LOOK_SECONDS = 2.0  # between looks at what is finished
@@ -49,6 +49,12 @@ class Job:
     speeds: dict[str, ThroughputSpec]
     commands: dict[str, str]  # by name, with the words that belong to this study
     asked: Asked
+
+    @classmethod
+    def of(cls, asked: Asked, home: Home, commands: dict[str, str]) -> Job:
+        """The job of a study as it is, or was, asked for. Raises what `Asked.plan` does."""
+        plan = asked.plan()
+        return cls(plan, home, throughput_specs(plan, asked.hardware), commands, asked)
 
     @property
     def name(self) -> str:

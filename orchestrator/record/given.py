@@ -14,7 +14,7 @@ import typer
 from orchestrator.run.hardware import hardware
 from orchestrator.study.loader import Document, StudyError, read_document, validate
 from orchestrator.study.peek import check_files
-from orchestrator.study.plan import Plan, make_plan, throughput_specs
+from orchestrator.study.plan import Plan
 from orchestrator.study.schema import Study
 from orchestrator.study.sources import Location, Resolved, resolve
 
@@ -24,12 +24,41 @@ EXIT_BAD_INPUT = 2
 def load(study: Path, overrides: list[str] | None, *, look: bool = False) -> tuple[Plan, Resolved]:
     """The plan of a study; with `look` the teacher's model is looked at too, which takes seconds."""
     try:
-        document = read_document(study, tuple(overrides or ()))
-        valid = validate(document)
-        resolved = _resolve(document, valid, study.parent, look)
-        return make_plan(document, valid, resolved), resolved
+        asked = asked_of(study, tuple(overrides or ()), "cpu", look=look)
+        return asked.plan(), asked.resolved
     except StudyError as error:
         bad_input(error)
+
+
+def asked_of(study: Path, overrides: tuple[str, ...], device: str, *, look: bool = False) -> Any:
+    """A study as it is asked for now, its inputs looked at: an `Asked`. Raises `StudyError`."""
+    from orchestrator.record.remembered import Asked
+
+    document = read_document(study, overrides)
+    resolved = _resolve(document, validate(document), study.parent, look)
+    text = study.read_text(encoding="utf-8")
+    return Asked(str(study.absolute()), text, overrides, document.values, document.places, resolved, device, hardware())
+
+
+def asked_before(home: Any, study: Path, overrides: tuple[str, ...]) -> Any:
+    """A study as it was run in a home, by its file or its name; asked for now where it was never run as its file says.
+
+    Raises `StudyError` for its file and inputs, `UnknownStudyError` for a name.
+    """
+    from orchestrator.record.remembered import UnknownStudyError, as_written, named
+
+    if study.exists():
+        document = read_document(study, overrides)
+        validate(document)
+        variant = as_written(home, document)
+    elif study.suffix in (".yaml", ".yml"):
+        variant = None
+    elif overrides:
+        told = f"--set {overrides[0]} belongs to a study file, and {study} is what was run: leave it out"
+        raise UnknownStudyError(told)
+    else:
+        variant = named(home, str(study))
+    return asked_of(study, overrides, "cpu") if variant is None else variant.asked()
 
 
 def _resolve(document: Document, valid: Study, base: Path, look: bool) -> Resolved:
@@ -92,9 +121,11 @@ def run_job(
     device: str,
 ) -> tuple[Any, Resolved]:  # fmt: skip
     """The `Job` of a study that is about to run, its inputs looked at, with the words that started it."""
-    made, resolved = load(study, overrides, look=True)
-    asked = _asked(study, overrides, resolved, device)
-    return _job(command, home_of(study, home).root, tracking_uri, made, asked), resolved
+    try:
+        asked = asked_of(study, tuple(overrides or ()), device, look=True)
+        return _job(command, home_of(study, home).root, tracking_uri, asked), asked.resolved
+    except StudyError as error:
+        bad_input(error)
 
 
 def look_at(
@@ -104,26 +135,13 @@ def look_at(
 
     Only a study that was never run as its file says now is resolved again, for which its inputs must be there.
     """
-    from orchestrator.record.remembered import UnknownStudyError, as_written, named
+    from orchestrator.record.remembered import UnknownStudyError
 
     place = home_of(study, home)
     try:
-        if study.exists():
-            variant = as_written(place, _document(study, overrides))
-        elif study.suffix in (".yaml", ".yml"):
-            variant = None
-        else:
-            variant = named(place, str(study))
-            if overrides:
-                bad_input(f"--set {overrides[0]} belongs to a study file, and {study} is what was run: leave it out")
-        if variant is not None:
-            asked = variant.asked()
-            return _job(command, place.root, tracking_uri, asked.plan(), asked)
-    except UnknownStudyError as error:
+        return _job(command, place.root, tracking_uri, asked_before(place, study, tuple(overrides or ())))
+    except (StudyError, UnknownStudyError) as error:
         bad_input(error)
-    made, resolved = load(study, overrides)
-    asked = _asked(study, overrides, resolved, "cpu")
-    return _job(command, place.root, tracking_uri, made, asked)
 
 
 def needed_of_all(home: Any) -> set[str]:
@@ -136,30 +154,11 @@ def needed_of_all(home: Any) -> set[str]:
         bad_input(error)
 
 
-def _document(study: Path, overrides: list[str] | None) -> Document:
-    try:
-        document = read_document(study, tuple(overrides or ()))
-        validate(document)
-    except StudyError as error:
-        bad_input(error)
-    return document
-
-
-def _asked(study: Path, overrides: list[str] | None, resolved: Resolved, device: str) -> Any:
-    from orchestrator.record.remembered import Asked
-
-    document = _document(study, overrides)
-    text = study.read_text(encoding="utf-8")
-    said = tuple(overrides or ())
-    return Asked(str(study.absolute()), text, said, document.values, resolved, device, hardware())
-
-
-def _job(command: typer.Context, root: Path, tracking_uri: str | None, made: Plan, asked: Any) -> Any:
+def _job(command: typer.Context, root: Path, tracking_uri: str | None, asked: Any) -> Any:
     from orchestrator.record.commands import commands_of
     from orchestrator.record.driver import Job
     from orchestrator.record.home import Home
 
     if tracking_uri is not None and "://" not in tracking_uri:
         bad_input(f"--tracking-uri {tracking_uri}: no URI; write http://HOST:PORT, or sqlite:////FILE for a database")
-    speeds = throughput_specs(made, asked.hardware)
-    return Job(made, Home(root, tracking_uri), speeds, commands_of(command), asked)
+    return Job.of(asked, Home(root, tracking_uri), commands_of(command))

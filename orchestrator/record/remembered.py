@@ -51,16 +51,19 @@ class Asked:
     text: str
     overrides: tuple[str, ...]
     values: dict[str, Any]  # with the overrides laid over them
+    places: Mapping[tuple[str | int, ...], str] = dataclasses.field(compare=False)  # of values in the file; not kept
     resolved: Resolved
     device: str
     hardware: str
 
     def plan(self) -> Plan:
-        """The plan of then. Raises `UnknownStudyError` where this version of the program cannot read it."""
-        document = Document(self.file, self.values, {})
+        """Its plan. Raises `StudyError`, of a study that was run before `UnknownStudyError`."""
+        document = Document(self.file, self.values, self.places)
         try:
             return make_plan(document, validate(document), self.resolved)
         except StudyError as error:
+            if self.places:
+                raise
             raise UnknownStudyError(
                 f"this study was run by another version of layerswap, which allowed what this one does not ({error}): "
                 "use that version, or run it again"
@@ -97,7 +100,7 @@ class Variant:
             resolved = RESOLVED.validate_python(found["resolved"])
             text = (self.folder / "study.yaml").read_text(encoding="utf-8")
             return Asked(
-                found["file"], text, tuple(found["overrides"]), found["values"], resolved, found["device"],
+                found["file"], text, tuple(found["overrides"]), found["values"], {}, resolved, found["device"],
                 found["hardware"],
             )  # fmt: skip
         except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
@@ -144,7 +147,11 @@ class Variant:
     def remember(self, asked: Asked, keys: set[str]) -> None:
         """Write down what is about to run, and make it the newest of its name."""
         write_text(self.folder / "study.yaml", asked.text)
-        told = {field.name: getattr(asked, field.name) for field in dataclasses.fields(asked) if field.name != "text"}
+        told = {
+            field.name: getattr(asked, field.name)
+            for field in dataclasses.fields(asked)
+            if field.name not in ("text", "places")
+        }
         resolved = RESOLVED.dump_python(asked.resolved, mode="json")
         write_json(self.folder / ASKED, {**told, "resolved": resolved, "keys": sorted(keys)})
         _link(self.folder.parent / NEWEST, self.id)

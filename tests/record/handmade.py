@@ -67,7 +67,7 @@ class Hand:
         study = validate(document)
         resolved = resolve(study, root)
         self.plan = make_plan(document, study, resolved)
-        self.asked = Asked(str(self.file), STUDY, overrides, document.values, resolved, "cpu", "test")
+        self.asked = Asked(str(self.file), STUDY, overrides, document.values, {}, resolved, "cpu", "test")
         self.home = Home(root / "home")
         self.store = Store(self.home.store)
         self.speeds = throughput_specs(self.plan, "test")
