@@ -26,7 +26,7 @@ from orchestrator.run.environment import own_process
 if TYPE_CHECKING:
     import pandas as pd
 
-    from orchestrator.record.driver import Job
+    from orchestrator.record.job import Job
 
 WHOLE = ("stage_index", "stage_count", "swapped", "layers")  # columns of whole numbers
 
@@ -53,9 +53,11 @@ class HomeHandle:
 
     def studies(self) -> pd.DataFrame:
         """A row for every variant of every study, the one that was run last first: texts, as `layerswap list` tells."""
+        import pandas as pd
+
         from orchestrator.record.catalogue import listed
 
-        return listed(self.place)
+        return pd.DataFrame(listed(self.place), dtype=str)
 
     def study(self, title: str) -> StudyHandle:
         """The variant NAME/ID, or the newest of NAME, as it was run. Raises `ValueError` for one that is not known."""
@@ -76,7 +78,7 @@ class StudyHandle:
     @property
     def job(self) -> Job:
         """Its plan with the commands that belong to it. Raises `ValueError` for a study that cannot be planned."""
-        from orchestrator.record.driver import Job
+        from orchestrator.record.job import Job
 
         words = f"{self.asked.file} {' '.join(f'--set {one}' for one in self.asked.overrides)}".strip()
         commands = {

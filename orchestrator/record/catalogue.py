@@ -10,16 +10,14 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import pandas as pd
-
 from orchestrator.files import canonical_json, read_json, write_json
 from orchestrator.record.home import Home
 from orchestrator.record.records import Record, best_path, leaves
 from orchestrator.record.remembered import Variant, variants
 
+Row = dict[str, str]  # of a table, by column
 SUMMARY = "summary.json"  # in a variant's folder: what a list tells of its results
-LISTED = ["study", "last run", "status", "runs", "stages", "best", "cost", "disk"]
-COMPARED = ("perplexity_ratio", "hit_nll", "agreement")
+COMPARED = {"perplexity_ratio": "ratio", "hit_nll": "hit", "agreement": "agree"}
 
 
 def summarise(variant: Variant, records: Sequence[Record], stages: tuple[int, int], disk_mb: float) -> None:
@@ -37,12 +35,12 @@ def summarise(variant: Variant, records: Sequence[Record], stages: tuple[int, in
     write_json(variant.folder / SUMMARY, {"stages": list(stages), "best": best, "disk_mb": disk_mb})
 
 
-def listed(home: Home) -> pd.DataFrame:
-    """A row for every variant, the one that was run last first; texts."""
-    return pd.DataFrame([_row(variant) for variant in variants(home)], columns=LISTED, dtype=str)
+def listed(home: Home) -> list[Row]:
+    """A row for every variant, the one that was run last first."""
+    return [_row(variant) for variant in variants(home)]
 
 
-def _row(variant: Variant) -> dict[str, str]:
+def _row(variant: Variant) -> Row:
     runs = variant.runs()
     told: dict[str, Any] = {"stages": None, "best": [], "disk_mb": None}
     with contextlib.suppress(OSError, ValueError):
@@ -79,24 +77,25 @@ def shown(variant: Variant) -> str:
     return "\n".join(lines)
 
 
-def differences(first: Variant, second: Variant) -> pd.DataFrame:
-    """The values of two studies that differ, by key; what a study does not set is a dash."""
+def differences(first: Variant, second: Variant) -> list[Row]:
+    """The values in which two studies, A and B, differ; what a study does not set is a dash."""
     mine, theirs = (leaves(variant.asked().values) for variant in (first, second))
-    keys = [key for key in {**mine, **theirs} if _text(mine, key) != _text(theirs, key)]
-    rows = [[key, _text(mine, key), _text(theirs, key)] for key in keys]
-    return pd.DataFrame(rows, columns=["value", first.title, second.title], dtype=str)
+    keys = [key for key in {**mine, **theirs} if key != "study" and _text(mine, key) != _text(theirs, key)]
+    return [{"value": key, "A": _text(mine, key), "B": _text(theirs, key)} for key in keys]
 
 
-def by_layers(first: Sequence[Record], second: Sequence[Record], titles: tuple[str, str]) -> pd.DataFrame:
+def by_layers(first: Sequence[Record], second: Sequence[Record]) -> list[Row]:
     """For every number of swapped layers the student of lowest perplexity ratio of each study, side by side."""
-    sides = [_best_by_layers(rows) for rows in (first, second)]
-    columns = ["swapped", *(f"{metric.removesuffix('_nll')} {title}" for metric in COMPARED for title in titles)]
-    lines = []
-    for count in sorted({*sides[0], *sides[1]}):
-        found = [side.get(count, {}) for side in sides]
-        numbers = [f"{row[metric]:.3f}" if metric in row else "-" for metric in COMPARED for row in found]
-        lines.append([str(count), *numbers])
-    return pd.DataFrame(lines, columns=columns, dtype=str)
+    sides = {"A": _best_by_layers(first), "B": _best_by_layers(second)}
+    rows = []
+    for count in sorted({*sides["A"], *sides["B"]}):
+        row = {"swapped": str(count)}
+        for metric, name in COMPARED.items():
+            for side, best in sides.items():
+                value = best.get(count, {}).get(metric)
+                row[f"{name} {side}"] = "-" if value is None else f"{value:.3f}"
+        rows.append(row)
+    return rows
 
 
 def shared_stages(first: Variant, second: Variant) -> tuple[int, int, int]:
@@ -124,3 +123,14 @@ def _day(seconds: float) -> str:
 
 def _moment(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def aligned(rows: Sequence[Row]) -> str:
+    """A table for a terminal: names to the left, all else to the right."""
+    cells = [list(rows[0]), *([*row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(pairs))
+        for pairs in (list(zip(line, widths, strict=True)) for line in cells)
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

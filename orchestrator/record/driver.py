@@ -6,8 +6,6 @@ in an exit code that is not 0.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import sys
 import threading
 import time
@@ -22,54 +20,21 @@ from orchestrator.distill.context import RunContext, newest_step
 from orchestrator.distill.training.journal import read_journal
 from orchestrator.record.answer.report import answer, write_report
 from orchestrator.record.catalogue import summarise
-from orchestrator.record.home import Home
+from orchestrator.record.job import Job
 from orchestrator.record.provenance import Provenance
 from orchestrator.record.records import Record, best_path, make_records
-from orchestrator.record.remembered import Asked, Run, Variant, variant_of
+from orchestrator.record.remembered import Run
 from orchestrator.record.screen.progress import Progress, distinct_steps
 from orchestrator.record.tracking.recorder import Recorder
 from orchestrator.run.cluster import Cluster
 from orchestrator.run.interrupt import Interrupt
 from orchestrator.run.store import Store, tree_bytes
 from orchestrator.run.sweep import Outcome, missing, run_plan
-from orchestrator.study.plan import Plan, throughput_specs
-from orchestrator.study.spec import ThroughputSpec
+from orchestrator.study.plan import Plan
 
 LOOK_SECONDS = 2.0  # between looks at what is finished
 REMEMBER_SECONDS = 15.0  # of a run that a kill may take from what is told of its cost
 ROUNDS = 2  # of computing what the store lacks
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A study that is ready to run, and the words that started it."""
-
-    plan: Plan
-    home: Home
-    speeds: dict[str, ThroughputSpec]
-    commands: dict[str, str]  # by name, with the words that belong to this study
-    asked: Asked
-
-    @classmethod
-    def of(cls, asked: Asked, home: Home, commands: dict[str, str]) -> Job:
-        """The job of a study as it is, or was, asked for. Raises what `Asked.plan` does."""
-        plan = asked.plan()
-        return cls(plan, home, throughput_specs(plan, asked.hardware), commands, asked)
-
-    @property
-    def name(self) -> str:
-        """The study's name."""
-        return self.plan.study.study
-
-    @functools.cached_property
-    def variant(self) -> Variant:
-        """What the home remembers of it."""
-        return variant_of(self.home, self.plan)
-
-    @property
-    def keys(self) -> set[str]:
-        """Of all that it needs, measurements included."""
-        return {*self.plan.specs, *(spec.key for spec in self.speeds.values())}
 
 
 def run_study(job: Job, context: RunContext, cluster: Cluster, interrupt: Interrupt) -> int:

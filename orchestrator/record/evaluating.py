@@ -19,7 +19,8 @@ from orchestrator.distill.context import RunContext
 from orchestrator.record.answer.report import text_table
 from orchestrator.record.answer.task_table import LEGEND, task_table
 from orchestrator.record.choice import exported_stage
-from orchestrator.record.driver import Job, report
+from orchestrator.record.driver import report
+from orchestrator.record.job import Job
 from orchestrator.record.records import make_records
 from orchestrator.record.task_results import label, task_result
 from orchestrator.record.tracking.recorder import Recorder

@@ -156,8 +156,8 @@ def needed_of_all(home: Any) -> set[str]:
 
 def _job(command: typer.Context, root: Path, tracking_uri: str | None, asked: Any) -> Any:
     from orchestrator.record.commands import commands_of
-    from orchestrator.record.driver import Job
     from orchestrator.record.home import Home
+    from orchestrator.record.job import Job
 
     if tracking_uri is not None and "://" not in tracking_uri:
         bad_input(f"--tracking-uri {tracking_uri}: no URI; write http://HOST:PORT, or sqlite:////FILE for a database")

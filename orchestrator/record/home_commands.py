@@ -16,13 +16,12 @@ Yes = Annotated[bool, typer.Option("--yes", help="do it; without it what would g
 
 def list_studies(home: HomeDirectory = None) -> None:
     """List what was run in a home, newest first."""
-    from orchestrator.record.answer.report import text_table
-    from orchestrator.record.catalogue import listed
+    from orchestrator.record.catalogue import aligned, listed
 
     store_of(NAMED, home)
     place = home_of(NAMED, home)
     found = listed(place)
-    print(text_table(found) if len(found) else f"nothing was run in {place.root} yet")
+    print(aligned(found) if found else f"nothing was run in {place.root} yet")
 
 
 def show(command: typer.Context, study: StudyName, home: HomeDirectory = None) -> None:
@@ -39,20 +38,18 @@ def show(command: typer.Context, study: StudyName, home: HomeDirectory = None) -
 
 def compare(command: typer.Context, first: StudyName, second: StudyName, home: HomeDirectory = None) -> None:
     """Tell in which values two studies differ, what they share, and their best students side by side."""
-    from orchestrator.record import catalogue
-    from orchestrator.record.answer.report import text_table
+    from orchestrator.record.catalogue import aligned, by_layers, differences, shared_stages
 
     jobs = [_run_before(command, study, home) for study in (first, second)]
-    variants = [job.variant for job in jobs]
-    if variants[0] == variants[1]:
-        bad_input(f"{first} and {second} are one study, {variants[0].title}: `layerswap list` names the others")
-    values = catalogue.differences(*variants)
-    print(text_table(values) if len(values) else "the same values: what they read differs")
-    shared, *each = catalogue.shared_stages(*variants)
+    one, other = (job.variant for job in jobs)
+    if one == other:
+        bad_input(f"{first} and {second} are one study, {one.title}: `layerswap list` names the others")
+    values, (shared, *each) = differences(one, other), shared_stages(one, other)
+    students = by_layers(*map(_records, jobs))
+    print(f"A: {one.title}\nB: {other.title}\n")
+    print(aligned(values) if values else "the same values: what they read differs")
     print(f"\n{shared} stages are shared, of {each[0]} and {each[1]}\n")
-    mine, theirs = (_records(job) for job in jobs)
-    table = catalogue.by_layers(mine, theirs, (variants[0].title, variants[1].title))
-    print(text_table(table) if len(table) else "neither has a finished student yet")
+    print(aligned(students) if students else "neither has a finished student yet")
 
 
 def prune(

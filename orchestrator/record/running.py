@@ -12,7 +12,8 @@ import uuid
 from typing import Literal
 
 from orchestrator.distill.context import RunContext
-from orchestrator.record.driver import Job, run_study
+from orchestrator.record.driver import run_study
+from orchestrator.record.job import Job
 from orchestrator.run.cluster import Cluster, ClusterError
 from orchestrator.run.interrupt import Interrupt
 from orchestrator.run.mirror import Mirror, MirrorError

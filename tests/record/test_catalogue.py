@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from orchestrator.cli import app
-from orchestrator.record.catalogue import by_layers, differences, listed, shared_stages, shown, summarise
+from orchestrator.record.catalogue import aligned, by_layers, differences, listed, shared_stages, shown, summarise
 from orchestrator.record.home import Home
 from orchestrator.record.records import make_records
 from orchestrator.record.remembered import variant_of
@@ -33,7 +33,7 @@ def test_a_list_tells_of_every_variant_newest_first(hand: Hand, tmp_path: Path) 
     rows = make_records(hand.plan, hand.store, hand.speeds, set(), lambda _: None)
     summarise(mine, rows, (11, 12), 512.0)
     day = [time.strftime("%Y-%m-%d %H:%M", time.localtime(START + after)) for after in (60.0, 0.0)]
-    assert listed(hand.home).to_numpy().tolist() == [
+    assert [list(row.values()) for row in listed(hand.home)] == [
         [mine.title, day[0], "finished", "2", "11/12", "1.100 at 2/2", "7.5 min", "0.50 GB"],
         [seeded.title, day[1], "interrupted", "1", "-", "-", "0.0 min", "-"],
     ]
@@ -43,7 +43,7 @@ def test_a_list_tells_of_every_variant_newest_first(hand: Hand, tmp_path: Path) 
 def test_an_empty_home_says_so(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["list", "--home", str(tmp_path)])
     assert (done.exit_code, done.stdout) == (0, f"nothing was run in {tmp_path} yet\n")
-    assert len(listed(Home(tmp_path))) == 0
+    assert listed(Home(tmp_path)) == []
 
 
 def test_a_study_is_shown_with_its_runs(hand: Hand) -> None:
@@ -65,8 +65,10 @@ def test_a_study_is_shown_with_its_runs(hand: Hand) -> None:
 def test_two_studies_differ_in_what_is_told(hand: Hand, tmp_path: Path) -> None:
     mine = remembered(hand)
     theirs = remembered(other(hand, tmp_path, "recipe.batch_size=4", "numerics.threads=2"), 2.0)
-    found = differences(mine, theirs)
-    assert found.to_numpy().tolist() == [["recipe.batch_size", "2", "4"], ["numerics.threads", "-", "2"]]
+    assert differences(mine, theirs) == [
+        {"value": "recipe.batch_size", "A": "2", "B": "4"},
+        {"value": "numerics.threads", "A": "-", "B": "2"},
+    ]
     shared, of_mine, of_theirs = shared_stages(mine, theirs)
     assert shared == len(mine.needed() & theirs.needed()) > 0
     assert (of_mine, of_theirs) == (len(mine.needed()), len(theirs.needed()))
@@ -76,9 +78,21 @@ def test_the_best_students_by_layers_stand_side_by_side(hand: Hand) -> None:
     hand.all_done()
     rows = make_records(hand.plan, hand.store, hand.speeds, set(), lambda _: None)
     one_layer = [row for row in rows if len(row["swapped_layers"]) < 2]
-    found = by_layers(rows, one_layer, ("a", "b"))
-    assert list(found.columns)[:3] == ["swapped", "perplexity_ratio a", "perplexity_ratio b"]
-    assert found.iloc[:, :3].to_numpy().tolist() == [["1", "1.050", "1.050"], ["2", "1.100", "-"]]
+    assert by_layers(rows, one_layer) == [
+        {"swapped": "1", "ratio A": "1.050", "ratio B": "1.050", "hit A": "1.575", "hit B": "1.575",
+         "agree A": "0.714", "agree B": "0.714"},
+        {"swapped": "2", "ratio A": "1.100", "ratio B": "-", "hit A": "1.650", "hit B": "-",
+         "agree A": "0.682", "agree B": "-"},
+    ]  # fmt: skip
+
+
+def test_a_table_is_aligned() -> None:
+    assert aligned([{"name": "a", "count": "10"}, {"name": "long", "count": "9"}]).splitlines() == [
+        "name  count",
+        "-----------",
+        "a        10",
+        "long      9",
+    ]
 
 
 def test_compare_tells_all_three(hand: Hand, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import pytest
 from orchestrator.distill.context import RunContext
 from orchestrator.record import driver
 from orchestrator.record.answer import report
-from orchestrator.record.driver import Job, cost_of, run_study
+from orchestrator.record.driver import cost_of, run_study
+from orchestrator.record.job import Job
 from orchestrator.record.provenance import Provenance
 from orchestrator.record.screen.progress import Progress
 from orchestrator.run.cluster import Cluster
