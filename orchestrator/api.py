@@ -18,10 +18,11 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.record.given import asked_before, asked_of
+from orchestrator.record.given import asked_before, asked_of, device_named
 from orchestrator.record.home import Home, default_home
 from orchestrator.record.remembered import Asked, variants
 from orchestrator.run.environment import own_process
+from orchestrator.run.hardware import hardware
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -104,7 +105,8 @@ class StudyHandle:
         from orchestrator.run.interrupt import Interrupt
 
         chosen = Where(**where)
-        asked = dataclasses.replace(self.asked, device=chosen.device or "cpu")
+        device = device_named(chosen.device or "cpu")
+        asked = dataclasses.replace(self.asked, device=device, hardware=hardware(device))
         with Interrupt() as interrupt:
             return start(StudyHandle(asked, self.place).job, asked.resolved, chosen, interrupt)
 

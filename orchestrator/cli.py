@@ -56,14 +56,15 @@ def plan(
     study: StudyFile,
     overrides: Overrides = None,
     home: HomeDirectory = None,
+    device: Annotated[str, typer.Option(help="where stages would run: cpu, cuda")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="print it as JSON")] = False,
 ) -> None:
     """Print the tree of stages before anything runs."""
     from orchestrator.record.screen.plan_view import plan_summary, plan_text
 
-    made, _ = load(study, overrides, look=True)
+    made, _ = load(study, overrides, look=True, device=device)
     store = store_of(study, home)
-    speeds = throughput_specs(made, hardware())
+    speeds = throughput_specs(made, hardware(device))
     print(json.dumps(plan_summary(made, store, speeds), indent=1) if as_json else plan_text(made, store, speeds))
 
 
@@ -96,6 +97,8 @@ def run(
 
     with Interrupt() as interrupt:
         job, resolved = run_job(command, study, overrides, home, tracking_uri, device or "cpu")
+        for note in job.plan.notes:
+            print(f"note: {note}", file=sys.stderr)
         from orchestrator.record.running import CannotRunError, Where, start
         from orchestrator.run.store import StoreError
 

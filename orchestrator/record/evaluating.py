@@ -26,13 +26,12 @@ from orchestrator.record.task_results import label, task_result
 from orchestrator.record.tracking.recorder import Recorder
 from orchestrator.run.compute import compute
 from orchestrator.run.hardware import accelerators
-from orchestrator.run.preflight import DEVICES
 from orchestrator.run.store import Store
 from orchestrator.study.loader import StudyError
 from orchestrator.study.pretrained import KEY, check_teacher
 from orchestrator.study.recipe import Numerics
 from orchestrator.study.sources import Location, folder_fingerprint
-from orchestrator.study.spec import TasksSpec, short
+from orchestrator.study.spec import DEVICES, TasksSpec, short
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +144,7 @@ def evaluate(question: Question, models: list[Model], store: Store, job: Job | N
     shared: dict[str, Any] = {
         "limit": question.limit,
         "batch_size": question.batch_size,
+        "processor": question.device,
         "harness": HARNESS,
         "seed": SEED,
     }

@@ -17,27 +17,35 @@ from orchestrator.study.peek import check_files
 from orchestrator.study.plan import Plan
 from orchestrator.study.schema import Study
 from orchestrator.study.sources import Location, Resolved, resolve
+from orchestrator.study.spec import DEVICES, Device
 
 EXIT_BAD_INPUT = 2
 
 
-def load(study: Path, overrides: list[str] | None, *, look: bool = False) -> tuple[Plan, Resolved]:
-    """The plan of a study; with `look` the teacher's model is looked at too, which takes seconds."""
+def load(study: Path, overrides: list[str] | None, *, look: bool = False, device: str = "cpu") -> tuple[Plan, Resolved]:
+    """The plan of a study on a device; with `look` the teacher's model is looked at too, which takes seconds."""
     try:
-        asked = asked_of(study, tuple(overrides or ()), "cpu", look=look)
+        asked = asked_of(study, tuple(overrides or ()), device, look=look)
         return asked.plan(), asked.resolved
     except StudyError as error:
         bad_input(error)
+
+
+def device_named(name: str) -> Device:
+    """The device of this name. Raises `StudyError` for one that is not known."""
+    if name not in DEVICES:
+        raise StudyError(f"--device {name} is not known: give one of {', '.join(DEVICES)}")
+    return name
 
 
 def asked_of(study: Path, overrides: tuple[str, ...], device: str, *, look: bool = False) -> Any:
     """A study as it is asked for now, its inputs looked at: an `Asked`. Raises `StudyError`."""
     from orchestrator.record.remembered import Asked
 
-    document = read_document(study, overrides)
+    on, document = device_named(device), read_document(study, overrides)
     resolved = _resolve(document, validate(document), study.parent, look)
     text = study.read_text(encoding="utf-8")
-    return Asked(str(study.absolute()), text, overrides, document.values, document.places, resolved, device, hardware())
+    return Asked(str(study.absolute()), text, overrides, document.values, document.places, resolved, on, hardware(on))
 
 
 def asked_before(home: Any, study: Path, overrides: tuple[str, ...]) -> Any:

@@ -32,6 +32,7 @@ from orchestrator.record.provenance import Provenance
 from orchestrator.study.loader import Document, StudyError, validate
 from orchestrator.study.plan import Plan, make_plan
 from orchestrator.study.sources import Resolved
+from orchestrator.study.spec import Device
 
 NEWEST, ASKED, ALIVE, RUNS = "newest", "asked.json", "alive", "runs"
 SHOWN = ("question",)  # keys of a study that tell how it is shown: they make no other variant
@@ -53,14 +54,14 @@ class Asked:
     values: dict[str, Any]  # with the overrides laid over them
     places: Mapping[tuple[str | int, ...], str] = dataclasses.field(compare=False)  # of values in the file; not kept
     resolved: Resolved
-    device: str
+    device: Device
     hardware: str
 
     def plan(self) -> Plan:
         """Its plan. Raises `StudyError`, of a study that was run before `UnknownStudyError`."""
         document = Document(self.file, self.values, self.places)
         try:
-            return make_plan(document, validate(document), self.resolved)
+            return make_plan(document, validate(document), self.resolved, self.device)
         except StudyError as error:
             if self.places:
                 raise

@@ -23,6 +23,7 @@ from orchestrator.distill.context import RunContext, Stopped, Workplace
 from orchestrator.files import fsync_tree, sealed, sha256_file, write_json, write_text
 from orchestrator.run.claims import Claim, claim_of
 from orchestrator.run.cluster import uses_device
+from orchestrator.run.hardware import machine
 from orchestrator.run.mirror import Mirror
 from orchestrator.run.store import ATTEMPT, DONE, FAILURE, Store, StoreError, clear_torn, tree_bytes
 from orchestrator.study.spec import short, spec_from_json
@@ -97,7 +98,7 @@ def _attempt(spec: Any, spec_json: str, store: Store, folder: Path, context: Run
         if claim.lost():
             raise ClaimLost(f"stage {short(spec.key)} was taken over by another process")
         peak = peak_mb(device) if spec.world_size == 1 else None
-        _publish(spec, folder, out, result, Cost(began, busy, peak))
+        _publish(spec, folder, out, result, Cost(began, busy, peak, machine(device)))
     except (Stopped, Disturbed, ClaimLost):
         raise
     except Exception as error:
@@ -152,11 +153,13 @@ def _storage_trouble(error: BaseException, store: Store) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """When an attempt began, by the clock and in seconds of its process, and the most memory that one process took."""
+    """When an attempt began, by the clock and in seconds of its process, the most memory that one process took, and
+    what it computed with."""
 
     began: float
     busy: float
     peak_mb: float | None
+    machine: str
 
 
 def _publish(spec: Any, folder: Path, out: Path, result: dict[str, Any], cost: Cost) -> None:
@@ -174,6 +177,7 @@ def _publish(spec: Any, folder: Path, out: Path, result: dict[str, Any], cost: C
         "seconds": time.monotonic() - cost.began,
         "core_seconds": time.process_time() - cost.busy,
         "peak_mb": cost.peak_mb,
+        "machine": cost.machine,
         "finished": time.time(),
         "files": {path.relative_to(artefacts).as_posix(): sha256_file(path) for path in files},
     }

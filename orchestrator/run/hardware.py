@@ -5,6 +5,7 @@ torch is asked about accelerators only where the system shows one: its import ta
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -31,17 +32,35 @@ def accelerators() -> int:
     return torch.cuda.device_count()
 
 
-def hardware() -> str:
-    """Processor, cores, accelerator and torch."""
+def hardware(device: str = "cpu") -> str:
+    """Processor, cores, accelerator and torch; it says where `device` is the accelerator."""
     name = "none"
     if accelerators():
         import torch
 
         name = torch.cuda.get_device_name()
+    used = "accelerator" if device == "cpu" else "on accelerator"
+    return f"{_processor()}, {used} {name}, torch {importlib.metadata.version('torch')}"
+
+
+@functools.cache
+def machine(device: str = "cpu") -> str:
+    """What a stage on `device` computes with here: the processor and its cores, or the accelerator, and torch."""
+    name = _processor()
+    if device != "cpu":
+        name = "no accelerator"
+        if accelerators():
+            import torch
+
+            name = torch.cuda.get_device_name()
+    return f"{name}, torch {importlib.metadata.version('torch')}"
+
+
+def _processor() -> str:
+    """The processor's name and its cores."""
     lines = PROCESSORS.read_text().splitlines() if PROCESSORS.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    version = importlib.metadata.version("torch")
-    return f"{(models or [platform.machine()])[0]} x{os.cpu_count()}, accelerator {name}, torch {version}"
+    return f"{(models or [platform.machine()])[0]} x{os.cpu_count()}"
 
 
 def _shown() -> bool:

@@ -21,7 +21,7 @@ from orchestrator.distill.context import RunContext
 from orchestrator.run.cluster import Cluster, ClusterError, absent, check_before_start
 from orchestrator.run.temporary import TemporaryError, temporary_root
 from orchestrator.study.plan import Plan, stage_memory
-from orchestrator.study.spec import DistilSpec, EvaluateSpec, ScratchSpec, TeacherSpec, ThroughputSpec, short
+from orchestrator.study.spec import DEVICES, DistilSpec, EvaluateSpec, ScratchSpec, TeacherSpec, ThroughputSpec, short
 
 LIMITS = (  # of the control group, version 2 and 1: its limit, what is used of it, and how much of that are files
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
@@ -32,7 +32,6 @@ LIMITS = (  # of the control group, version 2 and 1: its limit, what is used of 
     ),
 )
 CACHED = ("inactive_file ", "total_inactive_file ")  # pages of files that the kernel drops when memory is wanted
-DEVICES = ("cpu", "cuda")
 ANSWER_SECONDS = 5.0
 HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # of HTTP/2, which Ray's head speaks
 SETTINGS = 4  # type of the frame that answers it

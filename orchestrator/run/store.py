@@ -76,7 +76,7 @@ class Store:
 
     def done(self, key: str) -> dict[str, Any]:
         """The manifest of a finished stage: `result`, `seconds` and `core_seconds` (of processor time) of its last
-        attempt, `finished` (time), `files` with their digests.
+        attempt, `machine` it ran on, `finished` (time), `files` with their digests.
 
         Raises `ValueError` where it is torn or altered, `OSError` where it is gone.
         """

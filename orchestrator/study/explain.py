@@ -13,11 +13,12 @@ import re
 import types
 import typing
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
 from orchestrator.study.schema import Study
+from orchestrator.study.space import Uniform
 
 Path_ = tuple[str | int, ...]
 MOST_SHOWN = 80  # characters of a value
@@ -70,6 +71,27 @@ def axis_remedy(key: str) -> str:
             near = difflib.get_close_matches(str(step), known, n=1)
             return f"did you mean {full[near[0]]}?" if near else f"can be swept: {', '.join(full.values())}"
         model = child
+    return ""
+
+
+def takes(key: str) -> Literal["integer", "real", "other"]:
+    """The kind of number that a key of a study takes; `other` where it takes none, or is no key."""
+    model: Any = Study
+    for step in steps_of(key):
+        model = _child(model, step)
+    kinds = _members(model)
+    return "real" if float in kinds else "integer" if int in kinds else "other"
+
+
+def range_remedy(key: str, axis: Any) -> str:
+    """What to write for a range over a key that cannot take its numbers; empty where it can, or is no range."""
+    kind = takes(key)
+    if not isinstance(axis, Uniform):
+        return ""
+    if kind == "other":
+        return f"{key} takes no number: list its values"
+    if kind == "integer" and not axis.whole:
+        return f"{key} takes whole numbers: write both bounds so, not {axis.low} and {axis.high}"
     return ""
 
 
@@ -156,14 +178,15 @@ def _locate(values: Any, loc: Path_) -> tuple[Path_, Any]:
         member = _member(model, step)
         if member is not None:
             model = member
-        elif _has(values, step) or step in _keys(model) or isinstance(step, int):
+        elif has(values, step) or step in _keys(model) or isinstance(step, int):
             path.append(step)
             if index < len(loc) - 1:
-                model, values = _child(model, step), values[step] if _has(values, step) else None
+                model, values = _child(model, step), values[step] if has(values, step) else None
     return tuple(path), model
 
 
-def _has(values: Any, step: str | int) -> bool:
+def has(values: Any, step: str | int) -> bool:
+    """Whether plain values have something at a step: a key of a mapping, a position of a list."""
     if isinstance(values, list):
         return isinstance(step, int) and step < len(values)
     return isinstance(values, dict) and step in values

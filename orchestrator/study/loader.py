@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from orchestrator.study.explain import NUMBER, Path_, axis_remedy, dotted, explain, steps_of
+from orchestrator.study.explain import NUMBER, Path_, axis_remedy, dotted, explain, has, range_remedy, steps_of
 from orchestrator.study.schema import Study
 
 TOO_DEEP = "a value refers to itself or is nested too deeply; write it out"
@@ -113,11 +113,10 @@ def validate(document: Document) -> Study:
     lines = []
     for index, space in enumerate(study.search.spaces):
         prefix: Path_ = ("search", "space", index) if isinstance(study.search.space, tuple) else ("search", "space")
-        lines += [
-            f"{document.place((*prefix, key))}: {dotted((*prefix, key))}: names no key of the study; {remedy}"
-            for key in space
-            if (remedy := axis_remedy(key))
-        ]
+        for key, axis in space.items():
+            remedy = axis_remedy(key)
+            said = f"names no key of the study; {remedy}" if remedy else range_remedy(key, axis)
+            lines += [f"{document.place((*prefix, key))}: {dotted((*prefix, key))}: {said}"] if said else []
     if lines:
         raise StudyError("\n".join(lines))
     return study
@@ -241,7 +240,7 @@ def _override(values: dict[str, Any], places: dict[Path_, str], override: str, e
     if not equals or not key:
         errors.append(f"{where}: an override is written key=value, for example --set seed=1")
         return
-    path = tuple(steps_of(key))
+    path = _path_of(key, values)
     try:
         node = yaml.compose(text, Loader=_Loader)
         _move(places, path, where)
@@ -256,6 +255,21 @@ def _override(values: dict[str, Any], places: dict[Path_, str], override: str, e
         _assign(values, path, value)
     except StudyError as error:
         errors.append(f"{where}: {error}")
+
+
+def _path_of(key: str, values: Any) -> Path_:
+    """The path of an override's key. That of an axis of the search has dots of its own, and is one step."""
+    steps = tuple(steps_of(key))
+    start = 3 if isinstance((*steps, "", "", "")[2], int) else 2  # the spaces may be a list
+    if steps[:2] != ("search", "space") or not steps[start:]:
+        return steps
+    for step in steps[:start]:
+        values = values[step] if has(values, step) else None
+    whole = dotted(steps[start:])
+    for end in range(len(steps), start, -1) if axis_remedy(whole) else ():
+        if has(values, axis := dotted(steps[start:end])):  # something inside of an axis that is there
+            return (*steps[:start], axis, *steps[end:])
+    return (*steps[:start], whole)
 
 
 def _move(places: dict[Path_, str], path: Path_, where: str) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from operators.config import HyenaConfig, SkipConfig, WindowConfig
+from orchestrator.study.checks import check_lengths, check_operator, check_swept_rates
 from orchestrator.study.explain import steps_of
 from orchestrator.study.loader import Document, StudyError, with_values
 from orchestrator.study.memory import stage_bytes
@@ -20,6 +21,7 @@ from orchestrator.study.schema import Study
 from orchestrator.study.search import sample
 from orchestrator.study.sources import Resolved
 from orchestrator.study.spec import (
+    Device,
     DistilSpec,
     ImportSpec,
     ScratchSpec,
@@ -28,7 +30,17 @@ from orchestrator.study.spec import (
     ThroughputSpec,
     TokensSpec,
 )
-from orchestrator.study.stages import Step, alone, evaluation_of, path_of, probes_of, roots, text_windows, whole
+from orchestrator.study.stages import (
+    Roots,
+    Step,
+    alone,
+    evaluation_of,
+    path_of,
+    probes_of,
+    roots_of,
+    text_windows,
+    whole,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +73,7 @@ class Plan:
     trials: tuple[Trial, ...]
     total_layers: int
     sizes: Sizes
+    device: Device = "cpu"
 
     @property
     def steps(self) -> Iterator[Step]:
@@ -82,6 +95,23 @@ class Plan:
         ordered = [*first, *(spec for several in rest for spec in several)]
         return {spec.key: spec for spec in ordered}
 
+    @property
+    def paths(self) -> dict[tuple[str, ...], list[Trial]]:
+        """Keys of a path's trained stages -> the trials that have it: several where their values mean the same."""
+        found: dict[tuple[str, ...], list[Trial]] = {}
+        for trial in self.trials:
+            found.setdefault(tuple(step.train.key for step in trial.steps), []).append(trial)
+        return found
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the search is otherwise than it looks: fewer points than asked for, trials that are one path."""
+        asked, there = self.study.search.trials, len(self.trials)
+        fewer = [f"search.trials is {asked} and the space has {there} points: each is tried once"]
+        equal = [[trial.name for trial in several] for several in self.paths.values() if several[1:]]
+        same = [f"{', '.join(names)} are one path, whose values mean the same: it is computed once" for names in equal]
+        return (fewer if asked is not None and there < asked else []) + same
+
     def users(self) -> dict[str, list[str]]:
         """Key of each trained stage -> names of the trials that need it."""
         found: dict[str, list[str]] = {}
@@ -91,26 +121,28 @@ class Plan:
         return found
 
 
-def make_plan(document: Document, study: Study, resolved: Resolved) -> Plan:
-    """Lay out all trials and controls of a study.
+def make_plan(document: Document, study: Study, resolved: Resolved, device: Device = "cpu") -> Plan:
+    """Lay out all trials and controls of a study whose stages compute on `device`.
 
     Raises `StudyError` where a point of the search space is no valid study, or asks for layers the teacher lacks.
     """
-    _check_lengths(document, study, resolved)
+    check_lengths(document, study, resolved)
     with _placed(document):
-        tokens, teacher = roots(study, resolved)
+        roots = roots_of(study, resolved, device)
     layers = resolved.architecture.layers
     trials = []
     for index, values in enumerate(sample(study)):
         point, at = with_values(document, values)
-        _check_operator(at, point, resolved)
+        check_operator(at, point, resolved)
         with _placed(at):
-            steps = tuple(path_of(point, tokens, teacher, resolved))
+            steps = tuple(path_of(point, roots, resolved))
         trials.append(Trial(f"trial-{index:02d}", values, point, steps))
-    probes = probes_of(study, tokens, teacher, teacher.key)
-    root = Step(teacher, evaluation_of(study, tokens, teacher, teacher.key), (), 0, probes=probes)
-    controls = dict(_controls(study, resolved, tokens, teacher, trials))
-    return Plan(study, tokens, root, controls, tuple(trials), layers, resolved.sizes or sizes_of(resolved.architecture))
+    check_swept_rates(document, [(trial.study, trial.values) for trial in trials])
+    teacher, probes = roots.teacher, probes_of(study, roots, roots.teacher.key)
+    root = Step(teacher, evaluation_of(study, roots, teacher.key), (), 0, probes=probes)
+    controls = dict(_controls(study, resolved, roots, trials))
+    known = resolved.sizes or sizes_of(resolved.architecture)
+    return Plan(study, roots.tokens, root, controls, tuple(trials), layers, known, device)
 
 
 def throughput_specs(plan: Plan, hardware: str) -> dict[str, ThroughputSpec]:
@@ -155,56 +187,6 @@ def stage_memory(plan: Plan, speeds: Mapping[str, ThroughputSpec], device: str) 
     return found
 
 
-def _check_lengths(document: Document, study: Study, resolved: Resolved) -> None:
-    longest = resolved.architecture.max_length
-    if study.data.sequence_length > longest:
-        raise StudyError(
-            f"{document.place(('data', 'sequence_length'))}: data.sequence_length: {study.data.sequence_length} "
-            f"exceeds the teacher's {longest} positions: lower it, or take a teacher of more"
-        )
-    prompt, new = min(study.evaluation.prompt_tokens, study.data.sequence_length), study.evaluation.new_tokens
-    if study.evaluation.prompts and prompt + new > longest:
-        raise StudyError(
-            f"{document.place(('evaluation', 'new_tokens'))}: evaluation.new_tokens: {new} after a prompt of {prompt} "
-            f"tokens exceeds the teacher's {longest} positions: lower new_tokens or prompt_tokens"
-        )
-    for length in (study.evaluation.probes and study.evaluation.probes.lengths) or ():
-        if length > longest:
-            raise StudyError(
-                f"{document.place(('evaluation', 'probes', 'lengths'))}: evaluation.probes.lengths: {length} exceeds "
-                f"the teacher's {longest} positions: lower it"
-            )
-    for length in study.throughput.lengths:
-        if not study.throughput.decode_tokens < length <= longest:
-            raise StudyError(
-                f"{document.place(('throughput', 'lengths'))}: throughput.lengths: {length} must exceed decode_tokens "
-                f"({study.throughput.decode_tokens}) and be at most the teacher's {longest} positions"
-            )
-
-
-def _check_operator(document: Document, point: Study, resolved: Resolved) -> None:
-    taps = getattr(getattr(point.operator, "filter", None), "taps", 0)
-    if taps > resolved.architecture.max_length:
-        raise StudyError(
-            f"{document.place(('operator', 'filter', 'taps'))}: operator.filter.taps: {taps} exceeds the teacher's "
-            f"{resolved.architecture.max_length} positions: lower it"
-        )
-    heads = getattr(point.operator, "heads", None)
-    width = resolved.inner
-    if heads is not None and width % heads:
-        near = max(number for number in range(1, heads) if width % number == 0)
-        raise StudyError(
-            f"{document.place(('operator', 'heads'))}: operator.heads: {heads} must divide the teacher's width "
-            f"{width}: give a divisor, for example {near}"
-        )
-    own, there = resolved.architecture.heads, getattr(point.operator, "window", None) is not None
-    if there and heads not in (None, own) and getattr(point.operator, "init", "") == "transfer":
-        raise StudyError(
-            f"{document.place(('operator', 'heads'))}: operator.heads: {heads} with a window must be the teacher's "
-            f"{own}, whose queries and keys it starts from: give {own}, or init: random"
-        )
-
-
 @contextlib.contextmanager
 def _placed(document: Document) -> Iterator[None]:
     """Errors that begin with a key get its place in the study file."""
@@ -215,9 +197,8 @@ def _placed(document: Document) -> Iterator[None]:
         raise StudyError(f"{document.place(tuple(steps_of(key)))}: {error}") from None
 
 
-def _controls(
-    study: Study, resolved: Resolved, tokens: TokensSpec, teacher: Spec, trials: list[Trial]
-) -> Iterator[tuple[str, Step]]:
+def _controls(study: Study, resolved: Resolved, roots: Roots, trials: list[Trial]) -> Iterator[tuple[str, Step]]:
+    tokens, teacher, optimizer = roots.tokens, roots.teacher, study.recipe.optimizer.canonical
     if study.controls.scratch != "none":
         names: set[str] = set()
         longest: dict[HyenaConfig | WindowConfig, Step] = {}
@@ -240,8 +221,9 @@ def _controls(
                 batch_size=study.recipe.batch_size,
                 sequence_length=study.data.sequence_length,
                 text_windows=text_windows(study),
-                optimizer=study.recipe.optimizer.model_copy(update={"rest_scale": 1.0}),
+                optimizer=optimizer.model_copy(update={"rest_scale": 1.0}),
                 numerics=whole(study.numerics),
+                processor=roots.device,
                 checkpoint_activations=study.recipe.checkpoint_activations,
                 seed=study.seed,
             )
@@ -249,17 +231,18 @@ def _controls(
             if name in names:
                 name += f" {spec.key[:6]}"
             names.add(name)
-            yield name, Step(spec, evaluation_of(study, tokens, teacher, spec.key), last.swapped, last.tokens)
+            yield name, Step(spec, evaluation_of(study, roots, spec.key), last.swapped, last.tokens)
     if study.controls.skip:
         for skipped in [*((layer,) for layer in resolved.sites), resolved.sites]:
             name = f"skip {skipped[0]}" if len(skipped) == 1 else "skip all"
             skip = DistilSpec(
                 tokens=tokens.key, teacher=teacher.key, parent=teacher.key, layers=skipped, new_layers=skipped,
                 operator=SkipConfig(), phases=(), batch_size=1, sequence_length=study.data.sequence_length,
-                first_sequence=0, freeze=(), optimizer=study.recipe.optimizer, numerics=alone(study.numerics), seed=0,
+                first_sequence=0, freeze=(), optimizer=optimizer, numerics=alone(study.numerics),
+                processor=roots.device, seed=0,
             )  # fmt: skip
-            probes = probes_of(study, tokens, teacher, skip.key) if skipped == resolved.sites else None
-            yield name, Step(skip, evaluation_of(study, tokens, teacher, skip.key), skipped, 0, probes=probes)
+            probes = probes_of(study, roots, skip.key) if skipped == resolved.sites else None
+            yield name, Step(skip, evaluation_of(study, roots, skip.key), skipped, 0, probes=probes)
 
 
 def operator_name(operator: Any) -> str:

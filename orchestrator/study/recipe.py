@@ -49,6 +49,13 @@ class Optimizer(Model):
             )
         return self
 
+    @property
+    def canonical(self) -> Optimizer:
+        """The same without what has no effect: Muon's rate where there is no Muon."""
+        if self.method == "muon":
+            return self
+        return self.model_copy(update={"matrix_lr": type(self).model_fields["matrix_lr"].default})
+
 
 class LogitKL(Model):
     """Kullback-Leibler divergence between the next-token distributions of teacher and student."""
@@ -73,6 +80,15 @@ class Losses(Model):
     def logit_kl(self) -> LogitKL:
         """The divergence's settings, whichever way they were written."""
         return self.kl if isinstance(self.kl, LogitKL) else LogitKL(weight=self.kl)
+
+    @property
+    def canonical(self) -> Losses:
+        """The same losses in one way of writing them, which stages are named by, without what has no effect."""
+        kl, said = self.logit_kl, self.kl
+        if kl.weight == 0 or kl == LogitKL(weight=kl.weight):
+            said = kl.weight
+        weighed = kl.weight + self.ce > 0  # hits count in these two only
+        return self.model_copy(update={"kl": said, "hit_weight": self.hit_weight if weighed else 1.0})
 
     @model_validator(mode="after")
     def _some_weight(self) -> Losses:

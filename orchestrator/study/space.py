@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from orchestrator.study.values import Model, Positive
 
+NARROWEST = 1e-9  # width of a range of real numbers, as a share of its bounds: it has as many values as are asked for
+
 
 class Asha(Model):
     """Early stopping at stage boundaries (Li et al. 2020): a rung is a number of swapped layers."""
@@ -18,10 +20,13 @@ class Asha(Model):
 
 
 class Uniform(Model):
-    """Random search: a real number between two bounds, on a linear or logarithmic scale."""
+    """Random search: a number between two bounds, on a linear or logarithmic scale.
 
-    low: float
-    high: float
+    Of a key that takes whole numbers both bounds are whole, and both may be drawn.
+    """
+
+    low: int | float
+    high: int | float
     log: bool = False
 
     @model_validator(mode="after")
@@ -30,7 +35,14 @@ class Uniform(Model):
             raise ValueError(f"low {self.low} must be below high {self.high}, both finite")
         if self.log and self.low <= 0:
             raise ValueError(f"low {self.low} must be positive on a logarithmic scale")
+        if not self.whole and self.high - self.low < NARROWEST * max(abs(self.low), abs(self.high)):
+            raise ValueError(f"low {self.low} and high {self.high} are too near for other numbers between: widen them")
         return self
+
+    @property
+    def whole(self) -> bool:
+        """Whether both bounds are written as whole numbers."""
+        return isinstance(self.low, int) and isinstance(self.high, int)
 
 
 Axis = tuple[Any, ...] | Uniform

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import cached_property
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, TypeAdapter
 
@@ -19,6 +19,11 @@ from orchestrator.study.values import Model
 
 STAGE_VERSION = 6  # raise it with any change that makes an old result differ from a new one
 DOMAIN = b"layerswap/stage\n"
+
+Device = Literal["cpu", "cuda"]
+DEVICES: tuple[Device, ...] = get_args(Device)
+# What computes a stage's numbers: each has bits of its own. It came later, and keys of the CPU stay as they were.
+Processor = Annotated[Device, Field(exclude_if=lambda value: value == "cpu")]
 
 
 class Spec(Model):
@@ -102,6 +107,7 @@ class TeacherSpec(Spec):
     sequence_length: int
     optimizer: Optimizer
     numerics: Numerics
+    processor: Processor = "cpu"
     seed: int
 
 
@@ -142,6 +148,7 @@ class DistilSpec(Spec):
     checkpoint_activations: bool = False
     optimizer: Optimizer
     numerics: Numerics
+    processor: Processor = "cpu"
     seed: int
 
 
@@ -161,6 +168,7 @@ class ScratchSpec(Spec):
     checkpoint_activations: bool = False
     optimizer: Optimizer
     numerics: Numerics
+    processor: Processor = "cpu"
     seed: int
 
 
@@ -179,6 +187,7 @@ class EvaluateSpec(Spec):
     sequence_length: int
     evaluation: Evaluation
     numerics: Numerics
+    processor: Processor = "cpu"
 
     def of(self, subject: str, reference: str | None = None) -> EvaluateSpec:
         """The same evaluation of another subject."""
@@ -197,6 +206,7 @@ class ProbesSpec(Spec):
     windows: int
     needles: int
     numerics: Numerics
+    processor: Processor = "cpu"
     seed: int
 
     def of(self, subject: str) -> ProbesSpec:
@@ -205,7 +215,7 @@ class ProbesSpec(Spec):
 
 
 class ThroughputSpec(Spec):
-    """Speed of a student's architecture against its teacher's; weights do not enter, hardware does."""
+    """Speed of a student's architecture against its teacher's; weights do not enter, hardware and device do."""
 
     kind: Literal["throughput"] = "throughput"
     teacher: str
@@ -215,7 +225,7 @@ class ThroughputSpec(Spec):
     train_batch_size: int
     sequence_length: int
     numerics: Numerics
-    hardware: str
+    hardware: str  # the device is part of its text
     rest_trains: bool = True  # in training, what is not in the swapped layers gets gradients too
     freeze: tuple[str, ...] = ()  # in training, globs over parameter names that get none
 
@@ -239,6 +249,7 @@ class TasksSpec(Spec):
     rotate: bool = False
     batch_size: int
     numerics: Numerics
+    processor: Processor = "cpu"
     seed: int
 
     def of(self, subject: str) -> TasksSpec:

@@ -16,6 +16,7 @@ from orchestrator.study.schedule import swap_order
 from orchestrator.study.schema import Evaluation, Pretrain, Study
 from orchestrator.study.sources import Resolved
 from orchestrator.study.spec import (
+    Device,
     DistilSpec,
     EvaluateSpec,
     ImportSpec,
@@ -50,22 +51,36 @@ class Step:
 
     @property
     def stretches(self) -> list[tuple[str, int]]:
-        """Its tokens in order, by what makes them cost alike: one model, a teacher beside it, both without logits."""
-        spec: Any = self.train
-        if hasattr(spec, "token_budget"):
-            return [("alone", int(spec.token_budget))]
-        each = [(phase.losses, phase.steps) for phase in getattr(spec, "phases", ())]
-        return [
-            (
-                "beside" if losses.ce + losses.logit_kl.weight > 0 else "layers",
-                steps * spec.batch_size * spec.sequence_length,
-            )
-            for losses, steps in each
-        ]
+        """Its tokens in order, by what makes them cost alike."""
+        return stretches_of(self.train)
 
 
-def roots(study: Study, resolved: Resolved) -> tuple[TokensSpec, TeacherSpec | ImportSpec]:
-    """The text and the teacher, which every path begins with."""
+def stretches_of(spec: Any) -> list[tuple[str, int]]:
+    """The tokens of a stage in order, by what makes them cost alike: one model, a teacher beside it, both without
+    logits."""
+    if hasattr(spec, "token_budget"):
+        return [("alone", int(spec.token_budget))]
+    each = [(phase.losses, phase.steps) for phase in getattr(spec, "phases", ())]
+    return [
+        (
+            "beside" if losses.ce + losses.logit_kl.weight > 0 else "layers",
+            steps * spec.batch_size * spec.sequence_length,
+        )
+        for losses, steps in each
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Roots:
+    """The text and the teacher, which every path begins with, and the device that stages compute on."""
+
+    tokens: TokensSpec
+    teacher: TeacherSpec | ImportSpec
+    device: Device
+
+
+def roots_of(study: Study, resolved: Resolved, device: Device) -> Roots:
+    """What the paths of a study begin with."""
     imported = ImportSpec(fingerprint=resolved.teacher) if resolved.teacher is not None else None
     tokens = TokensSpec(
         train=resolved.train,
@@ -76,7 +91,7 @@ def roots(study: Study, resolved: Resolved) -> tuple[TokensSpec, TeacherSpec | I
         teacher=imported.key if imported else None,
     )
     if imported is not None:
-        return tokens, imported
+        return Roots(tokens, imported, device)
     made = study.teacher
     assert isinstance(made, Pretrain)
     _steps_of(made.tokens, made.batch_size, study, "teacher.tokens")
@@ -87,40 +102,44 @@ def roots(study: Study, resolved: Resolved) -> tuple[TokensSpec, TeacherSpec | I
         token_budget=made.tokens,
         batch_size=made.batch_size,
         sequence_length=study.data.sequence_length,
-        optimizer=made.optimizer,
+        optimizer=made.optimizer.canonical,
         numerics=whole(study.numerics).model_copy(update={"threads": made.threads}),
+        processor=device,
         seed=study.seed,
     )
-    return tokens, teacher
+    return Roots(tokens, teacher, device)
 
 
-def evaluation_of(study: Study, tokens: TokensSpec, teacher: Spec, subject: str) -> EvaluateSpec:
+def evaluation_of(study: Study, roots: Roots, subject: str) -> EvaluateSpec:
     """What is measured of the stage with the key `subject`."""
+    teacher = roots.teacher.key
     own = EvaluateSpec(
-        tokens=tokens.key,
-        teacher=teacher.key,
-        subject=teacher.key,
+        tokens=roots.tokens.key,
+        teacher=teacher,
+        subject=teacher,
         sequence_length=study.data.sequence_length,
         evaluation=Evaluation(**{name: getattr(study.evaluation, name) for name in Evaluation.model_fields}),
         numerics=alone(study.numerics),
+        processor=roots.device,
     )
-    return own if subject == teacher.key else own.of(subject, own.key)
+    return own if subject == teacher else own.of(subject, own.key)
 
 
-def probes_of(study: Study, tokens: TokensSpec, teacher: Spec, subject: str) -> ProbesSpec | None:
+def probes_of(study: Study, roots: Roots, subject: str) -> ProbesSpec | None:
     """The probes of the stage with the key `subject`; none where the study asks for none."""
     asked, length = study.evaluation.probes, study.data.sequence_length
     if asked is None:
         return None
     return ProbesSpec(
-        tokens=tokens.key,
-        teacher=teacher.key,
+        tokens=roots.tokens.key,
+        teacher=roots.teacher.key,
         subject=subject,
         sequence_length=length,
         lengths=tuple(sorted({*(asked.lengths or (length,))})),
         windows=asked.windows,
         needles=asked.needles,
         numerics=alone(study.numerics),
+        processor=roots.device,
         seed=study.evaluation.seed,
     )
 
@@ -141,7 +160,7 @@ def _check_shares(batch_size: int, study: Study, key: str) -> None:
         raise StudyError(f"{key}: {batch_size} sequences cannot be shared equally by numerics.world_size {ranks}")
 
 
-def path_of(study: Study, tokens: TokensSpec, teacher: Spec, resolved: Resolved) -> Iterator[Step]:
+def path_of(study: Study, roots: Roots, resolved: Resolved) -> Iterator[Step]:
     """The stages from the teacher to the last student, in their order."""
     order = swap_order(study, resolved.architecture.layers, resolved.sites)
     stages = [(new, study.recipe.phases, False) for new in order]
@@ -150,7 +169,7 @@ def path_of(study: Study, tokens: TokensSpec, teacher: Spec, resolved: Resolved)
         if not study.recipe.phases:  # the joint stage is the only one, and swaps as well
             stages = []
         stages.append((everything, study.recipe.joint, True))
-    parent, sequences = teacher.key, 0
+    parent, sequences = roots.teacher.key, 0
     swapped: tuple[int, ...] = ()
     window = study.recipe.batch_size
     _check_shares(window, study, "recipe.batch_size")
@@ -160,16 +179,17 @@ def path_of(study: Study, tokens: TokensSpec, teacher: Spec, resolved: Resolved)
         key = "recipe.joint" if joint else "recipe.phases"
         planned = tuple(_phase(phase, len(trained), study, f"{key}.{i}") for i, phase in enumerate(phases))
         spec = DistilSpec(
-            tokens=tokens.key, teacher=teacher.key, parent=parent, layers=trained, new_layers=new,
+            tokens=roots.tokens.key, teacher=roots.teacher.key, parent=parent, layers=trained, new_layers=new,
             operator=study.operator, phases=planned, batch_size=window,
             sequence_length=study.data.sequence_length, first_sequence=sequences, freeze=study.recipe.freeze,
-            optimizer=study.recipe.optimizer, numerics=study.numerics, seed=study.seed,
+            optimizer=study.recipe.optimizer.canonical, numerics=study.numerics, processor=roots.device,
             checkpoint_activations=study.recipe.checkpoint_activations, text_windows=text_windows(study),
+            seed=study.seed,
         )  # fmt: skip
         sequences += window * sum(phase.steps for phase in planned)
         parent = spec.key
         trained_tokens = sequences * study.data.sequence_length
-        asked = (study, tokens, teacher, spec.key)
+        asked = (study, roots, spec.key)
         yield Step(spec, evaluation_of(*asked), swapped, trained_tokens, joint, probes_of(*asked))
 
 
@@ -185,7 +205,7 @@ def text_windows(study: Study) -> int | None:
 def _phase(phase: Phase, layers: int, study: Study, key: str) -> PhaseSpec:
     tokens = phase.tokens if phase.tokens is not None else (phase.tokens_per_layer or 0) * layers
     key += ".tokens" if phase.tokens is not None else ".tokens_per_layer"
-    return PhaseSpec(losses=phase.losses, steps=_steps_of(tokens, study.recipe.batch_size, study, key))
+    return PhaseSpec(losses=phase.losses.canonical, steps=_steps_of(tokens, study.recipe.batch_size, study, key))
 
 
 def _steps_of(tokens: int, batch_size: int, study: Study, key: str) -> int:

@@ -20,6 +20,7 @@ from typing import Any
 from orchestrator.files import sealed, sha256_file
 from orchestrator.record.home import Home
 from orchestrator.record.remembered import Asked
+from orchestrator.run.hardware import machine
 from orchestrator.run.store import Store
 from orchestrator.study.loader import read_document, validate
 from orchestrator.study.plan import make_plan, throughput_specs
@@ -99,6 +100,7 @@ class Hand:
             "seconds": seconds,
             "core_seconds": 2 * seconds,
             "finished": started + seconds,
+            "machine": machine(),
             "files": {name: sha256_file(folder / "artefacts" / name) for name in (files or {})},
         }
         put(folder / "DONE.json", sealed(manifest))

@@ -140,10 +140,11 @@ def test_a_plan_estimates_from_the_rates_of_its_store(finished: Path, monkeypatc
     summary = json.loads(layerswap("plan", "tiny.yaml", "--home", "home", "--json", *change).stdout)
     assert (summary["distinct"], summary["done"], summary["tokens_to_train"]) == (2, 0, 2048)
     cost = summary["estimate"]
-    assert cost["core_seconds"] >= cost["wall_seconds"] > 0 and cost["megabytes"] > 0
-    assert cost["unmeasured"] == ["scratch"]
+    assert all(work >= wall > 0 for work, wall in zip(cost["unit_seconds"], cost["wall_seconds"], strict=True))
+    assert cost["megabytes"][0] > 0
+    assert (cost["near"], cost["unknown"]) == (["scratch"], [])
     told = layerswap("plan", "tiny.yaml", "--home", "home", *change).stdout
-    assert "to do: 2048 tokens to train; about" in told and "not measured in this store yet: scratch" in told
+    assert "to do: 2048 tokens to train; about" in told and "losses or lengths: scratch)" in told
 
 
 def test_mlflow_runs_that_say_running_while_nobody_runs(finished: Path) -> None:

@@ -26,7 +26,8 @@ controls: scratch hyena-2, scratch hyena-4h, skip (4)
 in the store: 0 of them; with teacher and controls 0 of 14
 memory of a stage: teacher 695 MB, evaluate 680-681 MB, probes 670-671 MB, throughput 673-680 MB, scratch 678-680 MB,
                    distil 661-686 MB
-to do: 174 k tokens to train; time and disk are not known yet: no stage was measured in this store
+to do: 174 k tokens to train; time and disk are unknown: nothing like it was measured here
+       (unknown: distil, evaluate, probes, scratch, skip, teacher, throughput, tokens)
 """
 
 
@@ -91,27 +92,24 @@ def test_sharing_is_of_stages_and_of_tokens(tmp_path: Path) -> None:
     assert (told["stages"], told["distinct"], told["sharing"]) == (9, 7, pytest.approx(9 / 7))
     assert (told["tokens"], told["distinct_tokens"]) == (76_800, 61_440)
     assert told["sharing_tokens"] == pytest.approx(1.25)
-    assert told["estimate"] is None
+    assert told["estimate"]["wall_seconds"] is None
 
 
-def test_an_estimate_is_made_of_measured_rates(tmp_path: Path) -> None:
-    """A teacher at 1,000 tokens/s with 2 s beside it; each kind without a rate of its own is named."""
+def test_a_stage_that_was_done_is_no_longer_to_do(tmp_path: Path) -> None:
     told = summary(tmp_path)
-    store = Store(tmp_path / "store")
-    done(store, told["teacher"]["key"], "teacher", tokens_per_s=1000.0, seconds=10.0, resumed_at=0)
-    after = summary(tmp_path)
-    cost = after["estimate"]
-    assert after["tokens_to_train"] == told["tokens_to_train"] - 61_440 == 112_640
-    assert cost["core_seconds"] == pytest.approx(112.64)
-    assert cost["wall_seconds"] == pytest.approx(max(112.64 / cost["cores"], 25.6))
-    assert cost["unmeasured"] == ["distil", "evaluate", "probes", "scratch", "skip", "throughput", "tokens"]
-    first = after["tree"][1]
-    done(store, first["key"], "distil", tokens_per_s=100.0, seconds=10.0, resumed_at=0)
-    cost = summary(tmp_path)["estimate"]
-    distil, scratch = 61_440 - 10_240, 51_200
-    assert cost["core_seconds"] == pytest.approx(distil / 100 + 6 * 2 + scratch / 100)
-    assert summary(tmp_path)["done"] == 1
-    assert "0-1 … → 2" not in plan(tmp_path)
+    done(Store(tmp_path / "store"), told["teacher"]["key"], "teacher")
+    assert summary(tmp_path)["tokens_to_train"] == told["tokens_to_train"] - 61_440 == 112_640
+
+
+def test_the_plan_of_another_device_is_of_other_stages(tmp_path: Path) -> None:
+    """What the CPU took says nothing of it, and its memory is the accelerator's."""
+    here, there = summary(tmp_path), summary(tmp_path, "--device", "cuda")
+    assert here["teacher"]["key"] != there["teacher"]["key"]
+    done(Store(tmp_path / "store"), here["teacher"]["key"], "teacher")
+    lines = plan(tmp_path, "--device", "cuda").splitlines()
+    assert lines[2] == "teacher  3 layers, 61 k tokens"
+    assert any(line.startswith("GPU memory of a stage: teacher ") for line in lines)
+    assert lines[-2] == "to do: 174 k tokens to train; time and disk are unknown: nothing like it was measured here"
 
 
 def test_stages_that_are_begun_or_done_are_marked(tmp_path: Path) -> None:

@@ -30,10 +30,10 @@ def measured(hand: Hand) -> Hand:
 
 
 def with_measures(hand: Hand) -> Hand:
-    """A store in which every kind of stage but `scratch` was measured.
+    """A store in which every kind of stage but `scratch` was measured, of both operators.
 
-    Rates: teacher 80, distil 40 and 20 (30 in the middle) tokens/s. Seconds beside the training: teacher 23 - 20 = 3,
-    distil 10 - 4 = 6 and 10 - 8 = 2 (4 in the middle), skip 1.5, text 7, evaluations 2, 2, 9 and 2, measurement 5.
+    Rates: teacher 80, order 2 40 and two heads 20 tokens/s. Seconds beside the training: teacher 23 - 20 = 3, order 2
+    10 - 4 = 6, two heads 10 - 8 = 2, skip 1.5, text 7, evaluations 2, 2, 9 and 2, measurements 5.
     """
     hand.text(seconds=7.0)
     hand.train("teacher", seconds=23.0, rate=80.0)
@@ -43,67 +43,80 @@ def with_measures(hand: Hand) -> Hand:
     for name, seconds in {"teacher": 2.0, "two 0": 2.0, "heads 0": 9.0, "skip 0": 2.0}.items():
         hand.evaluate(name, seconds=seconds)
         hand.weigh(hand.steps[name].evaluate.key, MB // 2)
-    hand.measure("two 0")
+    hand.measure("two 0", "heads 0", "skip 0")
     sizes = {"teacher": 4, "two 0": 3, "heads 0": 1, "skip 0": 1}
     for name, size in sizes.items():
         hand.weigh(hand.key(name), size * MB)
-    hand.weigh(hand.speeds[hand.key("two 0")].key, MB // 4)
+    for name in ("two 0", "heads 0", "skip 0"):
+        hand.weigh(hand.speeds[hand.key(name)].key, MB // 4)
     return hand
 
 
+def span(least: float, most: float) -> Any:
+    """From the least to the most, which tests have worked out."""
+    return (pytest.approx(least), pytest.approx(most))
+
+
 def test_the_estimate_is_the_measured_rates_times_what_is_left(measured: Hand) -> None:
-    """What is left, in seconds: two 1 and heads 1 of 160 / 30 + 4 = 9.33, three joint ones of 320 / 30 + 4 = 14.67,
-    scratch 640 / 30 = 21.33 at the slowest rate, two skips of 1.5, eight evaluations of 2: together 103; seven
-    measurements of 5. The longest chain: 9.33 + 14.67 + 2 = 26.
+    """What is left, in seconds: two 1 of 160 / 40 + 6 = 10, two joint ones of 320 / 40 + 6 = 14, heads 1 of 160 / 20 +
+    2 = 10, their joint one of 320 / 20 + 2 = 18, two skips of 1.5, six evaluations of 2 and two of 9: together 99. Of
+    scratch nothing was measured: other training of this model gives 640 / 80 + 3 = 11, 640 / 40 + 6 = 22 or
+    640 / 20 + 2 = 34, so 5.5 to 68. Five measurements of 5. The longest chains: heads with 10 + 18 + 9 = 37, scratch
+    with 68 + 2 = 70.
     """
     found = estimate(measured.plan, measured.store, measured.speeds, 2)
     assert found == {
-        "wall_seconds": pytest.approx(103 / 2 + 35),
-        "core_seconds": pytest.approx(103 + 35),
-        "cores": 2,
-        "megabytes": pytest.approx(5 * 2 + 2 * 1 + 8 * 0.5 + 7 * 0.25),
-        "unmeasured": ["scratch"],
+        "wall_seconds": span(104.5 / 2 + 25, 167 / 2 + 25),
+        "unit_seconds": span(104.5 + 25, 167 + 25),
+        "megabytes": span(3 * 3 + 4 * 1 + 8 / 2 + 5 / 4 + 1 / 2, 3 * 3 + 4 * 1 + 8 / 2 + 5 / 4 + 4 * 2),
+        "device": "cpu",
+        "units": 2,
+        "near": ["scratch"],
+        "unknown": [],
     }
     many = estimate(measured.plan, measured.store, measured.speeds, 8)
-    assert many is not None and many["wall_seconds"] == pytest.approx(26 + 35)
+    assert many["wall_seconds"] == span(37 + 25, 70 + 25)
 
 
 def test_a_resumed_stage_tells_its_rate_and_not_what_it_took_beside(measured: Hand) -> None:
     told = measured.store.result(measured.key("two 0")) | {"resumed_at": 5}
     measured.write(measured.steps["two 0"].train, told, seconds=1.0)
     found = estimate(measured.plan, measured.store, measured.speeds, 2)
-    assert found is not None and found["core_seconds"] == pytest.approx(103 + 35 - 5 * 2)  # beside: 2 s, of heads 0
+    assert found["unit_seconds"] == span(104.5 + 25 - 3 * 6, 167 + 25 - 3 * 6)  # three stages of its sort
 
 
 def test_a_stage_of_more_cores_costs_more_core_time(tmp_path: Path) -> None:
-    """Six stages of three cores at 40 tokens/s, 4 s for each 160 tokens, six beside; the rest was not measured."""
+    """At 40 tokens/s with 6 s beside: 10 + 14 + 14 s. Heads: half of 160 / 40 without, to twice 160 / 40 + 6 s."""
     hand = Hand(tmp_path, "numerics.threads=3", "controls={skip: false, scratch: none}")
     hand.text()
     hand.train("teacher", seconds=40.0)
     hand.train("two 0", seconds=10.0)
     found = estimate(hand.plan, hand.store, {}, 4)
-    assert found is not None
-    assert found["core_seconds"] == pytest.approx(3 * (3 * (4 + 6) + 3 * (8 + 6)))
-    assert found["wall_seconds"] == pytest.approx(3 * 72 / 4)
-    assert found["unmeasured"] == ["evaluate"]
+    assert found["unit_seconds"] == span(3 * (38 + 2 + 2 + 4), 3 * (38 + 20 + 20 + 28))
+    assert found["wall_seconds"] == span(3 * 46 / 4, 3 * 106 / 4)
+    assert (found["near"], found["unknown"]) == (["distil"], ["evaluate"])
     ranks = Hand(tmp_path, "numerics.world_size=2", "controls={skip: false, scratch: none}")
     ranks.train("two 0", seconds=10.0)
     found = estimate(ranks.plan, ranks.store, {}, 4)
-    assert found is not None
-    assert found["core_seconds"] == pytest.approx(2 * (72 + 1_600 / 40))  # this teacher too is of two processes
+    assert found["unit_seconds"] == span(2 * (46 + 20), 2 * (106 + 92))  # this teacher too is of two processes
 
 
-def test_without_a_rate_there_is_no_estimate(hand: Hand) -> None:
+def test_where_nothing_like_a_stage_that_trains_was_measured_there_is_no_number(hand: Hand) -> None:
     hand.text()
     hand.finish("skip 0")
-    assert estimate(hand.plan, hand.store, hand.speeds, 2) is None
+    found = estimate(hand.plan, hand.store, hand.speeds, 2)
+    assert (found["wall_seconds"], found["unit_seconds"], found["megabytes"]) == (None, None, None)
+    assert found["unknown"] == ["distil", "scratch", "teacher", "throughput"]
     hand.train("two 0")
-    assert estimate(hand.plan, hand.store, hand.speeds, 2) is not None
+    found = estimate(hand.plan, hand.store, hand.speeds, 2)
+    assert found["wall_seconds"] is not None
+    assert (found["near"], found["unknown"]) == (["distil", "evaluate", "scratch", "teacher"], ["throughput"])
 
 
 def test_when_all_is_there_nothing_is_left(hand: Hand, two_cores: None) -> None:
     hand.all_done()
-    nothing = {"wall_seconds": 0.0, "core_seconds": 0.0, "cores": 3, "megabytes": 0.0, "unmeasured": []}
+    none = dict.fromkeys(("wall_seconds", "unit_seconds", "megabytes"), (0.0, 0.0))
+    nothing = {**none, "device": "cpu", "units": 3, "near": [], "unknown": []}
     assert estimate(hand.plan, hand.store, hand.speeds, 3) == nothing
     lines = plan_text(hand.plan, hand.store, hand.speeds).splitlines()
     assert lines[-2:] == ["in the store: 7 of them; with teacher and controls 12 of 12", "to do: nothing"]
@@ -126,7 +139,8 @@ def test_the_plan_of_an_empty_store_word_by_word(hand: Hand) -> None:
         "3 trials ask for 9 stages, 7 distinct: sharing factor 1.29 in stages, 1.20 in tokens",
         "in the store: 0 of them; with teacher and controls 0 of 12",
         "memory of a stage: teacher 660 MB, evaluate 660 MB, throughput 660 MB, scratch 661 MB, distil 660-661 MB",
-        "to do: 3840 tokens to train; time and disk are not known yet: no stage was measured in this store",
+        "to do: 3840 tokens to train; time and disk are unknown: nothing like it was measured here",
+        "       (unknown: distil, evaluate, scratch, skip, teacher, throughput, tokens)",
     ]
 
 
@@ -147,9 +161,24 @@ def test_the_plan_of_a_measured_store_word_by_word(measured: Hand, two_cores: No
     assert lines[-4:] == [
         "in the store: 3 of them; with teacher and controls 4 of 12",
         "memory of a stage: throughput 660 MB, scratch 661 MB, evaluate 660 MB, distil 660-661 MB",
-        "to do: 1760 tokens to train; about 78 s on 2 cores (2 min of core time), 16 MB",
-        "       (not measured in this store yet: scratch)",
+        "to do: 1760 tokens to train; about 71 s to 2 min on 2 cores (2 min to 3 min of core time), 18 MB to 26 MB",
+        "       (by what others took, other models, operators, losses or lengths: scratch)",
     ]
+
+
+def test_trials_that_are_one_path_are_counted_once_and_told(tmp_path: Path) -> None:
+    hand = Hand(tmp_path, "search.space.1.operator=[{kind: hyena, order: 2}]")  # as the study's own
+    lines = plan_text(hand.plan, hand.store, {}).splitlines()
+    assert lines[3:8] == [
+        "└─ hyena-2  0 → 1  320",
+        "   ├─ joint        320  trial-00, trial-02  losses=kl:1.0",
+        "   └─ joint        320  trial-01            losses=kl:1.0,ce:0.5",
+        "controls: scratch hyena-2, skip (3)",
+        "note: trial-00, trial-02 are one path, whose values mean the same: it is computed once",
+    ]
+    assert lines[9].startswith("3 trials of 2 different paths ask for 6 stages, 4 distinct: sharing factor 1.50 in")
+    told = plan_summary(hand.plan, hand.store, {})
+    assert (told["trials"], told["paths"], told["stages"], told["tokens"]) == (3, 2, 6, 1_280)
 
 
 def test_the_summary_for_scripts(measured: Hand, two_cores: None) -> None:
@@ -157,7 +186,8 @@ def test_the_summary_for_scripts(measured: Hand, two_cores: None) -> None:
     tree, memory = told.pop("tree"), told.pop("memory")
     assert memory[measured.key("two 1")] == {"kind": "distil", "name": "hyena-2 in layers 0, 1", "megabytes": 661}
     assert told == {
-        "study": "handmade", "trials": 3, "stages": 9, "distinct": 7, "done": 2, "sharing": 9 / 7, "tokens": 1_920,
+        "study": "handmade", "trials": 3, "paths": 3, "notes": [],
+        "stages": 9, "distinct": 7, "done": 2, "sharing": 9 / 7, "tokens": 1_920,
         "distinct_tokens": 1_600, "sharing_tokens": 1.2, "all_stages": 12, "all_done": 4, "tokens_to_train": 1_920,
         "estimate": estimate(measured.plan, measured.store, measured.speeds, 2),
         "controls": ["scratch hyena-2", "skip 0", "skip 1", "skip all"],
@@ -198,8 +228,8 @@ def test_a_teacher_that_was_brought_has_no_tokens_of_its_own(hand: Hand) -> None
 
 
 def test_large_numbers_are_told_in_thousands_and_millions(tmp_path: Path, two_cores: None) -> None:
-    """At 40 tokens/s, left are 25,000 s of the teacher, three times 4 s and three times 250.4 s: 25,763 s, of which a
-    path of 25,258 s in a row.
+    """At 40 tokens/s, left are 4 s and twice 250.4 s; at least, since measured of another operator, half of 25,000 s of
+    the teacher, of twice 4 s and of 250.4 s: 13,134 s, of which a path of 12,754 s in a row.
     """
     changes = ("teacher.tokens=1_000_000", "recipe.joint.0.tokens=10_016", "controls={skip: false, scratch: none}")
     hand = Hand(tmp_path, *changes)
@@ -208,8 +238,12 @@ def test_large_numbers_are_told_in_thousands_and_millions(tmp_path: Path, two_co
     assert lines[3].endswith("  320") and all("  10 k  trial-0" in line for line in lines[4:7])
     assert lines[7] == "controls: none"
     hand.train("two 0", seconds=4.0)
-    said = plan_text(hand.plan, hand.store, {}).splitlines()[-2]
-    assert said.startswith("to do: 1.03 M tokens to train; about 421 min on 2 cores (429 min of core time), ")
+    said = plan_text(hand.plan, hand.store, {}).splitlines()[-3:]
+    assert said[0].startswith("to do: 1.03 M tokens to train; at least 213 min on 2 cores (219 min of core time), ")
+    assert said[1:] == [
+        "       (by what others took, other models, operators, losses or lengths: distil, teacher)",
+        "       (nothing like it was measured here, and it comes on top: evaluate, tokens)",
+    ]
 
 
 @pytest.mark.parametrize(

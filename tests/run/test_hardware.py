@@ -45,6 +45,17 @@ def test_torch_counts_what_the_system_shows(
     assert hardware.hardware().endswith(f", accelerator {name}, torch {torch.__version__}")
 
 
+def test_figures_of_the_accelerator_are_marked_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(hardware, "DEVICES", tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    processor, *rest = hardware.hardware().split(", ")
+    assert rest == ["accelerator a card", f"torch {torch.__version__}"]
+    assert hardware.hardware("cpu") == hardware.hardware()
+    assert hardware.hardware("cuda").split(", ") == [processor, "on accelerator a card", rest[1]]
+
+
 def test_where_devices_have_no_files_torch_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "DEVICES", tmp_path / "none")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -83,3 +83,50 @@ def test_all_bad_overrides_are_told_at_once(file: Path) -> None:
         "--set seed",
         "--set recipe.phases.7.tokens=1",
     ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "space"),
+    [
+        (["search.space.recipe.optimizer.lr=[1e-3, 3e-3]"], {"recipe.optimizer.lr": (1e-3, 3e-3)}),
+        (["search.space.seed=[0, 1]"], {"seed": (0, 1)}),
+        (["search.space.seed=[0]", "search.space.operator.heads=[2, 4]"], {"seed": (0,), "operator.heads": (2, 4)}),
+        (["search.space={operator.heads: [2]}", "search.space.operator.heads=[4]"], {"operator.heads": (4,)}),
+        (["search.space={operator.heads: [2, 4]}", "search.space.operator.heads.1=8"], {"operator.heads": (2, 8)}),
+        (
+            ["search.space={operator: [{kind: skip}]}", "search.space.operator.0.kind=hyena"],
+            {"operator": ({"kind": "hyena"},)},
+        ),
+        (
+            ["search.space=[{seed: [0]}, {seed: [1]}]", "search.space.1.recipe.phases.0.tokens=[9]"],
+            ({"seed": (0,)}, {"seed": (1,), "recipe.phases.0.tokens": (9,)}),
+        ),
+    ],
+)
+def test_one_axis_of_a_search_is_laid_over_the_file(file: Path, overrides: list[str], space: object) -> None:
+    assert load_study(file, tuple(overrides)).search.space == space
+
+
+def test_one_bound_of_a_range_is_laid_over_the_file(file: Path) -> None:
+    search = "search={method: random, trials: 2, space: {recipe.optimizer.lr: {low: 1e-4, high: 1e-2}}}"
+    (axis,) = load_study(file, (search, "search.space.recipe.optimizer.lr.low=1e-3")).search.spaces[0].values()
+    assert (axis.low, axis.high) == (1e-3, 1e-2)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        (
+            "search.space.recipe.optimiser.lr=[1]",
+            "search.space.recipe.optimiser.lr: names no key of the study; did you mean recipe.optimizer?",
+        ),
+        (
+            "search.space.recipe.optimizer.lr.0=1",
+            "search.space.recipe.optimizer.lr.0: must be a list, or a mapping of keys, got 1",
+        ),
+    ],
+)
+def test_an_axis_that_is_none_is_told_as_it_was_written(file: Path, override: str, told: str) -> None:
+    with pytest.raises(StudyError) as caught:
+        load_study(file, (override,))
+    assert str(caught.value) == f"--set {override}: {told}"

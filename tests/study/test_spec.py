@@ -86,7 +86,7 @@ KEYS = {
 WORDS = {  # another value for a field whose words are given
     "source": "jsonl", "method": "adamw", "dtype": "bfloat16", "window": "linear", "init": "random",
     "direction": "reverse", "feature_map": "hedgehog", "matmul": "medium",
-    "core": "native", "teacher_dtype": "bfloat16", "sharding": "full", "near_norm": "rms",
+    "core": "native", "processor": "cuda", "teacher_dtype": "bfloat16", "sharding": "full", "near_norm": "rms",
 }  # fmt: skip
 HEADED = ("feature_map", "degree", "key_dim", "normalise", "key_gate")  # of an operator with heads only
 NORMALISED = ("window", "sinks", "near_norm", "groups", "tied")  # of one whose weights are divided by their sum
@@ -186,6 +186,8 @@ def whole(spec: Any) -> Any:
     value |= {name: {**left_out, **value[name]} for name, left_out in before.items() if name in value}
     for phase in value.get("phases", ()):
         phase["losses"] = {"hit_weight": 1.0, **phase["losses"]}
+    if hasattr(spec, "processor"):
+        value["processor"] = "cpu"
     return value | ({"text_windows": None} if hasattr(spec, "text_windows") else {})
 
 
@@ -249,6 +251,13 @@ def test_a_number_without_a_canonical_text_has_no_key(bad: str) -> None:
     text = SPECS["tokens"].model_dump_json().replace("0.05", bad)
     with pytest.raises(ValidationError, match="finite"):
         spec_from_json(text)
+
+
+@every_kind
+def test_the_device_is_part_of_what_computes_on_it_and_left_out_of_keys_where_it_is_the_cpu(kind: str) -> None:
+    reads_files, has_it_in_its_hardware = kind in ("tokens", "import"), kind == "throughput"
+    assert hasattr(SPECS[kind], "processor") != (reads_files or has_it_in_its_hardware)
+    assert "processor" not in SPECS[kind].model_dump_json()
 
 
 @every_kind

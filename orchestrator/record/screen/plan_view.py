@@ -6,7 +6,7 @@ Invariant: looking changes nothing on disk.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from orchestrator.distill.training.journal import read_journal
@@ -14,6 +14,7 @@ from orchestrator.record.records import trial_words
 from orchestrator.record.screen.estimate import estimate
 from orchestrator.record.screen.progress import distinct_steps
 from orchestrator.record.task_results import tasks_of
+from orchestrator.run.hardware import accelerators
 from orchestrator.run.store import Store, tree_bytes
 from orchestrator.study.plan import Plan, Trial, operator_name, stage_memory
 from orchestrator.study.spec import ThroughputSpec, short
@@ -26,13 +27,14 @@ def plan_summary(plan: Plan, store: Store, speeds: dict[str, ThroughputSpec]) ->
     """Counts, costs and the tree, JSON values only. `sharing` compares with each trial computing all its own stages."""
     users = plan.users()
     own = {step.train.key: step.own_tokens for step in plan.steps}
-    asked = [step.train.key for trial in plan.trials for step in trial.steps]
+    asked = [key for path in plan.paths for key in path]  # of trials that are one path once
     asked_tokens = sum(own[key] for key in asked)
     distinct_tokens = sum(own[key] for key in users)
     steps = distinct_steps(plan)
     return {
         "study": plan.study.study,
         "trials": len(plan.trials),
+        "paths": len(plan.paths),
         "stages": len(asked),
         "distinct": len(users),
         "done": sum(store.finished(key) for key in users),
@@ -43,11 +45,12 @@ def plan_summary(plan: Plan, store: Store, speeds: dict[str, ThroughputSpec]) ->
         "all_stages": len(steps),  # with the teacher and the controls
         "all_done": sum(store.finished(key) and store.finished(step.evaluate.key) for key, (_, step) in steps.items()),
         "tokens_to_train": sum(tokens for key, tokens in own.items() if not store.finished(key)),
-        "estimate": estimate(plan, store, speeds, len(os.sched_getaffinity(0))),
+        "estimate": estimate(plan, store, speeds, _units(plan.device)),
         "memory": {
             key: {"kind": memory.spec.model_dump()["kind"], "name": memory.name, "megabytes": round(memory.bytes / 1e6)}
-            for key, memory in stage_memory(plan, speeds, "cpu").items()
+            for key, memory in stage_memory(plan, speeds, plan.device).items()
         },
+        "notes": plan.notes,
         "controls": list(plan.controls),
         "values": {trial.name: trial.values for trial in plan.trials},
         "words": trial_words(plan),
@@ -71,12 +74,16 @@ def plan_text(plan: Plan, store: Store, speeds: dict[str, ThroughputSpec]) -> st
     controls += [f"skip ({skipped})"] if skipped else []
     lines += [
         f"controls: {', '.join(controls) or 'none'}",
+        *(f"note: {note}" for note in summary["notes"]),
         "",
-        f"{summary['trials']} trials ask for {summary['stages']} stages, {summary['distinct']} distinct: sharing "
+        f"{_trials(summary)} ask for {summary['stages']} stages, {summary['distinct']} distinct: sharing "
         f"factor {summary['sharing']:.2f} in stages, {summary['sharing_tokens']:.2f} in tokens",
         f"in the store: {summary['done']} of them; with teacher and controls {summary['all_done']} of "
         f"{summary['all_stages']}",
-        *_memory_lines(told for key, told in summary["memory"].items() if not store.finished(key)),
+        *_memory_lines(
+            (told for key, told in summary["memory"].items() if not store.finished(key)),
+            "memory of a stage:" if plan.device == "cpu" else "GPU memory of a stage:",
+        ),
         _cost_text(summary),
     ]
     return "\n".join(lines)
@@ -177,8 +184,8 @@ def _rows(nodes: list[Node], indent: str, operator: str, words: dict[str, str]) 
         yield from _rows(stretch[-1]["children"], indent + ("   " if last else "│  "), node["operator"], words)
 
 
-def _memory_lines(memory: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """What the process of a stage takes on a CPU, by kind of stage, from the least to the most."""
+def _memory_lines(memory: Iterable[dict[str, Any]], title: str) -> Iterator[str]:
+    """What the process of a stage takes, by kind of stage, from the least to the most."""
     kinds: dict[str, list[int]] = {}
     for told in memory:
         kinds.setdefault(told["kind"], []).append(told["megabytes"])
@@ -188,7 +195,7 @@ def _memory_lines(memory: Iterable[dict[str, Any]]) -> Iterator[str]:
         parts.append(f"{kind} {least}{_megabytes(max(each))}")
     for start in range(0, len(parts), KINDS):
         line = ", ".join(parts[start : start + KINDS]) + ("," if start + KINDS < len(parts) else "")
-        yield f"{'' if start else 'memory of a stage:':18} {line}"
+        yield f"{'' if start else title:{len(title)}} {line}"
 
 
 def _megabytes(count: int) -> str:
@@ -197,15 +204,34 @@ def _megabytes(count: int) -> str:
 
 def _cost_text(summary: dict[str, Any]) -> str:
     cost, left = summary["estimate"], summary["tokens_to_train"]
-    if summary["all_done"] == summary["all_stages"] and not (cost and cost["core_seconds"]):
+    if summary["all_done"] == summary["all_stages"] and not (cost["unknown"] or cost["unit_seconds"][1]):
         return "to do: nothing"
-    told = f"to do: {_tokens(left)} tokens to train"
-    if cost is None:
-        return f"{told}; time and disk are not known yet: no stage was measured in this store"
-    told += f"; about {_minutes(cost['wall_seconds'])} on {cost['cores']} cores ({_minutes(cost['core_seconds'])} of "
-    told += f"core time), {cost['megabytes']:.0f} MB"
-    guessed = ", ".join(cost["unmeasured"])
-    return f"{told}\n       (not measured in this store yet: {guessed})" if guessed else told
+    told, near, unknown = f"to do: {_tokens(left)} tokens to train", ", ".join(cost["near"]), ", ".join(cost["unknown"])
+    if cost["wall_seconds"] is None:
+        return f"{told}; time and disk are unknown: nothing like it was measured here\n       (unknown: {unknown})"
+    ends = slice(0, 1) if unknown else slice(0, 2)  # what is unknown comes on top
+    wall, work = (_span(cost[name][ends], _minutes) for name in ("wall_seconds", "unit_seconds"))
+    disk = _span(cost["megabytes"][ends], lambda size: f"{size:.0f} MB")
+    unit = "core" if cost["device"] == "cpu" else "GPU"
+    told += f"; {'at least' if unknown else 'about'} {wall} on {cost['units']} {unit}{'s' * (cost['units'] > 1)}"
+    lines = [f"{told} ({work} of {unit} time), {disk}"]
+    lines += [f"       (by what others took, other models, operators, losses or lengths: {near})"] if near else []
+    lines += [f"       (nothing like it was measured here, and it comes on top: {unknown})"] if unknown else []
+    return "\n".join(lines)
+
+
+def _span(ends: tuple[float, ...], say: Callable[[float], str]) -> str:
+    return " to ".join(dict.fromkeys(map(say, ends)))
+
+
+def _units(device: str) -> int:
+    """How many cores, or GPUs, of this machine work at once; a GPU where it has none, for one elsewhere."""
+    return len(os.sched_getaffinity(0)) if device == "cpu" else max(1, accelerators())
+
+
+def _trials(summary: dict[str, Any]) -> str:
+    trials, paths = summary["trials"], summary["paths"]
+    return f"{trials} trials" if trials == paths else f"{trials} trials of {paths} different paths"
 
 
 def _minutes(seconds: float) -> str:
