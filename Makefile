@@ -19,10 +19,10 @@ study: $(INSTALLED)
 	@$(BIN)/layerswap run $(STUDY) $(ARGS)
 
 plan status report: $(INSTALLED)
-	@$(BIN)/layerswap $@ $(STUDY)
+	@$(BIN)/layerswap $@ $(STUDY) $(ARGS)
 
 ui: $(INSTALLED)
-	@$(BIN)/layerswap ui $(STUDY) --port $(PORT)
+	@$(BIN)/layerswap ui $(STUDY) --port $(PORT) $(ARGS)
 
 test: $(INSTALLED)
 	$(PYTEST) -m "not slow"

@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from operators.config import NearNorm, OperatorConfig, SkipConfig, WindowConfig
+from operators.config import HyenaConfig, NearNorm, OperatorConfig, WindowConfig
 from operators.convolution.causal import compute_dtype
 from operators.filters.base import HALF, Wide
 from operators.mixing.near import for_heads, rotated, turns
@@ -144,7 +144,7 @@ def fitting(config: OperatorConfig, attention: AttentionWeights | None) -> Opera
 
     Raises ValueError where a transfer finds queries and keys that are normed unlike each other.
     """
-    if attention is None or isinstance(config, SkipConfig) or config.window is None:
+    if attention is None or not isinstance(config, HyenaConfig | WindowConfig) or config.window is None:
         return config
     norm = config.near_norm
     with contextlib.nullcontext() if config.init == "transfer" else contextlib.suppress(ValueError):

@@ -8,6 +8,7 @@ import os
 import socket
 import sqlite3
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +32,7 @@ from orchestrator.run.hardware import hardware
 from orchestrator.study.plan import throughput_specs
 from orchestrator.study.spec import short
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 
 # Large tensors come and go every step: keep their pages instead of giving them back to the kernel (glibc), and let
@@ -44,8 +45,18 @@ PROCESS = {
 }
 
 
+def _tell_version(asked: bool) -> None:
+    if asked:
+        print(f"layerswap {metadata.version('layerswap')}")
+        raise typer.Exit()
+
+
 @app.callback()
-def _begin() -> None:
+def _begin(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
     own_process()
     for name, value in PROCESS.items():  # for worker processes, and for this one where it computes: torch comes later
         os.environ.setdefault(name, value)

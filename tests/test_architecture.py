@@ -25,8 +25,8 @@ SOURCES = sorted(path for room in ("operators", "orchestrator") for path in (ROO
 TORCH_FREE = [ROOT / "operators" / "__init__.py", ROOT / "operators" / "config.py", ROOT / "orchestrator" / "files.py"]
 TORCH_FREE += sorted((ROOT / "orchestrator" / "study").glob("*.py"))
 TOP_LEVEL = {
-    ".ci", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "README.md", "constraints.txt", "docs",
-    "operators", "orchestrator", "pyproject.toml", "studies", "tests",
+    ".ci", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "constraints.txt",
+    "docs", "operators", "orchestrator", "pyproject.toml", "studies", "tests",
 }  # fmt: skip
 every_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from orchestrator.files import published_directory
 from orchestrator.record.commands import commands_of
 from tests.record.handmade import Hand
 
+ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = ["--set", "a=b c", "--set", "d=1", "--device", "cuda", "--gpus-per-stage", "0.25", "--claims", "lease"]
 PLACE = "s.yaml --set 'a=b c' --set d=1 --home 'my home'"
 
@@ -56,6 +58,22 @@ def test_where_only_the_study_was_given_they_are_the_plain_ones(monkeypatch: pyt
 def test_numbers_are_written_as_people_write_them() -> None:
     told = commands("run", "--checkpoint-seconds", "15.0", "--gpus-per-stage", "1e-1")["run"]
     assert told == "layerswap run s.yaml --gpus-per-stage 0.1 --checkpoint-seconds 15"
+
+
+def test_the_version_is_that_of_the_package_whatever_else_is_asked() -> None:
+    stated = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    for words in (["--version"], ["--version", "run", "no.yaml"]):
+        done = CliRunner().invoke(app, words)
+        assert (done.exit_code, done.output) == (0, f"layerswap {stated}\n")
+
+
+@pytest.mark.parametrize(("word", "offered"), [("ex", ["export"]), ("re", ["report"]), ("no", [])])
+def test_a_shell_completes_the_commands(word: str, offered: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_LAYERSWAP_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"layerswap {word}")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    done = CliRunner().invoke(app, [], prog_name="layerswap")
+    assert done.output.split() == offered
 
 
 @pytest.fixture

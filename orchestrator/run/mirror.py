@@ -22,6 +22,7 @@ from orchestrator.run.claims import exclusively
 from orchestrator.run.store import DONE, Store
 from orchestrator.study.spec import place_of, short
 
+S3 = ("s3://", "s3a://")
 BESIDE = ("spec.json", "journal.jsonl")  # what a stage has beside its artefacts
 
 
@@ -36,7 +37,11 @@ class Mirror:
         self.url = url
         try:
             self._files, self._root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
+        except ImportError as error:  # it names the package of this file system
+            own = f"pip install it in the version of fsspec, {fsspec.__version__}"
+            remedy = "pip install 'layerswap[s3]'" if url.startswith(S3) else own
+            raise MirrorError(f"--mirror {url}: {error}: {remedy}") from error
+        except ValueError as error:
             raise MirrorError(f"--mirror {url}: {error}: give a URL like file:///shared/stages") from error
 
     def finished(self, key: str) -> bool:

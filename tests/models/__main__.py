@@ -10,8 +10,9 @@ import torch
 from transformers.utils import logging
 
 from tests.models.exporting import export, loaded_alone
-from tests.models.outcomes import PAGE, README, outcome, summary, table, write
+from tests.models.outcomes import outcome, summary, table
 from tests.models.tiny import TYPES
+from tests.pages import FAMILIES, README, write
 
 
 def main() -> None:
@@ -35,8 +36,8 @@ def main() -> None:
     if wrong:
         raise SystemExit("\n".join(f"{name}, exported: {fault}" for name, fault in wrong.items()))
     if asked.write:
-        write(PAGE, table(found))
-        write(README, summary(found))
+        write(FAMILIES, "tests.models", table(found))
+        write(README, "tests.models", summary(found))
 
 
 main()

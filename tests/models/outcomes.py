@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import textwrap
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 
 from orchestrator.distill.models.sites import decoder_layers, sites
 from orchestrator.distill.models.whole import check_again
 from tests.models.checks import AS_TEACHER, CHECKS
 from tests.models.tiny import NOT_MADE, TYPES, build
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE, README = ROOT / "docs" / "families.md", ROOT / "README.md"
-BEGIN, END = "<!-- written by python -m tests.models --write -->", "<!-- end -->"
 HYBRID = "those with softmax attention"
 
 
@@ -74,18 +69,6 @@ def table(outcomes: Iterable[Outcome]) -> str:
 
 
 def summary(outcomes: Iterable[Outcome]) -> str:
-    """The paragraph of README."""
-    good = [found.name for found in outcomes if not found.refused]
-    told = f"{len(good)} of the {len(TYPES)} causal-LM types of transformers pass every check: {', '.join(good)}."
-    return "\n".join(textwrap.wrap(told, 125))
-
-
-def written(page: Path) -> str:
-    """What stands between the marks of a page."""
-    return page.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip()
-
-
-def write(page: Path, text: str) -> None:
-    """Put a text between the marks of a page."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    """The line of README."""
+    good = sum(not found.refused for found in outcomes)
+    return f"{good} of the {len(TYPES)} causal-LM types of transformers pass every check."

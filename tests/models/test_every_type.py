@@ -9,8 +9,9 @@ from orchestrator.distill.models.verify import check_reading
 from orchestrator.study.shapes import sizes
 from tests.models.exporting import export, loaded_alone
 from tests.models.models import teacher_of
-from tests.models.outcomes import PAGE, README, Outcome, outcome, refusal, summary, table, written
+from tests.models.outcomes import Outcome, outcome, refusal, summary, table
 from tests.models.tiny import TYPES, config_of
+from tests.pages import FAMILIES, README, written
 
 LEAST = 70  # types that pass
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -52,5 +53,5 @@ def test_exported_students_load_elsewhere(elsewhere: dict[str, str]) -> None:
 def test_the_docs_tell_what_became_of_each(outcomes: dict[str, Outcome]) -> None:
     assert len(outcomes) == len(TYPES)
     assert sum(not found.refused for found in outcomes.values()) >= LEAST
-    assert written(PAGE) == table(outcomes.values())
-    assert written(README) == summary(outcomes.values())
+    assert written(FAMILIES, "tests.models") == table(outcomes.values())
+    assert written(README, "tests.models") == summary(outcomes.values())

@@ -17,12 +17,14 @@ from tests.mutants.inside import STARTED
 
 COPIED = (
     ".ci",
+    "docs",
     "operators",
     "orchestrator",
     "studies",
     "tests",
     "README.md",
     "CONTRIBUTING.md",
+    "CHANGELOG.md",
     "Makefile",
     "pyproject.toml",
     "constraints.txt",

@@ -134,7 +134,9 @@ def test_second_run_trains_nothing_and_is_quick(finished: Path) -> None:
     here(finished, "run")
     assert weights(finished) == before
     assert {path: path.stat().st_mtime for path in finished.glob("store/*/*/DONE.json")} == times
-    assert all(row["reused"] for row in records(finished)["records"])
+    told = records(finished)
+    assert told["run"]["runs"] == 2  # and what the first one trained is the study's own still
+    assert {row["stage_key"] for row in told["records"] if not row["reused"]} == set(told["run"]["trained"])
 
 
 @pytest.mark.usefixtures("on_cluster")
@@ -143,8 +145,10 @@ def test_edited_last_stage_trains_only_what_depends_on_it(finished: Path) -> Non
     change = ("--set", "search.space.1={recipe.joint.0.losses: [{kl: 1.0, ce: 0.25}]}")
     here(finished, "run", *change)
     fresh = set(weights(finished)) - before
-    rows = [row for row in records(finished, *change)["records"] if row["stage_key"] in fresh]
+    every = records(finished, *change)["records"]
+    rows = [row for row in every if row["stage_key"] in fresh]
     assert {(row["name"], row["stage_index"]) for row in rows} == {("trial-01 joint", 2)}
+    assert [row["reused"] for row in every] == [row["stage_key"] not in fresh for row in every]
     assert len(fresh) == 1
 
 

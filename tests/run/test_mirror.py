@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
+import sys
 from pathlib import Path
 
 import fsspec
@@ -111,3 +113,19 @@ def test_a_url_that_no_file_system_knows_is_told() -> None:
     with pytest.raises(MirrorError, match=r"--mirror nowhere://x: Protocol not known: nowhere: give a URL like file"):
         Mirror("nowhere://x")
     assert fsspec.available_protocols()
+
+
+@pytest.mark.parametrize(
+    ("url", "remedy"),
+    [
+        ("s3://bucket/stages", "Install s3fs to access S3: pip install 'layerswap[s3]'"),
+        ("gs://bucket/stages", f"Storage: pip install it in the version of fsspec, {fsspec.__version__}"),
+    ],
+)
+def test_a_file_system_whose_package_is_not_there_is_told_with_its_package(
+    url: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("s3fs", "gcsfs"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MirrorError, match=f"^--mirror {url}: .*{re.escape(remedy)}$"):
+        Mirror(url)
