@@ -132,6 +132,28 @@ def status(command: typer.Context, study: StudyName, overrides: Overrides = None
 
 
 @app.command()
+def log(
+    command: typer.Context,
+    study: StudyName,
+    stage: Annotated[
+        str | None,
+        typer.Argument(metavar="[STAGE]", help="start of a stage key, or trial-03:2; default: those failed or begun"),
+    ] = None,
+    overrides: Overrides = None,
+    home: HomeDirectory = None,
+) -> None:
+    """Print what the processes of stages wrote while they computed."""
+    from orchestrator.record.screen.logs import log_text
+
+    job = look_at(command, study, overrides, home)
+    store = store_of(study, home, must_exist=True)
+    try:
+        print(log_text(job.plan, store, job.speeds, stage))
+    except ValueError as error:
+        bad_input(error)
+
+
+@app.command()
 def report(
     command: typer.Context,
     study: StudyName,

@@ -24,7 +24,8 @@ from orchestrator.record.job import Job
 from orchestrator.record.provenance import Provenance
 from orchestrator.record.records import Record, best_path, make_records
 from orchestrator.record.remembered import Run
-from orchestrator.record.screen.progress import Progress, distinct_steps
+from orchestrator.record.screen.facts import distinct_steps
+from orchestrator.record.screen.progress import Progress
 from orchestrator.record.tracking.recorder import Recorder
 from orchestrator.run.cluster import Cluster
 from orchestrator.run.interrupt import Interrupt
@@ -33,6 +34,7 @@ from orchestrator.run.sweep import Outcome, missing, run_plan
 from orchestrator.study.plan import Plan
 
 LOOK_SECONDS = 2.0  # between looks at what is finished
+DRAW_SECONDS = 1.0  # between frames, on a terminal
 REMEMBER_SECONDS = 15.0  # of a run that a kill may take from what is told of its cost
 ROUNDS = 2  # of computing what the store lacks
 
@@ -53,18 +55,20 @@ def _run(job: Job, store: Store, context: RunContext, cluster: Cluster, interrup
     watch = _Watch(job, store, cluster.cpus, run)
     recorder = Recorder(job.home, job.plan, job.speeds)
     outcome = Outcome(stopped)
-    watch.start()
-    recorder.start()
-    with suppress(KeyboardInterrupt):  # `interrupt` knows
-        outcome = _compute(job, store, context, cluster, outcome)
-    watch.stop()
+    try:
+        watch.start()
+        recorder.start()
+        with suppress(KeyboardInterrupt):  # `interrupt` knows
+            outcome = _compute(job, store, context, cluster, outcome)
+    finally:
+        watch.stop()
     if interrupt.number:
         outcome.failures.clear()  # of stages that were asked to stop; a stage that failed itself has told the store
     status = "interrupted" if interrupt.number else "failed" if outcome.failures else "finished"
     decided = outcome.stopped if status == "finished" else None
     watch.tell(status=status, failures=outcome.failures, stopped=decided)
     _, text = report(job, recorder, outcome)
-    return _tell(job, outcome, text, interrupt.number)
+    return _tell(job, outcome, text, interrupt.number, watch.progress.failures())
 
 
 def _compute(job: Job, store: Store, context: RunContext, cluster: Cluster, outcome: Outcome) -> Outcome:
@@ -152,8 +156,10 @@ class _Watch:
 
     def stop(self) -> None:
         self.over.set()
-        self.thread.join()
+        if self.thread.is_alive():
+            self.thread.join()
         self._look()
+        self.progress.end()
 
     def tell(self, **more: Any) -> None:
         """Let the home remember the run as it is now."""
@@ -171,22 +177,30 @@ class _Watch:
             self.peak_mb = max(self.peak_mb, _tree_rss_mb())
 
     def _again_and_again(self) -> None:
-        while not self.over.wait(LOOK_SECONDS):
-            self._look()
+        looked = time.monotonic()
+        while not self.over.wait(DRAW_SECONDS):
+            if time.monotonic() - looked >= LOOK_SECONDS:
+                looked = time.monotonic()
+                self._look()
             if time.monotonic() - self.told > REMEMBER_SECONDS:
                 self.tell()
+            self.progress.draw()
 
 
-def _tell(job: Job, outcome: Outcome, text: str, stopped_by: int) -> int:
+def _tell(job: Job, outcome: Outcome, text: str, stopped_by: int, failed: list[str]) -> int:
+    failed = [f"failed: {line}" for line in failed]
     if stopped_by:
-        told = ["stopped; nothing finished is lost", *_unfinished(job), f"go on with: {job.commands['run']}"]
+        told = ["stopped; nothing finished is lost", *failed, *_unfinished(job), f"go on with: {job.commands['run']}"]
         print("\n".join(told), file=sys.stderr)
         return 128 + stopped_by
     print(f"\n{text}", flush=True)
     for name, steps in outcome.stopped.items():
         print(f"{name} was stopped early after {steps} stages")
+    for line in failed:
+        print(line, file=sys.stderr)
     for name, reason in outcome.failures.items():
-        print(f"failed: {name}: {reason}", file=sys.stderr)
+        if not any(reason in line for line in failed):  # of no stage, or the stage that it is of has told itself
+            print(f"failed: {name}: {reason}", file=sys.stderr)
     if outcome.failures:
         print(
             f"{len(outcome.failures)} failed, the rest is finished; go on with: {job.commands['run']}", file=sys.stderr

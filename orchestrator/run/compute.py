@@ -24,6 +24,7 @@ from orchestrator.files import fsync_tree, sealed, sha256_file, write_json, writ
 from orchestrator.run.claims import Claim, claim_of
 from orchestrator.run.cluster import uses_device
 from orchestrator.run.hardware import machine
+from orchestrator.run.log import logged
 from orchestrator.run.mirror import Mirror
 from orchestrator.run.store import ATTEMPT, DONE, FAILURE, Store, StoreError, clear_torn, tree_bytes
 from orchestrator.study.spec import short, spec_from_json
@@ -59,7 +60,9 @@ def compute(spec_json: str, context: RunContext, expired: str | None = None) -> 
         raise StageClaimed(f"stage {short(spec.key)} is being computed by another process")
     try:
         if not store.finished(spec.key):
-            _attempt(spec, spec_json, store, folder, context, claim)
+            number = (store.attempt(spec.key) or {}).get("number", 0) + 1
+            with logged(folder, f"{spec.kind}, attempt {number}"):
+                _attempt(spec, spec_json, store, folder, context, claim)
         if context.mirror is not None:
             with contextlib.suppress(Exception):  # the driver tells at its end what the mirror lacks
                 Mirror(context.mirror).upload(store, spec.key)
@@ -97,8 +100,9 @@ def _attempt(spec: Any, spec_json: str, store: Store, folder: Path, context: Run
         result = run(spec, Workplace(inputs, work, folder, out, context, partial(store.say, spec.key)))
         if claim.lost():
             raise ClaimLost(f"stage {short(spec.key)} was taken over by another process")
-        peak = peak_mb(device) if spec.world_size == 1 else None
-        _publish(spec, folder, out, result, Cost(began, busy, peak, machine(device)))
+        here = spec.world_size == 1  # ranks compute elsewhere, and this process has none of their devices
+        peak, on = peak_mb(device) if here else None, machine(device) if here or device == "cpu" else None
+        _publish(spec, folder, out, result, Cost(began, busy, peak, on))
     except (Stopped, Disturbed, ClaimLost):
         raise
     except Exception as error:
@@ -159,7 +163,7 @@ class Cost:
     began: float
     busy: float
     peak_mb: float | None
-    machine: str
+    machine: str | None
 
 
 def _publish(spec: Any, folder: Path, out: Path, result: dict[str, Any], cost: Cost) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.distill.context import Workplace
+from orchestrator.run.log import logged
 
 Result = dict[str, Any]
 
@@ -68,11 +69,13 @@ def _on_rank(given: dict[str, Any]) -> Result | None:
     place: Workplace = given["place"]
     if place.context.device.startswith("cuda"):
         place = dataclasses.replace(place, context=dataclasses.replace(place.context, device=str(get_device())))
-    if get_context().get_world_rank() == 0:
-        return run_stage(given["spec"], place)
-    with tempfile.TemporaryDirectory(prefix="layerswap-rank-") as name:
-        silent = dataclasses.replace(place.context, checkpoint_seconds=math.inf)
-        run_stage(given["spec"], dataclasses.replace(place, journal=Path(name), out=Path(name), context=silent))
+    rank = get_context().get_world_rank()
+    with logged(place.journal, f"rank {rank} of {get_context().get_world_size()}"):
+        if rank == 0:
+            return run_stage(given["spec"], place)
+        with tempfile.TemporaryDirectory(prefix="layerswap-rank-") as name:
+            silent = dataclasses.replace(place.context, checkpoint_seconds=math.inf)
+            run_stage(given["spec"], dataclasses.replace(place, journal=Path(name), out=Path(name), context=silent))
     return None
 
 

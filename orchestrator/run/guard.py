@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import psutil
 
 SECONDS = 10.0  # after which it gives up
-DIED = "Ray's {} has died; nothing finished is lost, go on with the same command\n"
+DIED = "Ray's {} has died; nothing finished is lost, go on with the same command"
 
 
 @contextmanager
@@ -39,6 +39,8 @@ def guarded(folder: str) -> Iterator[None]:
 @contextmanager
 def watched(*names: str) -> Iterator[None]:
     """Inside this context, exit with code 1 when a child process of one of these names ends."""
+    from orchestrator.run.last_words import say_last  # here, for this file is a program of its own as well
+
     children = [(child, name) for child in psutil.Process().children() if (name := child.name()) in names]
     over = threading.Event()
 
@@ -46,7 +48,7 @@ def watched(*names: str) -> Iterator[None]:
         while not over.wait(1.0):
             dead = [name for child, name in children if not _alive(child)]
             if dead and not over.is_set():
-                os.write(2, DIED.format(dead[0]).encode())
+                say_last(DIED.format(dead[0]))
                 os._exit(1)
 
     thread = threading.Thread(target=watch, daemon=True)

@@ -13,6 +13,8 @@ import signal
 from pathlib import Path
 from types import TracebackType
 
+from orchestrator.run.last_words import say_last
+
 TOLD = "stopping at the next checkpoint; once more stops at once"
 AT_ONCE = "stopped at once; nothing finished is lost, go on with the same command"
 
@@ -53,7 +55,7 @@ class Interrupt:
     def _arrived(self, number: int, _: object) -> None:
         if self.number:
             self._tidy()
-            _say(AT_ONCE)
+            say_last(AT_ONCE)
             os._exit(128 + self.number)
         self.number = number
         self._ask()

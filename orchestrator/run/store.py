@@ -4,6 +4,7 @@
                    lock               held by whoever computes the stage; lease.json where leases are used
                    attempt.json       who computes it since when, and which attempt this is
                    failure.json       why the last attempt failed
+                   log.txt            what its attempts wrote to stdout and stderr
                    work/step-000120/  checkpoints of an unfinished stage
                    journal.jsonl      its history
                    artefacts/         what it made

@@ -17,11 +17,13 @@ from typer.testing import CliRunner
 
 from orchestrator.cli import app
 from orchestrator.distill.measuring import tasks as asking
+from orchestrator.record import evaluating
 from orchestrator.record.home import Home
 from orchestrator.record.remembered import variant_of
 from orchestrator.record.task_results import task_numbers, task_results
 from orchestrator.run.store import Store
 from orchestrator.study.plan import Plan
+from orchestrator.study.recipe import Numerics
 from tests.conftest import TEXT
 from tests.test_export_command import STUDY, computed
 
@@ -319,3 +321,20 @@ def test_another_lm_eval_is_refused(
 
     monkeypatch.setattr("orchestrator.distill.measuring.harness.version", version)
     assert told in evaluate(finished, code=2).stderr
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_is_asked_on_a_device_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    asked: list[Any] = []
+
+    def enough(spec: Any, *_: Any) -> None:
+        asked.append(spec)
+        raise InterruptedError
+
+    monkeypatch.setattr(evaluating, "accelerators", lambda: 1)
+    monkeypatch.setattr(evaluating, "_compute", enough)
+    identity = {"tokens": None, "teacher": None, "subject": None, "folder": "f", "numerics": Numerics()}
+    question = evaluating.Question((str(TASKS / "choice.yaml"),), None, 1, False, 1, device)
+    with pytest.raises(InterruptedError):
+        evaluating.evaluate(question, [evaluating.Model("m", identity)], Store(tmp_path), None)
+    assert [spec.processor for spec in asked] == [device]

@@ -105,6 +105,7 @@ def test_the_plan_of_another_device_is_of_other_stages(tmp_path: Path) -> None:
     """What the CPU took says nothing of it, and its memory is the accelerator's."""
     here, there = summary(tmp_path), summary(tmp_path, "--device", "cuda")
     assert here["teacher"]["key"] != there["teacher"]["key"]
+    assert here["memory"].keys().isdisjoint(there["memory"])  # measurements of speed are among them
     done(Store(tmp_path / "store"), here["teacher"]["key"], "teacher")
     lines = plan(tmp_path, "--device", "cuda").splitlines()
     assert lines[2] == "teacher  3 layers, 61 k tokens"

@@ -198,5 +198,4 @@ def test_the_terminal_counts_models_that_are_probed(
     progress.tick()
     told = [line.split("] ")[1] for line in capsys.readouterr().out.splitlines()]
     assert told == ["probes 2 of 9 models", "probes 3 of 9 models"]
-    progress.rates["beside"] = 1.0
-    assert progress._time_left() == "about 20 s left"  # six of three seconds
+    assert progress._time_left(0.0) == "about 20 s left"  # six of three seconds

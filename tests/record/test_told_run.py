@@ -147,6 +147,35 @@ def test_failures_end_in_an_exit_code_and_are_told(scene: Scene, capsys: pytest.
     assert (stopped, failures, summary) == ({"trial-02": 1}, {"trial-00": "NonFiniteLoss: step 4"}, {})
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_stage_that_failed_is_told_again_at_the_end_with_its_log(
+    interrupted: bool, scene: Scene, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hand, key = scene.hand, scene.hand.key("two 0")
+    folder = hand.store.folder(key)
+
+    def compute() -> Outcome:
+        hand.attempt(key, number=2)
+        (folder / "log.txt").write_text("...")
+        (folder / "failure.json").write_text('{"error": "OSError: no space", "traceback": "..."}')
+        if interrupted:
+            scene.interrupt.number = 2
+            raise KeyboardInterrupt
+        return Outcome({}, {"trial-00": "OSError: no space", "trial-01": "OSError: no space", "store": "gone"})
+
+    scene.compute = compute
+    assert scene.run() == (130 if interrupted else 1)
+    out, err = capsys.readouterr()
+    failure = ["trial-00 stage 1/3 layers 0: OSError: no space", f"          log: {folder / 'log.txt'}"]
+    assert [line.partition("FAILED ")[2] for line in out.splitlines() if "FAILED" in line] == failure[:1]
+    told = err.splitlines()
+    at = told.index(f"failed: {failure[0]}")
+    assert told[at + 1] == failure[1]
+    assert [line for line in told if line.startswith("failed: ")][1:] == (
+        [] if interrupted else ["failed: store: gone"]
+    )
+
+
 def test_what_vanished_is_computed_once_more_and_then_told(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
     hand = scene.hand
     gone = hand.store.folder(hand.key("two 0")) / "DONE.json"

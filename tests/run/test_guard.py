@@ -81,4 +81,4 @@ def test_a_driver_ends_when_its_instance_dies(tmp_path: Path) -> None:
         "with watched('raylet'): child.kill(); time.sleep(600)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(raylet)], capture_output=True, text=True, timeout=250)
-    assert (done.returncode, done.stderr) == (1, DIED.format("raylet"))
+    assert (done.returncode, done.stderr) == (1, f"{DIED.format('raylet')}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from orchestrator.distill.context import RunContext
 from orchestrator.run import hardware
+from orchestrator.run.compute import compute
+from orchestrator.run.store import Store
+from orchestrator.study.spec import TokensSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -69,3 +74,11 @@ def test_the_processor_is_named_as_the_system_names_it(tmp_path: Path, monkeypat
     monkeypatch.setattr(hardware, "PROCESSORS", tmp_path / "cpuinfo")
     monkeypatch.setattr("os.cpu_count", lambda: 7)
     assert hardware.hardware().startswith("A Chip: Second x7, accelerator ")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_finished_stage_says_what_it_ran_on(text: tuple[TokensSpec, RunContext], device: str) -> None:
+    """This one reads files, which no device does."""
+    spec, context = text
+    compute(spec.model_dump_json(), dataclasses.replace(context, device=device))
+    assert Store(Path(context.store)).done(spec.key)["machine"] == hardware.machine("cpu")

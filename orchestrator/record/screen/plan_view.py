@@ -12,7 +12,7 @@ from typing import Any
 from orchestrator.distill.training.journal import read_journal
 from orchestrator.record.records import trial_words
 from orchestrator.record.screen.estimate import estimate
-from orchestrator.record.screen.progress import distinct_steps
+from orchestrator.record.screen.facts import distinct_steps
 from orchestrator.record.task_results import tasks_of
 from orchestrator.run.hardware import accelerators
 from orchestrator.run.store import Store, tree_bytes

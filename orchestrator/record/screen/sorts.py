@@ -44,7 +44,7 @@ class Took:
     """What a finished stage took."""
 
     sort: Sort
-    machine: str | None  # none: an earlier version did not tell
+    machine: str | None  # none: not known, as of several processes on GPUs
     parameters: float | None  # of its model
     rate: float | None  # tokens a second of its training
     beside: float | None  # seconds beside the training; none where a resumed stage timed its last attempt only
