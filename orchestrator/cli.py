@@ -16,6 +16,7 @@ import typer
 
 from orchestrator.record import home_commands
 from orchestrator.record.given import bad_input, home_of, load, look_at, needed_of_all, run_job, store_of
+from orchestrator.record.measure import measure
 from orchestrator.record.options import (
     BestOf,
     Claims,
@@ -122,6 +123,9 @@ def run(
     raise typer.Exit(code)
 
 
+app.command()(measure)
+
+
 @app.command()
 def status(command: typer.Context, study: StudyName, overrides: Overrides = None, home: HomeDirectory = None) -> None:
     """Say what is finished, failed, begun or not begun."""
@@ -199,7 +203,7 @@ def export(
     from orchestrator.distill.models.export import export_student, swapped_layers
     from orchestrator.distill.models.origin import origin_of
     from orchestrator.record.card import model_card
-    from orchestrator.record.choice import exported_stage
+    from orchestrator.record.choice import exported_stage, told_apart
     from orchestrator.record.records import make_records
 
     store = store_of(study, home, must_exist=True)
@@ -228,6 +232,8 @@ def export(
     print(f"wrote stage {short(key)} to {to}; load it with")
     print(f"AutoModelForCausalLM.from_pretrained({str(to)!r}, trust_remote_code=True),")
     print("its tokenizer with AutoTokenizer and the same arguments")
+    if (note := told_apart(records, key)) is not None:
+        print(note)
 
 
 @app.command()

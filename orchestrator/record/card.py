@@ -12,7 +12,9 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from orchestrator.distill.models.origin import Origin
-from orchestrator.record.answer.report import legend, pipe_table, table
+from orchestrator.record.answer.frames import table
+from orchestrator.record.answer.markdown import pipe_table
+from orchestrator.record.answer.verdict import legend
 from orchestrator.record.records import Record
 from orchestrator.record.screen.plan_view import layer_ranges
 from orchestrator.study.plan import Plan, Trial

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from orchestrator.record.records import Record, best_path, pareto_front
+from orchestrator.record.groups import Record, ratio_of, students, ties
+from orchestrator.record.records import best_path, ends, pareto_front
 from orchestrator.run.store import Store
 from orchestrator.study.plan import Plan, Trial
 
@@ -17,6 +18,7 @@ def exported_stage(
 ) -> str:
     """The key of the finished student that `--trial`, `--stage` and `--best` mean, each of which may be None.
 
+    Of trials that differ in their seed alone it is the one whose perplexity ratio is nearest to their mean.
     Raises `ValueError` where none or several fit.
     """
     if stage is None:
@@ -57,7 +59,7 @@ def _chosen(plan: Plan, records: list[Record], trial: str | None, best: str | No
     if best is None:
         found = rows[-1:] if trial is not None else best_path(records)[-1:]
     elif best == "quality":
-        found = sorted(rows, key=lambda row: (row["metrics"]["perplexity_ratio"], -len(row["swapped_layers"])))[:1]
+        found = sorted(students(rows), key=lambda row: (ratio_of(row), -len(row["swapped_layers"])))[:1]
     else:
         front = pareto_front(rows, SPEED, length)
         found = front[-1:] if best == "speed" else knee(front, length)
@@ -68,13 +70,24 @@ def _chosen(plan: Plan, records: list[Record], trial: str | None, best: str | No
     return str(found[0]["stage_key"])
 
 
+def told_apart(records: list[Record], key: str) -> str | None:
+    """What to know of a chosen student: others that end with as many layers and cannot be told apart from it."""
+    rows = ends(records)
+    chosen = next((row for row in rows if row["stage_key"] == key), None)
+    if chosen is None:
+        return None
+    alike = [row for row in rows if len(row["swapped_layers"]) == len(chosen["swapped_layers"])]
+    names = [row["label"] for row in ties(chosen, alike, students(records))]
+    return f"as good within the noise of seeds: {', '.join(names)}" if names else None
+
+
 def knee(front: list[Record], length: str) -> list[Record]:
     """The point of a front, slowest first, that is farthest below the straight line between its ends, where the
     picture draws it: speed across, logarithm of the perplexity ratio upwards.
 
     The slowest, which is the one of best quality, where none is below the line; none of an empty front.
     """
-    points = [(row["metrics"][SPEED][length], math.log(row["metrics"]["perplexity_ratio"])) for row in front]
+    points = [(row["metrics"][SPEED][length], math.log(ratio_of(row))) for row in front]
     if not points:
         return []
     (x_0, y_0), (x_1, y_1) = points[0], points[-1]

@@ -18,7 +18,8 @@ import psutil
 
 from orchestrator.distill.context import RunContext, newest_step
 from orchestrator.distill.training.journal import read_journal
-from orchestrator.record.answer.report import answer, write_report
+from orchestrator.record.answer.report import write_report
+from orchestrator.record.answer.text import answer
 from orchestrator.record.catalogue import summarise
 from orchestrator.record.job import Job
 from orchestrator.record.provenance import Provenance
@@ -89,15 +90,15 @@ def report(job: Job, recorder: Recorder | None, outcome: Outcome | None = None) 
     Without a recorder nothing is written, in MLflow or here. Returns the records and the answer for the terminal. What
     cannot be written, or MLflow does not take, is told and stops nothing.
     """
-    cost = cost_of(job)
+    cost, store = cost_of(job), Store(job.home.store, write=False)
     if recorder is not None:
         recorder.catch_up()
     run_id = (lambda _: None) if recorder is None else recorder.run_id
-    records = make_records(job.plan, Store(job.home.store, write=False), job.speeds, set(cost["trained"]), run_id)
+    records = make_records(job.plan, store, job.speeds, set(cost["trained"]), run_id)
     if recorder is not None:
-        _write(job, recorder, records, cost, outcome or Outcome(job.variant.stopped()))
+        _write(job, store, recorder, records, cost, outcome or Outcome(job.variant.stopped()))
     commands = [
-        f"report:   {job.variant.folder / 'report.md'}",
+        f"report:   {job.variant.folder / 'report.html'}",
         f"records:  {job.commands['report']} --json records.json",
         f"export:   {job.commands['export']} --to student",
         f"browse:   {job.commands['ui']}",
@@ -105,9 +106,11 @@ def report(job: Job, recorder: Recorder | None, outcome: Outcome | None = None) 
     return records, answer(job.plan, records, cost, commands)
 
 
-def _write(job: Job, recorder: Recorder, records: list[Record], cost: dict[str, Any], outcome: Outcome) -> None:
+def _write(
+    job: Job, store: Store, recorder: Recorder, records: list[Record], cost: dict[str, Any], outcome: Outcome
+) -> None:
     files: dict[str, Path] = {}
-    _unless_full(lambda: files.update(write_report(job.plan, records, cost, job.variant.folder)))
+    _unless_full(lambda: files.update(write_report(job.plan, store, records, cost, job.variant.folder)))
     best = best_path(records)
     summary = {"best_perplexity_ratio": best[-1]["metrics"]["perplexity_ratio"]} if best else {}
     recorder.finish(outcome.stopped, outcome.failures, summary, sorted(files.values()))
@@ -115,7 +118,7 @@ def _write(job: Job, recorder: Recorder, records: list[Record], cost: dict[str, 
         print(line, file=sys.stderr)
     if job.variant.runs():
         stages = [step.train.key for _, step in distinct_steps(job.plan).values()]
-        done = sum(Store(job.home.store, write=False).finished(key) for key in stages)
+        done = sum(store.finished(key) for key in stages)
         _unless_full(lambda: summarise(job.variant, records, (done, len(stages)), cost["disk_mb"]))
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.distill.context import RunContext
-from orchestrator.record.answer.report import text_table
 from orchestrator.record.answer.task_table import LEGEND, task_table
+from orchestrator.record.answer.text import text_table
 from orchestrator.record.choice import exported_stage
 from orchestrator.record.driver import report
 from orchestrator.record.job import Job

@@ -14,6 +14,7 @@ from typing import Literal
 from orchestrator.record.home import Home
 from orchestrator.record.records import Record, best_path, pareto_front
 from orchestrator.record.remembered import Variant, variants
+from orchestrator.record.speeds import measured_again
 from orchestrator.run.store import Store, tree_bytes
 from orchestrator.study.plan import Plan
 from orchestrator.study.spec import short
@@ -107,7 +108,8 @@ def needed_elsewhere(home: Home, variant: Variant) -> set[str]:
 def to_delete(home: Home, variant: Variant, store: Store) -> Room:
     """The stages that only this variant needs."""
     elsewhere = needed_elsewhere(home, variant)
-    mine = sorted(key for key in variant.needed() if store.folder(key).is_dir())
+    needed = variant.needed()
+    mine = sorted(key for key in needed | measured_again(store, needed) if store.folder(key).is_dir())
     sizes = {key: tree_bytes(store.folder(key)) for key in mine}
     return Room(tuple((key, sizes[key]) for key in mine if key not in elsewhere), sum(key in elsewhere for key in mine))
 

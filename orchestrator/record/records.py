@@ -6,15 +6,15 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from orchestrator.record.groups import OWN, ratio_of, students
+from orchestrator.record.groups import Record as Record
 from orchestrator.record.probe_results import probe_result
+from orchestrator.record.speeds import speed_of
 from orchestrator.record.task_results import task_results
 from orchestrator.run.store import Store
 from orchestrator.study.plan import Plan, Trial, operator_name
 from orchestrator.study.spec import ThroughputSpec
 from orchestrator.study.stages import Step
-
-Record = dict[str, Any]
-OWN = "the study's own values"  # of a trial that sets none
 
 
 def make_records(
@@ -37,8 +37,8 @@ def make_records(
         trained_result, quality = store.result(step.train.key), store.result(step.evaluate.key)
         metrics = {**quality, "student_tokens": step.tokens, "parameters": quality["parameters"]}
         speed = speeds.get(step.train.key)
-        if speed is not None and store.finished(speed.key):
-            metrics |= store.result(speed.key)
+        if speed is not None:
+            metrics |= speed_of(store, speed)
         if trained_result.get("tokens_per_s"):
             metrics["stage_tokens_per_s"] = trained_result["tokens_per_s"]
             metrics["stage_seconds"] = trained_result["seconds"]
@@ -47,6 +47,8 @@ def make_records(
             "kind": kind,
             "name": name,
             "trial": None,
+            "group": None,
+            "seed": None,
             "stage_index": None,
             "stage_count": None,
             "operator": None if operator is None else operator_name(operator),
@@ -63,7 +65,7 @@ def make_records(
             **more,
         }
 
-    words = trial_words(plan)
+    words, groups = trial_words(plan), seed_groups(plan)
     rows = [*record("teacher", "teacher", plan.teacher)]
     if rows:
         rows[0]["metrics"]["teacher_tokens"] = getattr(plan.teacher.train, "token_budget", None)
@@ -73,36 +75,48 @@ def make_records(
         for index, step in enumerate(trial.steps):
             place = {"trial": trial.name, "stage_index": index, "stage_count": len(trial.steps)}
             place |= {"values": trial.values, "words": words[trial.name]}
+            place |= {"group": groups[trial.name], "seed": trial.study.seed}
             label = "joint" if step.joint else f"stage {index + 1}"
             rows += record("stage", f"{trial.name} {label}", step, joint=step.joint, **place)
     return rows
 
 
+def seed_groups(plan: Plan) -> dict[str, str]:
+    """By trial the first one that is the same but for its seed."""
+    first: dict[str, str] = {}
+    found = {}
+    for trial in plan.trials:
+        same = trial.study.model_copy(update={"seed": 0}).model_dump_json()
+        found[trial.name] = first.setdefault(same, trial.name)
+    return found
+
+
 def best_path(records: list[Record]) -> list[Record]:
-    """The stages of the trial whose last stage swaps most layers at the lowest perplexity ratio; none without one."""
-    last = [row for row in records if row["kind"] == "stage" and row["stage_index"] == row["stage_count"] - 1]
+    """The stages of the trials that swap most layers at the lowest mean perplexity ratio; none before one ends."""
+    rows = students(records)
+    last = [row for row in rows if row["stage_index"] == row["stage_count"] - 1]
     if not last:
         return []
-    best = min(last, key=lambda row: (-len(row["swapped_layers"]), row["metrics"]["perplexity_ratio"]))
-    return [row for row in records if row["trial"] == best["trial"]]
+    best = min(last, key=_most_layers_first)
+    return [row for row in rows if row["group"] == best["group"]]
 
 
 def ends(records: list[Record]) -> list[Record]:
-    """The last stage of every trial that is finished, most swapped layers and lowest perplexity ratio first."""
-    trials: dict[str, Record] = {}
-    for row in records:
-        if row["kind"] == "stage":
-            trials[row["trial"]] = row
-    return sorted(trials.values(), key=lambda row: (-len(row["swapped_layers"]), row["metrics"]["perplexity_ratio"]))
+    """The last finished stage of every student, most swapped layers and lowest mean perplexity ratio first."""
+    last = {row["group"]: row for row in sorted(students(records), key=lambda row: row["stage_index"])}
+    return sorted(last.values(), key=_most_layers_first)
+
+
+def _most_layers_first(row: Record) -> tuple[int, float]:
+    return -len(row["swapped_layers"]), ratio_of(row)
 
 
 def pareto_front(records: list[Record], speed: str, length: str) -> list[Record]:
-    """Students that no other student beats in both quality and speed, slowest first."""
-    measured = [row for row in records if row["kind"] == "stage" and length in row["metrics"].get(speed, {})]
-    ordered = sorted(measured, key=lambda row: (-row["metrics"][speed][length], row["metrics"]["perplexity_ratio"]))
+    """Students that no other student beats in both mean quality and speed, slowest first."""
+    measured = [row for row in students(records) if length in row["metrics"].get(speed, {})]
     front: list[Record] = []
-    for row in ordered:
-        if not front or row["metrics"]["perplexity_ratio"] < front[-1]["metrics"]["perplexity_ratio"]:
+    for row in sorted(measured, key=lambda row: (-row["metrics"][speed][length], ratio_of(row))):
+        if not front or ratio_of(row) < ratio_of(front[-1]):
             front.append(row)
     return front[::-1]
 

@@ -35,7 +35,7 @@ from orchestrator.study.sources import Resolved
 from orchestrator.study.spec import Device
 
 NEWEST, ASKED, ALIVE, RUNS = "newest", "asked.json", "alive", "runs"
-SHOWN = ("question",)  # keys of a study that tell how it is shown: they make no other variant
+SHOWN = ("question", "report", "record")  # keys of a study that tell how it is shown: they make no other variant
 DIGITS = 8  # of an id
 RESOLVED = TypeAdapter(Resolved)
 

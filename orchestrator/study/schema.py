@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from operators.config import HyenaConfig, SkipConfig, WindowConfig
 from orchestrator.study.recipe import Numerics, Optimizer, Recipe
+from orchestrator.study.reported import Report
 from orchestrator.study.space import Search
 from orchestrator.study.values import Model, NonNegative, Positive, Seed
 
@@ -207,6 +208,7 @@ class Study(Model):
     throughput: Throughput = Throughput()
     controls: Controls = Controls()
     search: Search = Search()
+    report: Report = Report()
 
     @model_validator(mode="after")
     def _vocabulary_only_when_trained(self) -> Study:

@@ -214,6 +214,9 @@ class ProbesSpec(Spec):
         return self.changed(subject=subject)
 
 
+Again = Annotated[int, Field(ge=0, exclude_if=lambda value: value == 0)]
+
+
 class ThroughputSpec(Spec):
     """Speed of a student's architecture against its teacher's; weights do not enter, hardware and device do."""
 
@@ -228,6 +231,7 @@ class ThroughputSpec(Spec):
     hardware: str  # the device is part of its text
     rest_trains: bool = True  # in training, what is not in the swapped layers gets gradients too
     freeze: tuple[str, ...] = ()  # in training, globs over parameter names that get none
+    again: Again = 0  # times that the same was measured before
 
 
 class TasksSpec(Spec):

@@ -104,6 +104,45 @@ def test_decoding_is_the_new_tokens_alone(measured: dict[str, Any]) -> None:
         assert measured["decode_ratio"][length] == pytest.approx(11.0 / 4.0)
 
 
+def test_turns_are_kept_with_the_interval_of_their_median(measured: dict[str, Any]) -> None:
+    for length in map(str, LENGTHS):
+        assert measured["prefill_turns"][length] == pytest.approx([1.5, 7.5, 1.5])
+        assert measured["prefill_interval"][length] == pytest.approx([1.5, 7.5])
+        assert measured["decode_interval"][length] == pytest.approx([2.75, 13.75])
+    assert measured["train_turns"] == pytest.approx([4.0, 20.0, 4.0])
+    assert measured["train_interval"] == pytest.approx([4.0, 20.0])
+
+
+@pytest.mark.parametrize(
+    ("asked", "pairs", "turns"),
+    [
+        (3, [(0.01, 0.01)] * 99, 9),  # cheap and alike: enough for an interval
+        (12, [(0.01, 0.01)] * 99, 12),  # never fewer than asked for
+        (3, [(0.01, 0.01), (0.02, 0.01)] * 99, 31),  # cheap and unlike: the most
+        (3, [(0.1, 0.1), (0.2, 0.1)] * 99, 6),  # dear: 1.5 seconds are over
+        (3, [(9.0, 9.0)] * 99, 3),
+        (1, [(9.0, 9.0)] * 99, 1),
+    ],
+)
+def test_turns_go_on_while_that_is_cheap_and_tells_more(
+    monkeypatch: pytest.MonkeyPatch, asked: int, pairs: list[tuple[float, float]], turns: int
+) -> None:
+    now, left = [0.0], iter([(0.0, 0.0), *pairs])
+    current: list[float] = []
+
+    def timed(_: Any) -> float:
+        if not current:
+            current.extend(next(left))
+        seconds = current.pop(0)
+        now[0] += seconds
+        return seconds
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    told = module._compare(timed, 1, torch.nn.Identity(), torch.nn.Identity(), asked)
+    assert len(told["{}_turns"]) == turns
+    assert ("{}_interval" in told) is (turns > 1)
+
+
 def test_training_is_forward_and_backward(measured: dict[str, Any]) -> None:
     assert measured["teacher_train_tokens_per_s"] == pytest.approx(1 / (3 * (3.0 + 7.0)))
     assert measured["train_tokens_per_s"] == pytest.approx(1 / (2.0 + 0.5))

@@ -22,7 +22,7 @@ from tests.record.test_told_run import Quiet
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither MLflow nor pictures, which other tests look at."""
     monkeypatch.setattr("orchestrator.record.tracking.recorder.Recorder", Quiet)
-    monkeypatch.setattr(driver, "write_report", lambda plan, rows, run, folder: {})
+    monkeypatch.setattr(driver, "write_report", lambda *_: {})
     monkeypatch.setattr("orchestrator.record.doctor._machine", lambda: iter(()))
 
 
@@ -47,7 +47,7 @@ def test_what_was_run_is_looked_at_without_its_inputs(hand: Hand, ran: Variant, 
     study = {"file": hand.file, "name": "handmade", "id": ran.title[:-2]}[by]
     assert "finished, perplexity ratio 1.100" in call(hand, "status", study).stdout
     told = call(hand, "report", study).stdout
-    assert "best path: trial-00" in told and f"report:   {ran.folder / 'report.md'}" in told
+    assert "best path: trial-00" in told and f"report:   {ran.folder / 'report.html'}" in told
     assert " 1.50x" in told  # speeds are those of the machine that measured them
     healthy = call(hand, "doctor", study).stdout
     assert healthy.splitlines()[-1] == "healthy"

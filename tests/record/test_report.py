@@ -8,8 +8,13 @@ from typing import Any
 
 import pytest
 
-from orchestrator.record.answer.report import answer, pipe_table, table, text_table, verdict, write_report
+from orchestrator.record.answer.frames import table
+from orchestrator.record.answer.markdown import pipe_table
+from orchestrator.record.answer.report import write_report
+from orchestrator.record.answer.text import answer, text_table
+from orchestrator.record.answer.verdict import verdict
 from orchestrator.record.records import best_path, pareto_front
+from orchestrator.run.store import Store
 from orchestrator.study.loader import read_document, validate
 from orchestrator.study.plan import Plan, make_plan
 from orchestrator.study.sources import resolve
@@ -30,6 +35,7 @@ def row(kind: str, name: str, swapped: int, ratio: float, **more: Any) -> dict[s
     base = {
         "kind": kind, "name": name, "swapped_layers": list(range(swapped)), "total_layers": 3, "metrics": metrics,
         "values": {}, "words": "", "operator": "hyena-2", "trial": None, "stage_index": None, "stage_count": None,
+        "group": None, "seed": None, "stage_key": name,
     }  # fmt: skip
     return base | more
 
@@ -45,6 +51,7 @@ def plan() -> Plan:
 def rows() -> list[dict[str, Any]]:
     def stage(trial: str, index: int, swapped: int, ratio: float, speed: float) -> dict[str, Any]:
         place = {"trial": trial, "stage_index": index, "stage_count": 2, "values": {"seed": 1}, "words": "seed=1"}
+        place |= {"group": trial, "seed": 1}
         return row("stage", f"{trial} stage {index + 1}", swapped, ratio, speed=speed, **place)
 
     return [
@@ -90,8 +97,8 @@ def test_what_was_not_measured_is_a_dash_and_never_a_number(rows: list[dict[str,
 
 
 def test_report_files_hold_the_same_numbers(plan: Plan, rows: list[dict[str, Any]], tmp_path: Path) -> None:
-    paths = write_report(plan, rows, RUN, tmp_path)
-    assert set(paths) == {"report.md", "records.json", "records.csv", "pareto.png"}
+    paths = write_report(plan, Store(tmp_path / "store"), rows, RUN, tmp_path)
+    assert set(paths) == {"report.html", "report.md", "records.json", "records.csv", "pareto.png"}
     assert json.loads(paths["records.json"].read_text())["records"] == rows
     page = paths["report.md"].read_text()
     assert "1.400" in page and "peak memory of all processes 2.00 GB, disk 0.50 GB" in page

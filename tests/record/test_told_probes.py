@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from orchestrator.record.answer import probe_table
+from orchestrator.record.answer.markdown import markdown
 from orchestrator.record.answer.probe_table import LEGEND, draw_probes, probed_rows
-from orchestrator.record.answer.report import answer, markdown, write_report
+from orchestrator.record.answer.report import write_report
+from orchestrator.record.answer.text import answer
 from orchestrator.record.probe_results import probe_numbers, probe_result
 from orchestrator.record.records import Record, make_records
 from orchestrator.record.screen.plan_view import status_text
@@ -98,19 +100,21 @@ def test_what_one_row_lacks_is_a_dash(rows: list[Record]) -> None:
 
 
 def test_report_and_terminal_have_the_table_where_there_is_one(hand: Hand, rows: list[Record], tmp_path: Path) -> None:
-    page, told = markdown(hand.plan, rows, {}), answer(hand.plan, rows, {}, [])
+    page, told = markdown(hand.plan, rows, {}, ["probes.png"]), answer(hand.plan, rows, {}, [])
     row = "| trial-00 joint | +0.100 | +0.050 | +0.200 | +0.100 | +0.100 | +0.100 | +0.300 | at chance | 0.682 |"
     begin = page.index("## What perplexity hides\n\n| row | bits |")
     assert page.index("## Every stage") < begin < page.index(row) < page.index(LEGEND) < page.index("](probes.png)")
     assert told.count(LEGEND) == 1 and "at chance      0.682" in told
-    assert sorted(write_report(hand.plan, rows, {}, tmp_path / "report")) == [
-        "pareto.png", "probes.png", "records.csv", "records.json", "report.md", "speed.png",
+    assert sorted(write_report(hand.plan, hand.store, rows, {}, tmp_path / "report")) == [
+        "curves.png", "pareto.png", "probes.png", "records.csv", "records.json", "report.html", "report.md",
+        "speed.png",
     ]  # fmt: skip
+    assert "trial-02 operator=hyena-2h  " not in told.split(" bits ")[1]  # of the best path alone
     without = [row | {"probes": {}} for row in rows]
     assert "perplexity hides" not in markdown(hand.plan, without, {})
     assert LEGEND not in answer(hand.plan, without, {}, [])
     alone = [row | {"probes": row["probes"] if row["kind"] == "teacher" else {}} for row in rows]
-    assert "probes.png" not in markdown(hand.plan, alone, {})
+    assert "probes.png" not in markdown(hand.plan, alone, {}, ["probes.png"])
     assert not draw_probes("alone", probed_rows(alone), tmp_path / "probes.png")
 
 

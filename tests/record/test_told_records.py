@@ -43,7 +43,7 @@ def expected(hand: Hand, step: str, tokens: int, own: int, **more: Any) -> Recor
     row = {
         "kind": "control", "name": step, "trial": None, "stage_index": None, "stage_count": None, "operator": "skip",
         "swapped_layers": [], "total_layers": 2, "values": {}, "words": "", "stage_key": hand.key(step),
-        "run_id": f"run of {hand.key(step)}", "reused": True, "metrics": metrics,
+        "run_id": f"run of {hand.key(step)}", "reused": True, "metrics": metrics, "group": None, "seed": None,
         "tasks": {}, "probes": {},
     }  # fmt: skip
     return row | more
@@ -64,7 +64,7 @@ def test_every_field_of_every_row(hand: Hand) -> None:
         assert row == expected(
             hand, name, tokens, own, kind="stage", name=f"{trial} {'joint' if index == 2 else f'stage {index + 1}'}",
             trial=trial, stage_index=index, stage_count=3, operator=operator, swapped_layers=layers, values=values,
-            words=words, joint=index == 2, reused=name not in ("two 0", "two joint"),
+            words=words, joint=index == 2, group=trial, seed=0, reused=name not in ("two 0", "two joint"),
         )  # fmt: skip
 
 
@@ -122,7 +122,8 @@ def test_the_front_holds_the_students_that_no_other_beats(
 
 def test_of_equals_one_stands_on_the_front() -> None:
     def row(name: str, x: float, y: float) -> Record:
-        return {"kind": "stage", "name": name, "metrics": {"prefill_ratio": {"8": x}, "perplexity_ratio": y}}
+        place = {"kind": "stage", "name": name, "trial": name, "group": name, "seed": 0, "stage_index": 0}
+        return {**place, "stage_key": name, "metrics": {"prefill_ratio": {"8": x}, "perplexity_ratio": y}}
 
     rows = [row("a", 1.0, 2.0), row("b", 1.0, 2.0), row("slow", 0.9, 2.0), row("poor", 1.0, 2.5), row("good", 0.5, 1.5)]
     assert [found["name"] for found in pareto_front(rows, "prefill_ratio", "8")] == ["good", "a"]

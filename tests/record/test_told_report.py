@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
 
-from orchestrator.record.answer import report
-from orchestrator.record.answer.report import answer, draw_pareto, markdown, resources, table, verdict, write_report
+from orchestrator.record.answer import verdict as sentences
+from orchestrator.record.answer.frames import table
+from orchestrator.record.answer.markdown import markdown, pipe_table
+from orchestrator.record.answer.report import write_report
+from orchestrator.record.answer.speed_table import LEGEND as SPEED_LEGEND
 from orchestrator.record.answer.speed_table import crossovers, measured_rows, speed_table
+from orchestrator.record.answer.text import answer, text_table
+from orchestrator.record.answer.verdict import resources, verdict
 from orchestrator.record.records import Record, make_records
 from tests.record.handmade import Hand
 
@@ -34,8 +38,8 @@ CELLS = {  # of the table, by the row's name: 8, 1.5 and 2.5 times the ratio, 0.
 CELLS |= {f"trial-01 stage {n}": CELLS[f"trial-00 stage {n}"] for n in (1, 2)}
 VERDICT = (
     "The best student swaps 2 of 2 layers at 1.100 times the teacher's perplexity after 640 tokens (trial-00, "
-    "hyena-2). Trained from scratch the same operator reaches 4.000. Layers by what leaving their attention out costs, "
-    "cheapest first (perplexity ratio): 1 (1.25), 0 (1.50)."
+    "hyena-2). How far seeds alone move a number was not measured. Trained from scratch the same operator reaches "
+    "4.000. Layers by what leaving their attention out costs, cheapest first (perplexity ratio): 1 (1.25), 0 (1.50)."
 )
 COST = "cost: 1.5 min, 2 stages trained, 3 reused, peak memory of all processes 1.50 GB, disk 0.75 GB"
 CONTROLS = ["teacher", "scratch hyena-2", "skip 0", "skip 1", "skip all"]
@@ -45,6 +49,19 @@ ENDS = {  # best first
     "trial-02 operator=hyena-2h": "trial-02 joint",
     "trial-01 losses=kl:1.0,ce:0.5": "trial-01 joint",
 }
+
+
+NARROW = (0, 1, 3, 4, 5, 10, 11)  # cells of the terminal's tables
+LEAD = [
+    ["swapped", "layers", "ratio", "hit", "decode", "prefill", "stage"],
+    ["0/2", "-", "1.000", "1.500", "0.98x", "1.00x", "teacher"],
+    [*["1/2", "0", "1.050", "1.575", "1.20x", "1.10x"], "trial-00 stage 1 losses=kl:1.0"],
+    [*["2/2", "0-1", "1.100", "1.650", "2.00x", "1.50x"], "trial-00 joint losses=kl:1.0"],
+]
+KNEE = (
+    "knee: trial-00 joint losses=kl:1.0: 2 of 2 layers at 1.100 times the teacher's perplexity, prefill 1.50x, decode "
+    "2.00x"
+)
 
 
 def lines(names: list[str] | dict[str, str]) -> list[list[str]]:
@@ -58,15 +75,20 @@ def piped(names: list[str] | dict[str, str]) -> str:
     return "\n".join([head, "|---|" + "---:|" * 12, *rows])
 
 
-def aligned(names: list[str] | dict[str, str]) -> str:
-    """Two spaces between columns, the first flush left, the numbers flush right, and a rule as wide as the head."""
-    found = lines(names)
+def aligned(found: list[list[str]], left: tuple[int, ...] = (0,)) -> str:
+    """Two spaces between columns, words flush left, numbers flush right, and a rule as wide as all of it."""
     widths = [max(map(len, column)) for column in zip(*found, strict=True)]
     told = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
         for line in found
     ]
-    return "\n".join([told[0], "-" * (sum(widths) + 24), *told[1:]])
+    rule = "-" * (sum(widths) + 2 * len(widths) - 2)
+    return "\n".join([told[0].rstrip(), rule, *(line.rstrip() for line in told[1:])])
+
+
+def narrow(names: list[str] | dict[str, str]) -> str:
+    """A table of the terminal."""
+    return aligned([[line[0], *(line[1:][i] for i in NARROW)] for line in lines(names)])
 
 
 def records_of(hand: Hand) -> list[Record]:
@@ -103,31 +125,38 @@ def test_thousands_of_tokens_are_set_apart(rows: list[Record]) -> None:
 
 def test_the_page_word_by_word(hand: Hand, rows: list[Record]) -> None:
     stages = [f"trial-0{trial} {stage}" for trial in range(3) for stage in ("stage 1", "stage 2", "joint")]
-    legend = report.LEGEND.format(length="32", core="")
+    legend = sentences.LEGEND.format(length="32", core="")
     assert "at 32 tokens, one sequence; the teacher's own row" in legend
-    assert markdown(hand.plan, rows, RUN).split("\n\n") == [
+    head, *rest = ["| " + " | ".join(line) + " |" for line in LEAD]
+    assert markdown(hand.plan, rows, RUN, ["pareto.png", "speed.png", "curves.png"]).split("\n\n") == [
         "# handmade",
         "Which of two operators costs less?",
         "## Verdict",
         VERDICT,
+        "## The best student for every number of swapped layers",
+        "\n".join([head, "|---|" + "---:|" * 6, *rest]),
+        KNEE,
         "## Teacher and controls",
         piped(CONTROLS),
+        "## Every trial at its last stage",
+        piped(ENDS),
         "## Best path: trial-00",
         "`losses=kl:1.0`",
         piped(PATH),
-        "## Every trial at its last stage",
-        piped(ENDS),
-        "## Quality against speed",
-        "![Pareto picture](pareto.png)",
+        "## Quality against speed and layers",
+        "![Quality against speed and layers](pareto.png)",
+        "Students that no other beats in quality and prefill:",
         piped(["trial-00 stage 1", "trial-00 joint", "trial-02 joint"]),
         "## Every stage",
         piped(stages),
         legend,
         "## Speed and memory by length",
-        report.pipe_table(speed_table(measured_rows(rows))),  # see test_told_speeds
-        report.SPEED_LEGEND,
+        pipe_table(speed_table(measured_rows(rows))),  # see test_told_speeds
+        SPEED_LEGEND,
         crossovers(measured_rows(rows)),
         "![Speed and memory by length](speed.png)",
+        "## Training",
+        "![Training curves by tokens, a panel a path](curves.png)",
         "## Cost",
         COST + "\n",
     ]
@@ -138,14 +167,51 @@ def test_the_answer_word_by_word(hand: Hand, rows: list[Record]) -> None:
     best = {"trial-00 losses=kl:1.0": measured_rows(rows)["trial-00 losses=kl:1.0"]}
     assert told.split("\n\n") == [
         "Which of two operators costs less?",
-        aligned(CONTROLS),
-        "best path: trial-00 losses=kl:1.0\n" + aligned(PATH),
-        aligned(ENDS),
-        f"{report.text_table(speed_table(best))}\n{report.SPEED_LEGEND}\n{crossovers(best)}",
-        report.LEGEND.format(length="32", core=""),
+        f"the best student for every number of swapped layers\n{aligned(LEAD, (0, 6))}\n{KNEE}",
+        f"teacher and controls\n{narrow(CONTROLS)}",
+        f"every trial at its last stage\n{narrow(ENDS)}\nbest path: trial-00 losses=kl:1.0",
+        f"{text_table(speed_table(best))}\n{SPEED_LEGEND}\n{crossovers(best)}",
+        sentences.LEGEND.format(length="32", core=""),
         COST,
         "report:   there\nbrowse:   here",
     ]
+
+
+def test_a_study_names_what_matters(tmp_path: Path) -> None:
+    """Its columns in its order, and lists by what it sorts by, the better first."""
+    hand = Hand(tmp_path, "report={sort: decode, columns: [decode, hit, kl]}")
+    hand.all_done()
+    page = markdown(hand.plan, records_of(hand), {})
+    begin = page.index("## Every trial at its last stage")
+    assert page[begin:].split("\n\n")[1].splitlines() == [
+        "| row | decode | hit | kl |",
+        "|---|---:|---:|---:|",
+        "| trial-00 losses=kl:1.0 | 2.00x | 1.650 | 0.100 |",
+        "| trial-01 losses=kl:1.0,ce:0.5 | 2.00x | 1.725 | 0.150 |",
+        "| trial-02 operator=hyena-2h | 1.90x | 1.680 | 0.120 |",
+    ]
+    assert "| swapped | layers | decode | hit | kl | stage |\n" in page
+    assert "swapped  layers  decode    hit     kl  stage\n" in answer(hand.plan, records_of(hand), {}, [])
+    del (rows := records_of(hand))[-1]["metrics"]["decode_ratio"]
+    last = markdown(hand.plan, rows, {}).split("## Every stage")[1].split("\n\n")[1].splitlines()[-1]
+    assert last == "| trial-02 joint | - | 1.680 | 0.120 |"  # what was not measured comes last
+
+
+@pytest.mark.parametrize(
+    ("sort", "first"),
+    [
+        ("ratio", "trial-00"),
+        ("prefill", "trial-02"),
+        ("sampled", "trial-00"),
+        ("agree", "trial-00"),
+        ("layers", "trial-00"),
+    ],
+)
+def test_the_better_comes_first(tmp_path: Path, sort: str, first: str) -> None:
+    hand = Hand(tmp_path, f"report.sort={sort}")
+    hand.all_done()
+    page = markdown(hand.plan, records_of(hand), {}).split("## Every trial at its last stage")[1]
+    assert page.splitlines()[4].startswith(f"| {first}")
 
 
 def test_a_beginning_is_told_without_what_is_not_there(hand: Hand) -> None:
@@ -155,8 +221,10 @@ def test_a_beginning_is_told_without_what_is_not_there(hand: Hand) -> None:
     assert "## Verdict\n\nNo student is finished yet.\n\n" in page
     assert "## Best path" not in page and "cost:" not in page
     told = answer(hand.plan, records, {}, [])
-    assert "best path" not in told and "trial-02" not in told  # one trial alone is no comparison
-    assert told.count("teacher  ") == 1
+    assert "best path" not in told and "trial-02 operator=hyena-2h" in told
+    assert [line for line in told.splitlines() if line.startswith("0/2")] == [
+        "0/2           -  1.000  1.500       -        -  teacher"
+    ]
 
 
 def test_the_compiled_core_is_named_where_it_was_used(hand: Hand) -> None:
@@ -188,15 +256,15 @@ def test_what_a_run_cost_as_far_as_it_is_known() -> None:
 
 def test_files_have_every_number(hand: Hand, rows: list[Record], tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "folder"
-    paths = write_report(hand.plan, rows, RUN, folder)
-    assert paths == {
-        name: folder / name for name in ("report.md", "records.json", "records.csv", "pareto.png", "speed.png")
-    }
+    paths = write_report(hand.plan, hand.store, rows, RUN, folder)
+    files = ["report.html", "report.md", "records.json", "records.csv", "pareto.png", "speed.png", "curves.png"]
+    assert paths == {name: folder / name for name in files}
     assert json.loads(paths["records.json"].read_text()) == {"study": "handmade", "run": RUN, "records": rows}
-    assert paths["report.md"].read_text() == markdown(hand.plan, rows, RUN)
+    assert paths["report.md"].read_text() == markdown(hand.plan, rows, RUN, files)
     frame = pd.read_csv(paths["records.csv"])
     assert list(frame.columns) == [
-        "kind", "name", "trial", "stage_index", "stage_count", "operator", "swapped_layers", "total_layers", "words",
+        "kind", "name", "trial", "group", "seed",
+        "stage_index", "stage_count", "operator", "swapped_layers", "total_layers", "words",
         "stage_key", "run_id", "reused", "metrics.accuracy", "metrics.agreement", "metrics.generation_agreement",
         "metrics.greedy_generation_perplexity", "metrics.hit_nll", "metrics.kl", "metrics.miss_nll",
         "metrics.parameters", "metrics.perplexity", "metrics.perplexity_ratio",
@@ -218,62 +286,15 @@ def test_files_have_every_number(hand: Hand, rows: list[Record], tmp_path: Path)
         "metrics.perplexity_ratio": 1.15, "metrics.student_tokens": 640, "metrics.core": "torch",
         "metrics.decode_ratio.16": 1.0, "metrics.decode_ratio.32": 2.0, "metrics.prefill_ratio.16": 0.75,
         "metrics.prefill_ratio.32": 1.5, "metrics.train_ratio": 0.8, "metrics.stage_tokens_per_s": 40.0,
-        "metrics.stage_seconds": 8.0, "joint": True, "values.recipe.joint.0.losses.kl": 1.0,
+        "metrics.stage_seconds": 8.0, "joint": True,
+        "group": "trial-01", "seed": 0.0, "values.recipe.joint.0.losses.kl": 1.0,
         "values.recipe.joint.0.losses.ce": 0.5,
     })  # fmt: skip
 
 
-def test_a_report_without_speeds_has_no_picture(hand: Hand, tmp_path: Path) -> None:
-    hand.finish("two 0")
-    assert sorted(write_report(hand.plan, records_of(hand), {}, tmp_path)) == [
-        "records.csv", "records.json", "report.md"
+def test_a_report_without_students_has_no_picture(hand: Hand, tmp_path: Path) -> None:
+    hand.finish("teacher")
+    assert sorted(write_report(hand.plan, hand.store, records_of(hand), {}, tmp_path / "report")) == [
+        "records.csv", "records.json", "report.html", "report.md"
     ]  # fmt: skip
-    assert not (tmp_path / "pareto.png").exists()
-
-
-def points(artist: Any) -> list[tuple[float, float]]:
-    return [(float(x), float(y)) for x, y in artist.get_offsets()]
-
-
-def test_the_picture_has_every_student_at_its_speed_and_its_quality(
-    hand: Hand, rows: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    figures: list[Any] = []
-    close = report.plt.close
-    monkeypatch.setattr(report.plt, "close", figures.append)
-    assert draw_pareto(hand.plan, rows, tmp_path / "pareto.png")
-    [figure] = figures
-    close(figure)
-    prefill, decode = figure.axes
-    two, heads, scratch, teacher = prefill.collections
-    first = [(1.1, 1.05), (1.5, 1.25)]
-    assert points(two) == [*first, (1.5, 1.1), *first, (1.5, 1.15)]
-    assert list(two.get_sizes()) == [43, 61, 61] * 2  # 25 and 18 more for a swapped layer
-    assert points(heads) == [(1.3, 1.2), (1.6, 1.3), (1.6, 1.12)]
-    assert points(scratch) == [(1.5, 4.0)]
-    assert points(teacher) == [(1.0, 1.0)]
-    labels = [artist.get_label() for artist in prefill.collections]
-    assert labels == ["hyena-2", "hyena-2h", "from scratch", "teacher"]
-    front, middle = prefill.lines
-    assert front.get_xydata().tolist() == [[1.1, 1.05], [1.5, 1.1], [1.6, 1.12]]
-    assert front.get_label() == "Pareto front"
-    assert list(middle.get_xdata()) == [1, 1]
-    assert [(text.get_text(), text.xy) for text in prefill.texts] == [
-        ("1 swapped", (1.1, 1.05)), ("2 swapped", (1.5, 1.1))
-    ]  # fmt: skip
-    two, heads, scratch, _ = decode.collections
-    assert points(two)[:3] == [(1.2, 1.05), (2.0, 1.25), (2.0, 1.1)]
-    assert points(heads) == [(1.3, 1.2), (1.9, 1.3), (1.9, 1.12)]
-    assert points(scratch) == [(2.0, 4.0)]
-    assert decode.lines[0].get_xydata().tolist() == [[1.2, 1.05], [2.0, 1.1]]
-    for axis, name in ((prefill, "prefill"), (decode, "decode")):
-        assert axis.get_xlabel() == f"{name} speed over the teacher's at 32 tokens (right is faster)"
-        assert axis.get_yscale() == "log"
-        assert {f(1.256) for f in (axis.yaxis.get_major_formatter(), axis.yaxis.get_minor_formatter())} == {"1.26"}
-    assert prefill.get_ylabel() == "perplexity over the teacher's (down is better)"
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "hyena-2", "hyena-2h", "Pareto front", "from scratch", "teacher"
-    ]  # fmt: skip
-    title = "handmade: every stage of every trial; larger dots swap more of 2 layers"
-    assert figure.get_suptitle() == title
-    assert (tmp_path / "pareto.png").read_bytes()[:4] == b"\x89PNG"
+    assert not (tmp_path / "report" / "pareto.png").exists()

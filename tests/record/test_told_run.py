@@ -63,7 +63,9 @@ class Scene:
         self.compute: Callable[[], Outcome] = Outcome
         monkeypatch.setattr(driver, "Recorder", Quiet)
         monkeypatch.setattr(driver, "run_plan", self._run_plan)
-        monkeypatch.setattr(report, "draw_pareto", lambda plan, rows, path: path.write_bytes(b"a picture") > 0)
+        for name in ("draw_pareto", "draw_curves", "draw_speed"):
+            monkeypatch.setattr(report, name, lambda one, two, path: path.write_bytes(b"a picture") > 0)
+        monkeypatch.setattr(report, "page", lambda *_: "a page")
 
     def _run_plan(self, *_: Any) -> Outcome:
         self.computed += 1
@@ -115,8 +117,8 @@ def test_the_answer_names_the_files_and_the_commands(scene: Scene, capsys: pytes
     scene.hand.all_done()
     assert scene.run() == 0
     assert scene.computed == 0  # nothing was missing
-    page = scene.job.variant.folder / "report.md"
-    assert page.is_file()
+    page = scene.job.variant.folder / "report.html"
+    assert page.read_text() == "a page"
     told = capsys.readouterr().out.splitlines()
     assert told[-4:] == [
         f"report:   {page}",
@@ -128,7 +130,8 @@ def test_the_answer_names_the_files_and_the_commands(scene: Scene, capsys: pytes
     [(stopped, failures, summary, files)] = Quiet.last.given
     assert (stopped, failures, summary) == ({}, {}, {"best_perplexity_ratio": 1.1})
     assert files == sorted(
-        page.parent / name for name in ("pareto.png", "records.csv", "records.json", "report.md", "speed.png")
+        page.parent / name
+        for name in ("curves.png", "pareto.png", "records.csv", "records.json", "report.html", "report.md", "speed.png")
     )
 
 

@@ -9,7 +9,9 @@ import matplotlib.pyplot as plt
 import pytest
 
 from orchestrator.record.answer import speed_table
-from orchestrator.record.answer.report import answer, markdown, write_report
+from orchestrator.record.answer.markdown import markdown
+from orchestrator.record.answer.report import write_report
+from orchestrator.record.answer.text import answer
 from orchestrator.record.records import Record, make_records
 from tests.record.handmade import Hand
 
@@ -64,7 +66,14 @@ def test_one_length_is_no_table(rows: list[Record], tmp_path: Path) -> None:
     ],
 )
 def test_it_pays_from_where_no_longer_text_is_slower(ratios: dict[str, float], start: int | None) -> None:
-    assert speed_table.pays_from(ratios) == start
+    assert speed_table.pays_from({"decode_ratio": ratios}, "decode") == start
+    assert speed_table.pays_from({}, "decode") is None
+
+
+def test_what_is_as_fast_within_its_interval_pays() -> None:
+    ratios, bounds = {"256": 0.9, "512": 0.97, "1024": 1.3}, {"256": [0.85, 0.95], "512": [0.94, 1.0]}
+    assert speed_table.pays_from({"prefill_ratio": ratios, "prefill_interval": bounds}, "prefill") == 512
+    assert speed_table.pays_from({"prefill_ratio": ratios}, "prefill") == 1024
 
 
 def test_crossovers_are_said(rows: list[Record]) -> None:
@@ -79,12 +88,12 @@ def test_crossovers_are_said(rows: list[Record]) -> None:
 
 
 def test_report_has_all_and_the_terminal_the_best(hand: Hand, rows: list[Record], tmp_path: Path) -> None:
-    page, told = markdown(hand.plan, rows, {}), answer(hand.plan, rows, {}, [])
+    page, told = markdown(hand.plan, rows, {}, ["speed.png"]), answer(hand.plan, rows, {}, [])
     begin = page.index("## Speed and memory by length\n\n| row | tokens |")
     assert page.index("## Every stage") < begin < page.index(f"| {' | '.join(LINES[1])} |") < page.index("](speed.png)")
     assert speed_table.LEGEND in page and speed_table.LEGEND in told
     assert f"\n{TWO}      16" in told and f"\n{HEADS} " not in told.split(speed_table.LEGEND)[0].split("cache MB")[1]
-    assert write_report(hand.plan, rows, {}, tmp_path / "report")["speed.png"].is_file()
+    assert write_report(hand.plan, hand.store, rows, {}, tmp_path / "report")["speed.png"].is_file()
 
 
 def test_the_picture_has_ratios_and_memory_by_length(

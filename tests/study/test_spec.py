@@ -186,9 +186,8 @@ def whole(spec: Any) -> Any:
     value |= {name: {**left_out, **value[name]} for name, left_out in before.items() if name in value}
     for phase in value.get("phases", ()):
         phase["losses"] = {"hit_weight": 1.0, **phase["losses"]}
-    if hasattr(spec, "processor"):
-        value["processor"] = "cpu"
-    return value | ({"text_windows": None} if hasattr(spec, "text_windows") else {})
+    later = {"text_windows": None, "again": 0, "processor": "cpu"}
+    return value | {name: left_out for name, left_out in later.items() if hasattr(spec, name)}
 
 
 @every_kind

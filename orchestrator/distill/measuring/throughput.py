@@ -3,7 +3,8 @@
 Weights do not change speed, so a measurement belongs to an architecture, and to which of it trains; every student of
 that shape shares it. Random filters have lags that have decayed below the smallest normal number, which CPUs multiply
 slowly: they count as zero, for those of students have none.
-Both models run in turn in one process that has the machine to itself; ratios are medians of ratios by turn.
+Both models run in turn in one process that has the machine to itself; ratios are medians of ratios by turn, with an
+interval of 95 %. Turns go on beyond those asked for while that is cheap and the interval is wide.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import nn
 from operators import native
 from operators.decoding.kept import frozen_filters
 from orchestrator.distill.context import Workplace
+from orchestrator.distill.measuring.intervals import median_interval, narrow
 from orchestrator.distill.models.cache import cache_bytes
 from orchestrator.distill.models.sites import attention_of, decoder_layers, longest_text
 from orchestrator.distill.models.student import load_teacher, own_what_trains, sharing
@@ -31,6 +33,9 @@ from orchestrator.distill.training.optimizers import set_trainable
 from orchestrator.study.spec import ThroughputSpec
 
 Timed = Callable[[Any], float]  # model -> seconds
+NARROW = 0.02  # of the ratio, to either side
+CHEAP_SECONDS = 1.5  # of all turns of one comparison; small models have thirty turns in it, large ones those asked for
+MOST_TURNS = 31
 
 
 @contextlib.contextmanager
@@ -48,7 +53,8 @@ def measure_throughput(spec: ThroughputSpec, place: Workplace) -> dict[str, Any]
 
     Returns:
         train_tokens_per_s and train_ratio; prefill_tokens_per_s, prefill_ratio, decode_tokens_per_s and decode_ratio as
-        mappings from length, as is cache_mb, the memory that decoding goes on from (without what crops need);
+        mappings from length, as is cache_mb, the memory that decoding goes on from (without what crops need); beside
+        each ratio its turns in order and, of several, its interval [low, high];
         train_peak_mb, the process's peak memory in a training step; with `teacher_*` beside them;
         core, what prefill and decode ran through: the compiled one where there is one ("native"), else "torch".
     """
@@ -94,15 +100,28 @@ def measure_throughput(spec: ThroughputSpec, place: Workplace) -> dict[str, Any]
     return result
 
 
-def _compare(timed: Timed, tokens: int, teacher: Any, student: Any, repeats: int) -> dict[str, float]:
+def _compare(timed: Timed, tokens: int, teacher: Any, student: Any, repeats: int) -> dict[str, Any]:
     with frozen_filters(student):  # as a server would; training reads none
         timed(teacher), timed(student)  # warm-up
-        pairs = [(timed(teacher), timed(student)) for _ in range(repeats)]
+        pairs: list[tuple[float, float]] = []
+        ratios: list[float] = []
+        began = time.perf_counter()
+        while len(pairs) < repeats or _worth_more(ratios, time.perf_counter() - began):
+            pairs.append((timed(teacher), timed(student)))
+            ratios.append(pairs[-1][0] / pairs[-1][1])
+    bounds = median_interval([ratios])
     return {
         "teacher_{}_tokens_per_s": tokens / statistics.median(first for first, _ in pairs),
         "{}_tokens_per_s": tokens / statistics.median(second for _, second in pairs),
-        "{}_ratio": statistics.median(first / second for first, second in pairs),
+        "{}_ratio": statistics.median(ratios),
+        "{}_turns": ratios,
+        **({} if bounds is None else {"{}_interval": list(bounds)}),
     }
+
+
+def _worth_more(ratios: list[float], seconds: float) -> bool:
+    """Whether one more turn is cheap and could tell more."""
+    return seconds < CHEAP_SECONDS and len(ratios) < MOST_TURNS and not narrow(ratios, NARROW)
 
 
 @torch.no_grad()

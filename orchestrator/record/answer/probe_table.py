@@ -20,13 +20,13 @@ LEGEND = (
 )
 
 
-def probed_rows(records: list[Record]) -> dict[str, Probed]:
-    """By name teacher, all attention skipped, the stages of the best path and every trial at its end, if probed."""
+def probed_rows(records: list[Record], every: bool = True) -> dict[str, Probed]:
+    """By name teacher, all attention skipped, the stages of the best path and, of `every` trial, its end, if probed."""
     first = [row for row in records if row["kind"] in ("teacher", "control")]
     rows: dict[str, Probed] = {}
     seen: set[str] = set()
     named = [(row["name"], row) for row in [*first, *best_path(records)]]
-    for name, row in [*named, *((f"{row['trial']} {row['words']}", row) for row in ends(records))]:
+    for name, row in [*named, *((f"{row['label']} {row['words']}", row) for row in (ends(records) if every else ()))]:
         if row.get("probes") and row["stage_key"] not in seen:
             seen.add(row["stage_key"])
             rows[name] = row["probes"]

@@ -8,14 +8,17 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from orchestrator.record.records import Record, best_path, ends
+from orchestrator.record.answer.frames import bounds_of, times
+from orchestrator.record.groups import Record
+from orchestrator.record.records import best_path, ends
 
 LEGEND = (
     "prefill, decode: times as fast as the teacher, over prompts of so many tokens and after so many. cache: memory\n"
     "that decoding goes on from, without what crops need, over the teacher's keys and values. apart: nats per token\n"
-    "more than the teacher in windows of so many tokens, where probes measured it."
+    "more than the teacher in windows of so many tokens, where probes measured it. ±: a 95 % interval of the turns\n"
+    "measured; same: it holds 1."
 )
-SPEEDS = {"prefill_ratio": "reads prompts", "decode_ratio": "decodes"}
+SPEEDS = {"prefill": "reads prompts", "decode": "decodes"}
 PANELS = {
     "prefill_ratio": "prefill, times as fast as the teacher (up is better)",
     "decode_ratio": "decode, times as fast as the teacher (up is better)",
@@ -27,7 +30,7 @@ def measured_rows(records: list[Record]) -> dict[str, Record]:
     """By name the best path's last stage, every trial's and the controls without training, those of one architecture
     once; none where speeds are of one length."""
     path = best_path(records)
-    named = [(f"{row['trial']} {row['words']}".strip(), row) for row in [*path[-1:], *ends(records)]]
+    named = [(f"{row['label']} {row['words']}".strip(), row) for row in [*path[-1:], *ends(records)]]
     named += [(row["name"], row) for row in records if row["kind"] == "control" and row["name"].startswith("skip")]
     rows: dict[str, Record] = {}
     seen: set[Any] = set()
@@ -39,11 +42,16 @@ def measured_rows(records: list[Record]) -> dict[str, Record]:
     return rows
 
 
-def pays_from(ratios: dict[str, float]) -> int | None:
-    """The shortest length from which on all measured ones are at least as fast as the teacher; None for none."""
+def pays_from(metrics: dict[str, Any], speed: str) -> int | None:
+    """The shortest length from which on none measured is slower than the teacher; None for none.
+
+    Slower is a ratio below 1, or an interval of it.
+    """
+    ratios: dict[str, float] = metrics.get(f"{speed}_ratio", {})
     found = None
     for length in sorted(ratios, key=int, reverse=True):
-        if ratios[length] < 1:
+        bounds = bounds_of(metrics, speed, length)
+        if (ratios[length] if bounds is None else bounds[1]) < 1:
             break
         found = int(length)
     return found
@@ -54,9 +62,9 @@ def crossovers(rows: dict[str, Record]) -> str:
     said = []
     for name, row in rows.items():
         parts = []
-        for metric, verb in SPEEDS.items():
-            ratios = row["metrics"].get(metric, {})
-            start = pays_from(ratios)
+        for speed, verb in SPEEDS.items():
+            ratios = row["metrics"].get(f"{speed}_ratio", {})
+            start = pays_from(row["metrics"], speed)
             longest = f"{max(map(int, ratios)):,}" if ratios else "-"
             slower = f"{verb} more slowly than the teacher at {longest} tokens, the longest measured"
             parts.append(
@@ -77,9 +85,9 @@ def speed_table(rows: dict[str, Record]) -> pd.DataFrame:
                 {
                     "row": name,
                     "tokens": f"{int(length):,}",
-                    "prefill": _times(metrics["prefill_ratio"].get(length)),
-                    "decode": _times(metrics.get("decode_ratio", {}).get(length)),
-                    "cache": _times(held / teachers if held is not None and teachers else None),
+                    "prefill": _times(metrics, "prefill", length),
+                    "decode": _times(metrics, "decode", length),
+                    "cache": times(held / teachers, None) if held is not None and teachers else "-",
                     "cache MB": "-" if held is None else f"{held:.1f}",
                     "apart": _apart(row.get("probes"), length),
                 }
@@ -88,8 +96,9 @@ def speed_table(rows: dict[str, Record]) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=columns, dtype=str)
 
 
-def _times(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}x"
+def _times(metrics: dict[str, Any], speed: str, length: str) -> str:
+    ratio = metrics.get(f"{speed}_ratio", {}).get(length)
+    return "-" if ratio is None else times(ratio, bounds_of(metrics, speed, length))
 
 
 def _apart(probed: Any, length: str) -> str:
@@ -108,7 +117,10 @@ def draw_speed(title: str, rows: dict[str, Record], path: Path) -> bool:
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 5), layout="constrained", squeeze=False)
     for axis, (metric, label) in zip(axes[0], panels.items(), strict=True):
         for index, (name, row) in enumerate(rows.items()):
-            _line(axis, row["metrics"].get(metric, {}), name, f"C{index % 10}")
+            points = row["metrics"].get(metric, {})
+            _line(
+                axis, points, name, f"C{index % 10}", _intervals(row["metrics"], metric.removesuffix("_ratio"), points)
+            )
         first = next(iter(rows.values()))["metrics"]
         _line(axis, first.get(f"teacher_{metric}") or dict.fromkeys(first["prefill_ratio"], 1.0), "teacher", "k")
         axis.set_xscale("log", base=2)
@@ -124,8 +136,16 @@ def draw_speed(title: str, rows: dict[str, Record], path: Path) -> bool:
     return True
 
 
-def _line(axis: Any, points: dict[str, float], label: str, color: str) -> None:
+def _intervals(metrics: dict[str, Any], speed: str, points: dict[str, float]) -> dict[str, tuple[float, float]]:
+    """By length the interval of a ratio, or the ratio alone."""
+    return {length: bounds_of(metrics, speed, length) or (ratio, ratio) for length, ratio in points.items()}
+
+
+def _line(
+    axis: Any, points: dict[str, float], label: str, color: str, bounds: dict[str, tuple[float, float]] | None = None
+) -> None:
     lengths = sorted(points, key=int)
-    axis.plot(
-        [int(x) for x in lengths], [points[x] for x in lengths], marker="o", markersize=4, color=color, label=label
-    )
+    xs = [int(length) for length in lengths]
+    axis.plot(xs, [points[length] for length in lengths], marker="o", markersize=4, color=color, label=label)
+    for length, (low, high) in (bounds or {}).items():
+        axis.vlines(int(length), low, high, color=color, alpha=0.5)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -14,6 +15,17 @@ LEGEND = (
     "± one standard error over items. relative: (s - r) / (t - r) for student s, teacher t and chance r, told where t\n"
     f"is more than {CHANCE_ERRORS:g} errors above r; of perplexities the student's over the teacher's, as a ratio."
 )
+
+
+def asked_rows(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By row what students were asked; a stage that several trials share has one."""
+    rows: dict[str, dict[str, Any]] = {}
+    seen: set[str] = set()
+    for row in records:
+        if row["kind"] == "stage" and row.get("tasks") and row["stage_key"] not in seen:
+            seen.add(row["stage_key"])
+            rows[row["name"]] = row["tasks"]
+    return rows
 
 
 def task_table(rows: Mapping[str, Mapping[str, Told]]) -> pd.DataFrame:

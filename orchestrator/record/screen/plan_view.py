@@ -13,6 +13,7 @@ from orchestrator.distill.training.journal import read_journal
 from orchestrator.record.records import trial_words
 from orchestrator.record.screen.estimate import estimate
 from orchestrator.record.screen.facts import distinct_steps
+from orchestrator.record.speeds import measured_again
 from orchestrator.record.task_results import tasks_of
 from orchestrator.run.hardware import accelerators
 from orchestrator.run.store import Store, tree_bytes
@@ -90,10 +91,10 @@ def plan_text(plan: Plan, store: Store, speeds: dict[str, ThroughputSpec]) -> st
 
 
 def gc_text(store: Store, kept: set[str], delete: bool) -> str:
-    """The stages outside `kept` with their sizes, deleted if asked; a stage that is being computed stays, and so does
-    what a kept one was asked by `layerswap evaluate`."""
+    """The stages outside `kept` with their sizes, deleted if asked; a stage that is being computed stays, and so do
+    what a kept one was asked by `layerswap evaluate` and its later measurements."""
     lines, total = [], 0
-    kept = kept | tasks_of(store, kept)
+    kept = kept | tasks_of(store, kept) | measured_again(store, kept)
     for key in store.all_keys():
         if key in kept:
             continue
