@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import socket
-import sqlite3
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -327,26 +324,20 @@ def doctor(
 def ui(
     study: StudyName,
     home: HomeDirectory = None,
+    host: Annotated[str, typer.Option(help="address to serve it on; 0.0.0.0: all of this machine's")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port of the MLflow UI", min=1, max=65_535)] = 5000,
+    auth: Annotated[bool, typer.Option("--auth", help="ask for user and password (MLflow's basic auth)")] = False,
 ) -> None:
     """Serve the MLflow UI on the study's records until Ctrl-C."""
     place = home_of(study, home)
     if not (place.root / "mlflow.db").exists():
         bad_input(f"{place.root} holds nothing yet: run the study first, or give its --home")
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
-        bad_input(f"--port {port} is taken by another program: give another one")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    from orchestrator.record.tracking.database import renew_places
+    from orchestrator.record.tracking.server import serve
 
     try:
-        renew_places(place)
-    except sqlite3.Error as error:
-        bad_input(f"{place.root / 'mlflow.db'} cannot be read ({error}): `layerswap doctor` says what to do about it")
-    where = ["--backend-store-uri", place.database, "--default-artifact-root", place.artefacts]
-    command = [sys.executable, "-m", "mlflow", "server", *where, "--host", "127.0.0.1", "--port", str(port)]
-    print(f"MLflow UI on http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
-    os.chdir(place.root)  # the server imports what lies in its working directory
-    os.execv(sys.executable, command)
+        serve(place, host, port, auth)
+    except ValueError as error:
+        bad_input(error)
 
 
 app.command("list")(home_commands.list_studies)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import configparser
+import os
 import sqlite3
 import tomllib
 from collections.abc import Sequence
@@ -14,6 +16,8 @@ from typer.testing import CliRunner
 from orchestrator.cli import app
 from orchestrator.files import published_directory
 from orchestrator.record.commands import commands_of
+from orchestrator.record.home import Home
+from orchestrator.record.tracking.server import server_environment
 from tests.record.handmade import Hand
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +41,8 @@ def test_the_commands_that_follow_have_what_was_given(monkeypatch: pytest.Monkey
 
 
 def test_where_only_the_study_was_given_they_are_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LAYERSWAP_HOME", raising=False)
+    for name in ("LAYERSWAP_HOME", "LAYERSWAP_TRACKING_URI", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
     told = commands("report", "--tracking-uri", "http://here:5000")
     assert told["report"] == "layerswap report s.yaml --tracking-uri http://here:5000"
     assert told["ui"] == "http://here:5000"
@@ -53,6 +58,52 @@ def test_where_only_the_study_was_given_they_are_the_plain_ones(monkeypatch: pyt
         "export": "layerswap export s.yaml",
         "ui": "make ui STUDY=s.yaml",
     }
+
+
+SECRET = "postgresql://ann:s3/cr@et@db:5432/records?password=two&x=1"
+
+
+def test_passwords_are_never_told_and_what_the_environment_says_is_not_repeated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown = "postgresql://ann:***@db:5432/records?password=***&x=1"
+    assert commands("report", "--tracking-uri", SECRET)["report"].endswith(f"--tracking-uri '{shown}'")
+    assert commands("run", "--tracking-uri", SECRET)["ui"] == shown
+    for name in ("MLFLOW_TRACKING_URI", "LAYERSWAP_TRACKING_URI"):
+        monkeypatch.setenv(name, SECRET if name.startswith("L") else "http://other")
+        told = commands("run")
+        assert (told["run"], told["report"]) == ("layerswap run s.yaml", "layerswap report s.yaml")
+    assert told["ui"] == shown
+    assert commands("run", "--tracking-uri", "home")["ui"] == "make ui STUDY=s.yaml"
+
+
+def test_mlflows_own_variable_says_where_records_go_unless_ours_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = typer.main.get_command(app).commands["report"]  # type: ignore[attr-defined]
+
+    def chosen(*words: str) -> object:
+        return command.make_context("report", ["s.yaml", *words]).params["tracking_uri"]
+
+    monkeypatch.delenv("LAYERSWAP_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://theirs")
+    assert chosen() == "http://theirs"
+    monkeypatch.setenv("LAYERSWAP_TRACKING_URI", "http://ours")
+    assert chosen() == "http://ours"
+    assert chosen("--tracking-uri", "home") == "home"
+
+
+@pytest.mark.parametrize("uri", ["mlruns", "file:///tmp/mlruns", "databricks"])
+def test_what_is_no_server_or_database_is_refused_with_where_it_was_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str
+) -> None:
+    hand = Hand(tmp_path)
+    monkeypatch.setattr("orchestrator.record.given.check_files", lambda *_: None)  # there is one document
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    result = CliRunner().invoke(app, ["report", str(hand.file), "--home", str(hand.home.root)])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(
+        f"--tracking-uri {uri} (of the environment): no URI of a server or database; write "
+    )
+    assert result.stderr.endswith("or home for the one in the home\n")
 
 
 def test_numbers_are_written_as_people_write_them() -> None:
@@ -83,6 +134,9 @@ def ui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
     with sqlite3.connect(tmp_path / "home" / "mlflow.db") as database:
         database.execute("CREATE TABLE experiments (name, artifact_location)")
     monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("os.environ", os.environ.copy())
     commands: list[Sequence[str]] = []
     monkeypatch.setattr("os.execv", lambda _, command: commands.append(command))
     return commands
@@ -94,6 +148,58 @@ def test_the_ui_serves_the_database_of_a_home_that_is_named_from_here(ui: list[S
     assert command[command.index("--backend-store-uri") + 1] == f"sqlite:///{tmp_path}/home/mlflow.db"
     assert command[command.index("--default-artifact-root") + 1] == f"file://{tmp_path}/home/mlartifacts"
     assert Path.cwd() == tmp_path / "home"
+    # One process that runs no jobs: more of them never answer beside a study that keeps all cores busy.
+    assert command[command.index("--workers") + 1] == "1"
+    assert os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
+    assert command[command.index("--host") + 1] == "127.0.0.1"
+    assert "--app-name" not in command
+
+
+def test_the_ui_for_others_warns_and_answers_to_the_names_of_the_machine(
+    ui: list[Sequence[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.node", lambda: "node7")
+    result = CliRunner().invoke(app, ["ui", "s.yaml", "--home", "home", "--host", "0.0.0.0", "--port", "5999"])
+    assert result.stderr.startswith("warning: --host 0.0.0.0: whoever reaches port 5999 may read, change and delete")
+    assert result.stdout == (
+        "MLflow UI on http://node7:5999/#/experiments?workflowType=machine_learning (Ctrl-C ends it)\n"
+    )
+    assert {"node7:5999", "localhost:5999"} <= set(os.environ["MLFLOW_SERVER_ALLOWED_HOSTS"].split(","))
+    assert "http://node7:5999" in os.environ["MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"].split(",")
+    monkeypatch.delenv("MLFLOW_SERVER_ALLOWED_HOSTS")
+    told = server_environment(Home(tmp_path), "10.1.2.3", 5998, auth=False)
+    assert told["MLFLOW_SERVER_ALLOWED_HOSTS"] == "localhost:5998,127.0.0.1:5998,[::1]:5998,10.1.2.3:5998"
+    assert told["MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"] == os.environ["MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"]  # was set
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.2", "::1"])
+def test_the_ui_for_this_machine_warns_of_nothing(ui: list[Sequence[str]], host: str) -> None:
+    result = CliRunner().invoke(app, ["ui", "s.yaml", "--home", "home", "--host", host])
+    assert (result.exit_code, result.stderr, len(ui)) == (0, "", 1)
+    assert "MLFLOW_SERVER_ALLOWED_HOSTS" not in os.environ
+
+
+def test_the_ui_with_a_password(ui: list[Sequence[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["ui", "s.yaml", "--home", "home", "--host", "0.0.0.0", "--auth"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    result = CliRunner().invoke(app, words)
+    assert (result.exit_code, ui) == (2, [])
+    assert result.stderr == "--auth needs an extra of MLflow: pip install 'layerswap[auth]'\n"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    result = CliRunner().invoke(app, words)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert ui[0][-2:] == ["--app-name", "basic-auth"]
+    password = os.environ["MLFLOW_AUTH_ADMIN_PASSWORD"]
+    assert len(password) >= 12 and f"user admin, password {password} (told this once" in result.stdout
+    assert len(os.environ["MLFLOW_FLASK_SERVER_SECRET_KEY"]) == 64
+    told = configparser.ConfigParser()
+    told.read(os.environ["MLFLOW_AUTH_CONFIG_PATH"])
+    assert told["mlflow"]["database_uri"] == f"sqlite:///{tmp_path}/home/mlflow-auth.db"
+    monkeypatch.delenv("MLFLOW_AUTH_ADMIN_PASSWORD")
+    (tmp_path / "home" / "mlflow-auth.db").touch()  # as MLflow makes it, with the administrator in it
+    monkeypatch.chdir(tmp_path)
+    assert "password" not in CliRunner().invoke(app, words).stdout
+    assert "MLFLOW_AUTH_ADMIN_PASSWORD" not in os.environ
 
 
 def test_the_ui_of_what_is_no_database_says_so_in_a_line(ui: list[Sequence[str]], tmp_path: Path) -> None:
@@ -139,3 +245,19 @@ def test_an_export_to_where_nothing_can_be_written_says_so(tmp_path: Path, monke
     hand.all_done()
     to = hand.file / "in a file" / "out"
     assert refused(hand, to) == f"--to {to} cannot be written (Not a directory): give another folder"
+
+
+def test_the_log_of_a_stage_is_printed_and_what_names_none_is_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.record.given.check_files", lambda *_: None)  # there is one document
+    hand = Hand(tmp_path)
+    hand.attempt(hand.key("two 0"))
+    (hand.store.folder(hand.key("two 0")) / "log.txt").write_text("a warning\n")
+
+    def log(*words: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["log", str(hand.file), *words, "--home", str(hand.home.root)])
+        return result.exit_code, (result.stderr or result.stdout).splitlines()[-1]
+
+    assert log() == log("trial-00:1") == log(hand.key("two 0")[:8]) == (0, "a warning")
+    assert log("trial-05:1") == (2, "trial-05:1: trial-05 is no trial: the study has trial-00 to trial-02")

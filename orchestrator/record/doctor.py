@@ -122,13 +122,13 @@ def _zombies(home: Home, store: Store) -> Iterator[Finding]:
     """MLflow runs that say RUNNING while nobody runs in this home."""
     if not (home.root / "mlflow.db").is_file() or home.used or any(store.locked(key) for key in store.all_keys()):
         return
-    from orchestrator.record.tracking.runs import (  # takes seconds, so only where there is a database
+    from orchestrator.record.tracking.client import (  # takes seconds, so only where there is a database
         AnotherVersionError,
         still_running,
     )
 
     try:
-        running = list(still_running(home.database))
+        running = list(still_running(home))
     except AnotherVersionError as error:
         what, _, remedy = str(error).partition(": ")
         yield Finding(f"MLflow: {what}", remedy)

@@ -47,14 +47,17 @@ def run_study(job: Job, context: RunContext, cluster: Cluster, interrupt: Interr
         print(line, file=sys.stderr)
     store.tidy(job.keys)
     job.variant.remember(job.asked, job.keys)
-    with job.variant.running(Provenance.of(job.commands["run"])) as run:
-        return _run(job, store, context, cluster, interrupt, run)
+    provenance = Provenance.of(job.commands["run"])
+    recorder = Recorder(job.home, job.plan, job.speeds, provenance=provenance)
+    with job.variant.running(provenance) as run:
+        return _run(job, store, context, cluster, interrupt, run, recorder)
 
 
-def _run(job: Job, store: Store, context: RunContext, cluster: Cluster, interrupt: Interrupt, run: Run) -> int:
+def _run(
+    job: Job, store: Store, context: RunContext, cluster: Cluster, interrupt: Interrupt, run: Run, recorder: Recorder
+) -> int:
     stopped = job.variant.stopped()
     watch = _Watch(job, store, cluster.cpus, run)
-    recorder = Recorder(job.home, job.plan, job.speeds)
     outcome = Outcome(stopped)
     try:
         watch.start()

@@ -5,6 +5,7 @@ Place in the flow: the commands of `cli` begin here. Invariant: nothing is writt
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -131,9 +132,14 @@ def run_job(
     """The `Job` of a study that is about to run, its inputs looked at, with the words that started it."""
     try:
         asked = asked_of(study, tuple(overrides or ()), device, look=True)
-        return _job(command, home_of(study, home).root, tracking_uri, asked), asked.resolved
+        job = _job(command, home_of(study, home).root, tracking_uri, asked)
     except StudyError as error:
         bad_input(error)
+    from orchestrator.record.tracking.boards import lacking
+
+    if (lack := lacking(job.plan.study)) is not None:
+        bad_input(lack)
+    return job, asked.resolved
 
 
 def look_at(
@@ -163,10 +169,17 @@ def needed_of_all(home: Any) -> set[str]:
 
 
 def _job(command: typer.Context, root: Path, tracking_uri: str | None, asked: Any) -> Any:
-    from orchestrator.record.commands import commands_of
+    from orchestrator.record.commands import OWN_RECORDS, commands_of
     from orchestrator.record.home import Home
     from orchestrator.record.job import Job
+    from orchestrator.record.passwords import without_passwords
 
-    if tracking_uri is not None and "://" not in tracking_uri:
-        bad_input(f"--tracking-uri {tracking_uri}: no URI; write http://HOST:PORT, or sqlite:////FILE for a database")
+    tracking_uri = None if tracking_uri == OWN_RECORDS else tracking_uri
+    if tracking_uri is not None and re.match(r"(?!file:)[a-z][a-z0-9+.-]*://", tracking_uri) is None:
+        source = command.get_parameter_source("tracking_uri")
+        told = " (of the environment)" if source is not None and source.name == "ENVIRONMENT" else ""
+        bad_input(
+            f"--tracking-uri {without_passwords(tracking_uri)}{told}: no URI of a server or database; write "
+            "http://HOST:PORT, sqlite:////FILE for a database, or home for the one in the home"
+        )
     return Job.of(asked, Home(root, tracking_uri), commands_of(command))

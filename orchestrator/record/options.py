@@ -22,7 +22,9 @@ HomeDirectory = Annotated[
 TrackingUri = Annotated[
     str | None,
     typer.Option(
-        "--tracking-uri", envvar="LAYERSWAP_TRACKING_URI", help="MLflow server or database; default: one in the home"
+        "--tracking-uri",
+        envvar=["LAYERSWAP_TRACKING_URI", "MLFLOW_TRACKING_URI"],
+        help="MLflow server or database, or home for the one in the home; default: that one",
     ),
 ]
 

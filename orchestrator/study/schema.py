@@ -192,6 +192,25 @@ class Controls(Model):
     scratch: Literal["own", "every", "none"] = "own"
 
 
+class Wandb(Model):
+    """Weights & Biases."""
+
+    project: Annotated[str, Field(min_length=1)]
+    entity: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+class TensorBoard(Model):
+    """Event files in the study's folder of the home."""
+
+
+class Trackers(Model):
+    """Where runs are told beside MLflow; no stage depends on it."""
+
+    wandb: Wandb | None = None
+    tensorboard: TensorBoard | None = None
+
+
 class Study(Model):
     """One study file."""
 
@@ -209,6 +228,7 @@ class Study(Model):
     controls: Controls = Controls()
     search: Search = Search()
     report: Report = Report()
+    record: Trackers = Trackers()
 
     @model_validator(mode="after")
     def _vocabulary_only_when_trained(self) -> Study:

@@ -23,7 +23,7 @@ from orchestrator.record.remembered import Asked
 from orchestrator.run.hardware import machine
 from orchestrator.run.store import Store
 from orchestrator.study.loader import read_document, validate
-from orchestrator.study.plan import make_plan, throughput_specs
+from orchestrator.study.plan import Plan, throughput_specs
 from orchestrator.study.sources import resolve
 from orchestrator.study.spec import Spec
 from orchestrator.study.stages import Step
@@ -57,18 +57,28 @@ SPEEDS = {  # prefill and decode at 32 tokens; at 16 tokens both are half of it
 }  # fmt: skip
 
 
+def asked(root: Path, *overrides: str) -> Asked:
+    """The study, or an edited one, whose file lies in a folder."""
+    file = root / "handmade.yaml"
+    file.write_text(STUDY)
+    (root / "text.txt").write_text("a long convolution\n")
+    document = read_document(file, overrides)
+    resolved = resolve(validate(document), root)
+    return Asked(str(file), STUDY, overrides, document.values, document.places, resolved, "cpu", "test")
+
+
+def planned(root: Path, *overrides: str) -> Plan:
+    """Its plan."""
+    return asked(root, *overrides).plan()
+
+
 class Hand:
     """A home below `root`, and what a test lets its store hold."""
 
     def __init__(self, root: Path, *overrides: str) -> None:
         self.file = root / "handmade.yaml"
-        self.file.write_text(STUDY)
-        (root / "text.txt").write_text("a long convolution\n")
-        document = read_document(self.file, overrides)
-        study = validate(document)
-        resolved = resolve(study, root)
-        self.plan = make_plan(document, study, resolved)
-        self.asked = Asked(str(self.file), STUDY, overrides, document.values, {}, resolved, "cpu", "test")
+        self.asked = asked(root, *overrides)
+        self.plan = self.asked.plan()
         self.home = Home(root / "home")
         self.store = Store(self.home.store)
         self.speeds = throughput_specs(self.plan, "test")

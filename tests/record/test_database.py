@@ -15,7 +15,9 @@ from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 
 from orchestrator.record.doctor import examine
 from orchestrator.record.home import Home, sqlite_uri
-from orchestrator.record.tracking.runs import AnotherVersionError, Runs, make_database
+from orchestrator.record.tracking.client import AnotherVersionError, make_database
+from orchestrator.record.tracking.entry import Entry
+from orchestrator.record.tracking.runs import Runs
 
 
 def test_two_makers_and_a_torn_beginning_give_one_whole_database(tmp_path: Path) -> None:
@@ -44,7 +46,7 @@ def home(tmp_path: Path, empty_database: Path) -> Home:
 def artefact(runs: Runs, name: str) -> str:
     """Give the study's run a file of this name, as a process of its own would; returns the run."""
     _artifact_repos_cache.clear()
-    run = runs.open("study", "study", None, {}, {})
+    run = runs.open(Entry("study", "study"))
     path = runs.home.root / name
     path.write_text(name)
     runs.add_file(run, path)

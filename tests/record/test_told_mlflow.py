@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -9,8 +10,11 @@ from pathlib import Path
 import pytest
 from mlflow.entities import Run
 
+from orchestrator.record.remembered import identity
+from orchestrator.record.tracking.entry import SUMMARY
+from orchestrator.record.tracking.identity import home_id
 from orchestrator.record.tracking.runs import Runs
-from orchestrator.record.tracking.tracker import SUMMARY, Tracker
+from orchestrator.record.tracking.tracker import Tracker
 from orchestrator.study.spec import short
 from tests.record.handmade import RATIOS, SPEEDS, START, Hand, put, quality
 
@@ -21,13 +25,13 @@ NAMES = {  # of the runs of steps, and of the runs that they stand below
     "skip 0": ("skip 0", "study"),
     "skip 1": ("skip 1", "study"),
     "skip all": ("skip all", "study"),
-    "two 0": ("stage 1 · layers 0 · hyena-2", "study"),  # of two trials
-    "two 1": ("stage 2 · layers 1 · hyena-2", "study"),
-    "two joint": ("joint · layers 0,1 · hyena-2", "trial-00"),
-    "two mixed": ("joint · layers 0,1 · hyena-2", "trial-01"),
-    "heads 0": ("stage 1 · layers 0 · hyena-2h", "trial-02"),
-    "heads 1": ("stage 2 · layers 1 · hyena-2h", "trial-02"),
-    "heads joint": ("joint · layers 0,1 · hyena-2h", "trial-02"),
+    "two 0": ("hyena-2 · 1/3 layers 0", "study"),  # of two trials
+    "two 1": ("hyena-2 · 2/3 layers 1", "study"),
+    "two joint": ("hyena-2 · kl 1 · 3/3 joint layers 0,1", "trial-00"),
+    "two mixed": ("hyena-2 · ce 0.5 · 3/3 joint layers 0,1", "trial-01"),
+    "heads 0": ("hyena-2h · 1/3 layers 0", "trial-02"),
+    "heads 1": ("hyena-2h · 2/3 layers 1", "trial-02"),
+    "heads joint": ("hyena-2h · 3/3 joint layers 0,1", "trial-02"),
 }
 TRIALS = {
     "trial-00": ["two 0", "two 1", "two joint"],
@@ -83,8 +87,8 @@ def test_every_step_and_trial_has_a_run_below_the_right_one(told: Told) -> None:
     for name, (shown, parent) in NAMES.items():
         assert told[name].info.run_name == shown
         assert told[name].data.tags["mlflow.parentRunId"] == ids[parent]
-    for name, operator in (("trial-00", "hyena-2"), ("trial-01", "hyena-2"), ("trial-02", "hyena-2h")):
-        assert told[name].info.run_name == f"{name} {operator}"
+    for name, shown in (("trial-00", "hyena-2 · kl 1"), ("trial-01", "hyena-2 · ce 0.5"), ("trial-02", "hyena-2h")):
+        assert told[name].info.run_name == shown
         assert told[name].data.tags["mlflow.parentRunId"] == ids["study"]
     assert told["study"].info.run_name == "handmade"
     assert told.runs.client.get_experiment(told.runs.experiment).name == "handmade"
@@ -143,7 +147,15 @@ def test_a_trial_is_its_quality_over_the_tokens_of_its_path(told: Told, name: st
         values = [quality(RATIOS[step])[metric] for step in path]
         assert told.history(name, metric) == list(zip(values, tokens, times, strict=True))
     assert told.history(name, "swapped_layers") == list(zip((1, 2, 2), tokens, times, strict=True))
-    assert told[name].data.metrics.keys() == {*SUMMARY, "swapped_layers"}
+    speeds = {
+        f"{kind}_ratio/length_{length}": [SPEEDS[LIKE.get(step, step)][at] / (32 // length) for step in path]
+        for at, kind in enumerate(("prefill", "decode")) for length in (16, 32)
+    }  # fmt: skip
+    for metric, values in {**speeds, "train_ratio": [0.8, 0.8, 0.8]}.items():
+        assert told.history(name, metric) == [(v, at, 905_000) for v, at in zip(values, tokens, strict=True)]
+        assert told[name].data.metrics[metric] == values[-1]  # what tables and charts show
+    assert told[name].data.metrics["perplexity_ratio"] == RATIOS[path[-1]]
+    assert told[name].data.metrics.keys() == {*SUMMARY, "swapped_layers", "train_ratio", *speeds}
     assert {*SUMMARY} == {*quality(1.0)} - {"parameters"}
     links = [
         f"- layers {layers}: ratio {RATIOS[step]:.3f} ([stage {short(told.hand.key(step))}]"
@@ -153,33 +165,48 @@ def test_a_trial_is_its_quality_over_the_tokens_of_its_path(told: Told, name: st
     assert told[name].data.tags["mlflow.note.content"] == "\n".join(links)
 
 
-def tags(run: Run) -> dict[str, str]:
-    """Its tags, without those that MLflow itself gives or that name what other tests look at."""
-    apart = ("mlflow.runName", "mlflow.parentRunId", "layerswap.model", "layerswap.study", "mlflow.note.content")
-    assert run.data.tags["layerswap.study"] == "handmade"
-    return {key: value for key, value in run.data.tags.items() if key not in apart}
+def tags(told: Told, name: str) -> dict[str, str]:
+    """The tags of a run, without those that all have or that other tests look at; of results, how many were sent."""
+    apart = (
+        "layerswap.model",
+        "layerswap.study",
+        "layerswap.home",
+        "layerswap.in_plan",
+        "layerswap.name",
+        "layerswap.note",
+    )
+    found = told[name].data.tags
+    assert (found["layerswap.study"], found["layerswap.home"]) == ("handmade", home_id(told.hand.home))
+    assert (found["layerswap.in_plan"], found["layerswap.name"]) == ("true", found["mlflow.runName"])
+    sent = {"layerswap.told": str(len(found["layerswap.told"].split(",")))} if "layerswap.told" in found else {}
+    rest = {key: value for key, value in found.items() if key not in apart and not key.startswith("mlflow.")}
+    return {**rest, **sent}
 
 
 def test_tags_say_what_a_run_is(told: Told) -> None:
     key = told.hand.key
-    assert tags(told["study"]) == {"layerswap.id": "study", "layerswap.role": "study"}
-    assert told["study"].data.tags["mlflow.note.content"] == "Which of two operators costs less?"
+    assert tags(told, "study") == {"layerswap.id": "study", "layerswap.role": "study"}
+    experiment, view = told.runs.experiment, f"front-{home_id(told.hand.home)[:8]}"
+    assert told["study"].data.tags["mlflow.note.content"] == (
+        "Which of two operators costs less?\n\n[Quality against speed]"
+        f"(#/experiments/{experiment}/runs?workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey={view})"
+    )
     for name, role, layers in (("teacher", "teacher", ""), ("scratch", "control", "0,1"), ("skip 1", "control", "1")):
-        assert tags(told[name]) == {
+        assert tags(told, name) == {
             "layerswap.id": f"stage:{key(name)}", "layerswap.role": role, "layerswap.stage": key(name),
             "layerswap.layers": layers, "layerswap.told": "2",
         }  # fmt: skip
     for name, trials, layers, operator in (
         ("two 1", "trial-00,trial-01", "0,1", "hyena-2"), ("heads joint", "trial-02", "0,1", "hyena-2h"),
     ):  # fmt: skip
-        assert tags(told[name]) == {
+        assert tags(told, name) == {
             "layerswap.id": f"stage:{key(name)}", "layerswap.role": "stage", "layerswap.stage": key(name),
             "layerswap.layers": layers, "layerswap.told": "2", "layerswap.trials": trials,
             "layerswap.operator": operator,
         }  # fmt: skip
-    assert tags(told["trial-02"]) == {
+    assert tags(told, "trial-02") == {
         "layerswap.id": f"trial:{key('heads joint')}:3", "layerswap.role": "trial", "layerswap.trial": "trial-02",
-        "layerswap.operator": "hyena-2h", "layerswap.told": "3", "layerswap.stopped_early": "false",
+        "layerswap.operator": "hyena-2h", "layerswap.told": "6", "layerswap.stopped_early": "false",
     }  # fmt: skip
 
 
@@ -199,15 +226,41 @@ def test_parameters_are_the_values_of_the_stage(told: Told) -> None:
         "numerics.dtype": "float32", "numerics.threads": "1", "optimizer.lr": "0.003",
     }.items() <= params.items()  # fmt: skip
     assert params["optimizer.betas"] == "[0.9, 0.98]"
-    assert told["trial-01"].data.params == {"recipe.joint.0.losses.kl": "1.0", "recipe.joint.0.losses.ce": "0.5"}
-    assert told["trial-02"].data.params == {"operator.kind": "hyena", "operator.heads": "2"}
+    for trial, (operator, ce, heads) in {
+        "trial-00": ("hyena-2", "0.0", "None"), "trial-01": ("hyena-2", "0.5", "None"),
+        "trial-02": ("hyena-2h", "0.0", "2"),
+    }.items():  # fmt: skip
+        assert told[trial].data.params == {
+            "operator": operator, "recipe.joint.0.losses.kl": "1.0", "recipe.joint.0.losses.ce": ce,
+            "operator.kind": "hyena", "operator.heads": heads,
+        }  # fmt: skip
     assert told["study"].data.params == {}
+
+
+def test_a_view_shows_the_front_of_the_trials(told: Told) -> None:
+    home = home_id(told.hand.home)
+    tags = told.runs.client.get_experiment(told.runs.experiment).tags
+    view = json.loads(tags[f"mlflow.sharedViewState.front-{home[:8]}"])
+    assert view["searchFilter"] == (
+        f"tags.`layerswap.role` = 'trial' and tags.`layerswap.in_plan` = 'true' and tags.`layerswap.home` = '{home}'"
+    )
+    found = told.runs.client.search_runs([told.runs.experiment], view["searchFilter"])
+    assert {run.data.tags["layerswap.trial"] for run in found} == TRIALS.keys()
+    prefill, decode, lines = view["compareRunCharts"]
+    for chart, speed in ((prefill, "prefill_ratio/length_32"), (decode, "decode_ratio/length_32")):
+        assert (chart["type"], chart["xaxis"]["key"], chart["yaxis"]["key"]) == ("SCATTER", speed, "perplexity_ratio")
+        assert all(chart[axis]["key"] in run.data.metrics for run in found for axis in ("xaxis", "yaxis"))
+    assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`perplexity_ratio`", True)
+    assert lines["selectedParams"] == ["operator", "recipe.joint.0.losses.ce", "operator.heads"]
+    assert all({*lines["selectedParams"]} <= run.data.params.keys() for run in found)
 
 
 def test_the_study_has_its_score_its_files_and_a_model_for_every_student(told: Told) -> None:
     assert told["study"].data.metrics == {"best_perplexity_ratio": 1.1}
     client = told.runs.client
-    assert [file.path for file in client.list_artifacts(told["study"].info.run_id)] == ["report.md"]
+    folder = identity(told.hand.plan)  # of the variant
+    files = client.list_artifacts(told["study"].info.run_id, folder)
+    assert [file.path for file in files] == [f"{folder}/report.md", f"{folder}/resolved.yaml"]
     models = {model.name: model for model in client.search_logged_models([told.runs.experiment])}
     students = {name for name in NAMES if name.startswith(("two", "heads"))}
     assert models.keys() == {f"student-{short(told.hand.key(name))}" for name in students}

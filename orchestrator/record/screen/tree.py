@@ -144,8 +144,9 @@ class Tree:
         for branch in self.branches:
             states = Counter(item.state(facts) for item in branch.items)
             rank = 2 if states["running"] + states["failed"] else 5 if states["done"] == len(branch.items) else 4
-            quiet: Counter[State] = Counter({state: states[state] for state in ("done", "waiting")})
-            yield Row(self._line(branch, facts, width), rank, quiet)  # what runs or failed has a row of its own
+            quiet = Counter(states)
+            quiet["running"] = quiet["failed"] = 0  # what runs or failed has a row of its own
+            yield Row(self._line(branch, facts, width), rank, quiet)
             for item in branch.items:
                 name = item.label if item.label[0].isalpha() else f"layers {item.label}"
                 yield from self._busy(branch.below, name, item.train, item.tokens, facts, now, width)

@@ -16,7 +16,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from orchestrator.record.home import Home
-from orchestrator.record.tracking.runs import AnotherVersionError
+from orchestrator.record.passwords import without_passwords
+from orchestrator.record.provenance import Provenance
+from orchestrator.record.tracking.beside import Beside
+from orchestrator.record.tracking.boards import asked, lacking
+from orchestrator.record.tracking.client import AnotherVersionError
 from orchestrator.record.tracking.tracker import Tracker
 from orchestrator.run.store import Store
 from orchestrator.study.plan import Plan
@@ -33,8 +37,15 @@ Action = Callable[[Tracker], None]
 class Recorder:
     """Sends a study's records from a thread. A `live` one marks runs as running and tells when MLflow is behind."""
 
-    def __init__(self, home: Home, plan: Plan, speeds: dict[str, ThroughputSpec], live: bool = True) -> None:
-        self.home, self.plan, self.speeds, self.live = home, plan, speeds, live
+    def __init__(
+        self,
+        home: Home,
+        plan: Plan,
+        speeds: dict[str, ThroughputSpec],
+        live: bool = True,
+        provenance: Provenance | None = None,
+    ) -> None:
+        self.home, self.plan, self.speeds, self.live, self.provenance = home, plan, speeds, live, provenance
         self.store = Store(home.store)
         self.tracker: Tracker | None = None
         self.trouble: str | None = None  # why MLflow is behind
@@ -46,10 +57,14 @@ class Recorder:
         self.asked: queue.Queue[tuple[Action, threading.Event] | None] = queue.Queue()
         self.lock = FileLock(home.study(plan.study.study) / "recorder.lock", timeout=0, thread_local=False)
         self.thread = threading.Thread(target=self._work, daemon=True)
+        boards = asked(plan.study) if live or lacking(plan.study) is None else []
+        self.boards = [Beside(name, home, plan, speeds) for name in boards]
 
     def start(self) -> None:
-        """Begin to keep MLflow in step, every few seconds."""
+        """Begin to keep MLflow and what is beside it in step, every few seconds."""
         self.thread.start()
+        for board in self.boards:
+            board.start()
 
     def catch_up(self) -> None:
         """Send what is new now, as far as MLflow answers."""
@@ -64,6 +79,8 @@ class Recorder:
         self.asked.put(None)
         if not self.hopeless:
             self.thread.join()
+        for board in self.boards:
+            board.finish()
 
     def run_id(self, step: Step) -> str | None:
         """The MLflow run of a step's stage, as far as it is known."""
@@ -118,7 +135,7 @@ class Recorder:
             if self.elsewhere:
                 self.tracker, self.elsewhere = None, False
             if self.tracker is None:
-                self.tracker = Tracker(self.home, self.plan, self.speeds, self.live)
+                self.tracker = Tracker(self.home, self.plan, self.speeds, self.live, self.provenance)
             action(self.tracker)
         except Timeout:
             if not self.elsewhere:
@@ -143,7 +160,7 @@ class Recorder:
 
     def _say_behind(self, error: Exception) -> None:
         self.remedy = str(error) if isinstance(error, AnotherVersionError) else ""
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else ""
+        reason = without_passwords(next(iter(str(error).strip().splitlines()), ""))[:160]
         told = self.remedy or f"{type(error).__name__}: {reason}"
         if self.trouble is None and self.live:
             print(f"MLflow is behind, nothing is lost, the study goes on: {told}", file=sys.stderr)

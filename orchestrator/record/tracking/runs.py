@@ -1,96 +1,137 @@
 """MLflow's runs by what they stand for: found again by a tag, made once, told each thing once.
 
-The only importer of mlflow. What the runs stand for is `tracking`'s to say.
+Imports mlflow, as `client` does. What the runs stand for is `entry`'s to say. Invariant: runs of other homes are not
+touched, and neither is what a user wrote: a run's name and note are renewed only where they are as this program left
+them, other tags are not looked at.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import logging
-import os
-import re
-import shlex
-import sys
+import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-# A server that does not answer must not hold the sender for minutes: the next round tries again.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
-
 import mlflow
-import mlflow.store.db_migrations
-from filelock import FileLock
-from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
-from sqlalchemy.engine import make_url
+from mlflow.entities import DatasetInput, Metric, Param, RunTag
 
-from orchestrator.record.home import Home, sqlite_uri
-from orchestrator.record.records import leaves
+from orchestrator.record.home import Home
+from orchestrator.record.tracking.client import connect, tracking_at
 from orchestrator.record.tracking.database import renew_places
-from orchestrator.study.loader import dump
+from orchestrator.record.tracking.entry import MARKER, Entry, Point, Result
+from orchestrator.record.tracking.identity import HOME, home_id
+from orchestrator.record.tracking.view import SHARED
 
-for noisy in ("mlflow", "alembic", "urllib3"):  # what fails is raised too, and told in one line by the recorder
-    logging.getLogger(noisy).setLevel(logging.CRITICAL)
 IDENTITY = "layerswap.id"
-TOLD = "layerswap.told"  # tag: how many results of the run's stages were sent
+TOLD = "layerswap.told"  # tag: which results of the run's stages were sent
 MODEL = "layerswap.model"
-MARKER = "stage_tokens"  # the last metric of every journal line
-Point = tuple[str, float, int, int]  # metric, value, milliseconds since 1970, step
+IN_PLAN = "layerswap.in_plan"  # tag: whether the study, as it was run last, asks for the run
+NAMED, NOTED = "layerswap.name", "layerswap.note"  # tags: what this program wrote last, the note by its digest
+NAME, NOTE, PARENT = "mlflow.runName", "mlflow.note.content", "mlflow.parentRunId"
+KIND = "mlflow.experimentKind"  # tag of the experiment: the UI then opens on runs and metrics
+LONGEST = {"note": 7_500, "value": 500}  # letters; MLflow refuses 8,000 and 6,000
+BATCH = 500  # metrics in a call; MLflow takes 1,000
+MARK = 8  # letters that tell what was sent
 
 
 class Runs:
     """The runs of one study in MLflow. Any call may raise what MLflow raises; then make a new one.
 
-    Only `live` ones are reopened; `heard` is when MLflow last answered (monotonic seconds).
+    Only `live` ones are reopened; `heard` is when MLflow last answered (monotonic seconds). `newest` says whether this
+    is how the study was run last, so that runs are called and marked by it. `source` are tags of what makes a run,
+    `data` what it reads.
     """
 
-    def __init__(self, home: Home, study: str, live: bool = True) -> None:
-        self.home, self.study, self.live = home, study, live
-        if home.tracking is None:
-            make_database(home)
-        with _of_this_version(home.tracking_uri):
-            self.client = MlflowClient(tracking_uri=home.tracking_uri)
+    def __init__(
+        self,
+        home: Home,
+        study: str,
+        live: bool = True,
+        newest: bool = True,
+        source: dict[str, str] | None = None,
+        data: list[DatasetInput] | None = None,
+    ) -> None:
+        self.home, self.study, self.live, self.newest = home, study, live, newest
+        self.source, self.data = source or {}, data or []
+        self.client = connect(home)
+        self.own = home.tracking in (None, home.database)  # whether all runs there are of this home
+        self.home_id = home_id(home)
         self.ids: dict[str, str] = {}  # identity -> run id
         self.tags: dict[str, dict[str, str]] = {}  # run id -> its tags
-        self.params: dict[str, set[str]] = {}  # run id -> names of its parameters
+        self.params: dict[str, dict[str, str]] = {}  # run id -> its parameters
         self.status: dict[str, str] = {}  # run id -> RUNNING, FINISHED, FAILED or KILLED
         self.sent: dict[str, int] = {}  # run id -> last journal step sent
+        self.with_data: set[str] = set()  # run ids
         self.experiment = self._experiment()
         self._find()
         self.heard = time.monotonic()
 
-    def open(
-        self,
-        identity: str,
-        name: str,
-        parent: str | None,
-        tags: dict[str, str],
-        params: dict[str, Any],
-        began: Callable[[], int | None] = lambda: None,
-    ) -> str:
-        """The id of the run of `identity`, made where there is none yet, with these parameters.
+    def open(self, entry: Entry, began: Callable[[], int | None] = lambda: None) -> str:
+        """The id of an entry's run, made where there is none yet, and as the entry says where it was otherwise.
 
         `began` tells when the work of a new run began, in milliseconds since 1970; None stands for now.
         """
-        if identity not in self.ids:
-            tags = {**tags, IDENTITY: identity, "layerswap.study": self.study, "mlflow.runName": name}
-            if parent is not None:
-                tags["mlflow.parentRunId"] = parent
-            made = self.client.create_run(self.experiment, start_time=began(), tags=tags, run_name=name)
-            self._know(identity, made)
-        run = self.ids[identity]
-        entries = [Param(k, str(dump(v))[:500]) for k, v in leaves(params).items() if k not in self.params[run]]
-        for start in range(0, len(entries), 100):
-            self.client.log_batch(run, params=entries[start : start + 100])
-            self.params[run] |= {entry.key for entry in entries[start : start + 100]}
-        return run
+        parameters = {key: value[: LONGEST["value"]] for key, value in entry.parameters.items()}
+        run = self.ids.get(entry.identity)
+        if (
+            run is not None
+            and self.newest
+            and any(self.params[run].get(key, value) != value for key, value in parameters.items())
+        ):
+            # MLflow changes no parameter: from now on another run stands for this.
+            self._set_aside(entry.identity, {IDENTITY: f"{entry.identity}:{run}"})
+            run = None
+        tags = {**entry.tags, IN_PLAN: str(self.newest).lower(), HOME: self.home_id}
+        if entry.parent is not None:
+            tags[PARENT] = self.ids[entry.parent]
+        if run is None:
+            first = {**self.source, IDENTITY: entry.identity, "layerswap.study": self.study, **_named(entry)}
+            made = self.client.create_run(
+                self.experiment, start_time=began(), tags={**tags, **first}, run_name=entry.name
+            )
+            self._know(entry.identity, made)
+            run = made.info.run_id
+        if self.newest:
+            self.renew(run, tags)
+            self._rename(run, entry.name)
+            self.note(run, entry.note)
+        self._complete(run, parameters)
+        return str(run)
+
+    def renew(self, run: str, tags: dict[str, str]) -> None:
+        """Give a run tags that it does not have with these values."""
+        changed = {key: value for key, value in tags.items() if self.tags[run].get(key) != value}
+        if changed:
+            self.client.log_batch(run, tags=[RunTag(key, value) for key, value in changed.items()])
+            self.tags[run] |= changed
+
+    def forget(self, run: str, *tags: str) -> None:
+        """Take tags from a run."""
+        for tag in tags:
+            if tag in self.tags[run]:
+                self.client.delete_tag(run, tag)
+                del self.tags[run][tag]
+
+    def note(self, run: str, text: str) -> None:
+        """Give a run a note for people, unless a person wrote or removed it."""
+        text = text[: LONGEST["note"]]
+        if not text or digest(text) == self.tags[run].get(NOTED):
+            return
+        there = self.client.get_run(run).data.tags.get(NOTE)  # somebody may have written since
+        ours = self.tags[run].get(NOTED) == (digest(there) if there else None)
+        self.renew(run, {NOTED: digest(text), **({NOTE: text} if ours else {})})
+
+    def show(self, name: str, view: str) -> None:
+        """Keep a view of the experiment for people to open."""
+        tags = self.client.get_experiment(self.experiment).tags
+        if tags.get(f"{SHARED}{name}") != view:
+            self.client.set_experiment_tag(self.experiment, f"{SHARED}{name}", view)
+
+    def set_aside(self, wanted: set[str]) -> None:
+        """Mark the runs that the study, as it was run last, does not ask for."""
+        for identity in self.ids.keys() - wanted:
+            self._set_aside(identity)
 
     def reopen(self, run: str) -> None:
         """Mark a run as running again, if runs are live."""
@@ -104,20 +145,29 @@ class Runs:
             self.client.set_terminated(run, status, end_time=end_time)
             self.status[run] = status
 
-    def told(self, run: str) -> int:
-        """How many results of finished stages a run was sent."""
-        return int(self.tags[run].get(TOLD, "0"))
+    def lacks(self, run: str, results: list[Result]) -> bool:
+        """Whether a run was not sent all of these."""
+        return not {_mark(result) for result in results} <= self._told(run)
 
-    def tell(self, run: str, points: list[Point], told: int, note: str | None = None) -> None:
-        """Send results of finished stages once, whatever becomes of the stages; MLflow writes the tags last."""
-        tags = [] if note is None else [RunTag("mlflow.note.content", note)]
-        metrics = [Metric(*point) for point in points]
-        self.client.log_batch(run, metrics=metrics, tags=[*tags, RunTag(TOLD, str(told))])
-        self.tags[run][TOLD] = str(told)
+    def tell(self, run: str, results: list[Result]) -> None:
+        """Send those results of finished stages that a run lacks; MLflow writes the tag of it last.
 
-    def tag(self, run: str, key: str, value: str) -> None:
-        """Set a tag."""
-        self.client.set_tag(run, key, value)
+        Where it was told others in their place, before a study was edited, these count from now on: of two values at
+        one step MLflow shows the later one.
+        """
+        told, marks = self._told(run), [_mark(result) for result in results]
+        points = [
+            point for mark, (_, several) in zip(marks, results, strict=True) if mark not in told for point in several
+        ]
+        if not points:
+            return
+        if told - set(marks):
+            points = [(name, value, int(time.time() * 1000), step) for name, value, _, step in points]
+        for start in range(0, len(points), BATCH):
+            last = start + BATCH >= len(points)
+            tags = [RunTag(TOLD, ",".join(marks))] if last else []
+            self.client.log_batch(run, metrics=[Metric(*point) for point in points[start : start + BATCH]], tags=tags)
+        self.tags[run][TOLD] = ",".join(marks)
 
     def resume(self, run: str) -> None:
         """Learn which journal points a run has."""
@@ -139,9 +189,14 @@ class Runs:
             if known.get(key) != value:
                 self.client.log_metric(run, key, value)
 
-    def add_file(self, run: str, path: Path) -> None:
+    def add_file(self, run: str, path: Path, folder: str | None = None) -> None:
         """Give a run a file, in place of one of the same name."""
-        self.client.log_artifact(run, str(path))
+        self.client.log_artifact(run, str(path), folder)
+        self.heard = time.monotonic()
+
+    def add_text(self, run: str, name: str, text: str) -> None:
+        """Give a run a file of this name and text."""
+        self.client.log_text(run, text, name)
         self.heard = time.monotonic()
 
     def add_model(self, run: str, name: str, key: str, artefacts: str) -> None:
@@ -149,47 +204,87 @@ class Runs:
         if MODEL in self.tags[run]:
             return
         for half in self.client.search_logged_models([self.experiment], f"name = '{name}'"):
-            self.client.delete_logged_model(half.model_id)
-        mlflow.set_tracking_uri(self.home.tracking_uri)
-        model = mlflow.create_external_model(
-            name=name,
-            source_run_id=run,
-            tags={
-                "stage_key": key,
-                "artefacts": artefacts,
-                "stage": self.tags[run]["mlflow.runName"],
-            },
-            model_type="layerswap-student",
-            experiment_id=self.experiment,
-        )
-        self.client.set_tag(run, MODEL, model.model_id)
-        self.tags[run][MODEL] = model.model_id
+            if half.source_run_id == run:  # another home may have one of that name
+                self.client.delete_logged_model(half.model_id)
+        with tracking_at(self.home.tracking_uri):
+            model = mlflow.create_external_model(
+                name=name,
+                source_run_id=run,
+                tags={"stage_key": key, "artefacts": artefacts, "stage": self.tags[run][NAME]},
+                model_type="layerswap-student",
+                experiment_id=self.experiment,
+            )
+        self.renew(run, {MODEL: model.model_id})
         self.heard = time.monotonic()
 
+    def _told(self, run: str) -> set[str]:
+        return {mark for mark in self.tags[run].get(TOLD, "").split(",") if len(mark) == MARK}
+
+    def _complete(self, run: str, parameters: dict[str, str]) -> None:
+        """Give a run the parameters and the data that it lacks."""
+        entries = [Param(key, value) for key, value in parameters.items() if key not in self.params[run]]
+        for start in range(0, len(entries), 100):
+            self.client.log_batch(run, params=entries[start : start + 100])
+            self.params[run] |= {entry.key: entry.value for entry in entries[start : start + 100]}
+        if self.data and run not in self.with_data:
+            self.client.log_inputs(run, self.data)
+            self.with_data.add(run)
+
+    def _rename(self, run: str, name: str) -> None:
+        if self.tags[run].get(NAMED) == name:
+            return
+        there = self.client.get_run(run).info.run_name
+        if self.tags[run].get(NAMED, there) == there:  # none: from before this program noted what it wrote
+            self.client.update_run(run, name=name)
+            self.tags[run][NAME] = name
+        self.renew(run, {NAMED: name})
+
+    def _set_aside(self, identity: str, more: dict[str, str] | None = None) -> None:
+        """Let a run stand for what another variant of the study asks for: it keeps its numbers, and is told apart."""
+        run = self.ids.pop(identity)
+        if self.tags[run].get(IN_PLAN) == "false":
+            return
+        name, behind = self.tags[run].get(NAMED, self.tags[run][NAME]), f" · another variant {run[:6]}"
+        self._rename(run, name.removesuffix(behind) + behind)
+        self.forget(run, "layerswap.trial", "layerswap.trials")
+        if self.status[run] == "RUNNING":
+            self.close(run, "KILLED")
+        self.renew(run, {IN_PLAN: "false", HOME: self.home_id, **(more or {})})  # last: then nothing is left to do
+
     def _experiment(self) -> str:
-        found = self.client.get_experiment_by_name(self.study)
-        place = None if self.home.artefacts is None else f"{self.home.artefacts}/{self.study}"
-        if found is not None:
-            if self.home.tracking is None and found.artifact_location != place:  # the home was moved
-                renew_places(self.home)
-            if found.lifecycle_stage == "deleted":  # in the UI, by its owner, who now runs the study again
-                self.client.restore_experiment(found.experiment_id)
-            return str(found.experiment_id)
-        tags = {"mlflow.experimentKind": "custom_model_development"}  # the UI then opens on runs and metrics
-        return str(self.client.create_experiment(self.study, place, tags))
+        name, artefacts = self.study, self.home.artefacts
+        found = self.client.get_experiment_by_name(name)
+        if found is not None and artefacts is not None and found.tags.get(HOME, self.home_id) != self.home_id:
+            name = f"{self.study} {self.home_id[:8]}"  # files of the other one lie in another home
+            found = self.client.get_experiment_by_name(name)
+        place = None if artefacts is None else f"{artefacts}/{name}"
+        if found is None:
+            return str(
+                self.client.create_experiment(name, place, {KIND: "custom_model_development", HOME: self.home_id})
+            )
+        if self.home.tracking is None and found.artifact_location != place:  # the home was moved
+            renew_places(self.home)
+        if found.lifecycle_stage == "deleted":  # in the UI, by its owner, who now runs the study again
+            self.client.restore_experiment(found.experiment_id)
+        if KIND not in found.tags:
+            self.client.set_experiment_tag(found.experiment_id, KIND, "custom_model_development")
+        return str(found.experiment_id)
 
     def _find(self) -> None:
-        """Learn the runs that are there; where an answer was lost and a run made twice, the first one stays."""
+        """Learn the home's runs that are there; where an answer was lost and a run made twice, the first one stays."""
         token = None
+        of_this_home = "" if self.own else f"tags.`{HOME}` = '{self.home_id}'"
         while True:
             page = self.client.search_runs(
-                [self.experiment], max_results=1000, page_token=token, order_by=["attributes.start_time ASC"]
+                [self.experiment], of_this_home, max_results=1000, page_token=token, order_by=["attributes.start_time"]
             )
             for run in page:
                 identity = run.data.tags.get(IDENTITY)
+                if identity is None or run.data.tags.get(HOME, self.home_id) != self.home_id:
+                    continue
                 if identity in self.ids:
                     self.client.delete_run(run.info.run_id)
-                elif identity is not None:
+                else:
                     self._know(identity, run)
             token = page.token
             if not token:
@@ -198,60 +293,24 @@ class Runs:
     def _know(self, identity: str, run: Any) -> None:
         self.ids[identity] = run.info.run_id
         self.tags[run.info.run_id] = dict(run.data.tags)
-        self.params[run.info.run_id] = set(run.data.params)
+        self.params[run.info.run_id] = dict(run.data.params)
         self.status[run.info.run_id] = run.info.status
+        if run.inputs is not None and run.inputs.dataset_inputs:
+            self.with_data.add(run.info.run_id)
 
 
-class AnotherVersionError(RuntimeError):
-    """A database that another version of MLflow wrote; the message says what to do about it."""
+def _named(entry: Entry) -> dict[str, str]:
+    """Tags of a new run's name and note."""
+    note = entry.note[: LONGEST["note"]]
+    return {NAME: entry.name, NAMED: entry.name, **({NOTE: note, NOTED: digest(note)} if note else {})}
 
 
-@contextlib.contextmanager
-def _of_this_version(uri: str) -> Iterator[None]:
-    """Raise `AnotherVersionError` where MLflow refuses the database at this URI for its schema."""
-    try:
-        yield
-    except mlflow.exceptions.MlflowException as error:
-        found = re.search(r"database schema \(found version (\w+)", str(error))
-        if found is None:
-            raise
-        told = make_url(uri).render_as_string(hide_password=True)
-        known = Path(mlflow.store.db_migrations.__file__).parent.glob(f"versions/{found[1]}*.py")
-        if any(known):
-            upgrade = shlex.join([sys.executable, "-m", "mlflow", "db", "upgrade", told])
-            raise AnotherVersionError(
-                f"the database is of an older MLflow than {mlflow.__version__}: make a copy of it, then run {upgrade}"
-            ) from None
-        raise AnotherVersionError(
-            f"the database {told} is of another MLflow than {mlflow.__version__}, which does not know its schema "
-            f"{found[1]}: install the MLflow that wrote it"
-        ) from None
+def digest(text: str) -> str:
+    """A text in few letters, to know it again by."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def make_database(home: Home) -> None:
-    """Make the home's own database where there is none: whole or not at all, by one process.
-
-    MLflow makes its tables step by step; two makers at a time, or a killed one, would leave what no later one can mend.
-    """
-    database, unfinished = home.root / "mlflow.db", home.root / "mlflow.db.part"
-    if database.exists():
-        return
-    home.root.mkdir(parents=True, exist_ok=True)
-    with FileLock(home.root / "mlflow.lock"):
-        if not database.exists():
-            unfinished.unlink(missing_ok=True)
-            MlflowClient(tracking_uri=sqlite_uri(unfinished)).search_experiments(max_results=1)
-            unfinished.replace(database)
-
-
-def still_running(database: str) -> Iterator[tuple[str, str, Callable[[], None]]]:
-    """Name and id of every run that says RUNNING, of any study, and what marks it KILLED.
-
-    Raises `AnotherVersionError` where another version of MLflow wrote the database.
-    """
-    with _of_this_version(database):
-        client = MlflowClient(tracking_uri=database)
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    for run in client.search_runs(experiments, "attributes.status = 'RUNNING'", max_results=1000):
-        run_id = run.info.run_id
-        yield run.info.run_name, run_id, functools.partial(client.set_terminated, run_id, "KILLED")
+def _mark(result: Result) -> str:
+    """A result and its place on the curve, in few letters: a tag holds those of all stages of a path."""
+    key, points = result
+    return digest(f"{key} {points[0][3] if points else 0}")[:MARK]

@@ -14,39 +14,50 @@ from typing import Any
 from orchestrator.distill.training.journal import read_journal
 from orchestrator.record.home import Home
 from orchestrator.record.probe_results import probe_numbers, probe_result
+from orchestrator.record.provenance import Provenance
+from orchestrator.record.remembered import variant_of, variants
 from orchestrator.record.task_results import task_numbers, task_results
-from orchestrator.record.tracking.runs import MARKER, Point, Runs
+from orchestrator.record.tracking import entry as entries
+from orchestrator.record.tracking.entry import Entry, Point, path_identity, stage_identity
+from orchestrator.record.tracking.names import Path as TrialPath
+from orchestrator.record.tracking.names import shown
+from orchestrator.record.tracking.runs import BATCH, Runs, digest
+from orchestrator.record.tracking.source import data_of, remembered_source, source_tags, study_text
+from orchestrator.record.tracking.view import front_view, view_link, view_name
 from orchestrator.run.store import Store
-from orchestrator.study.plan import Plan, Trial, operator_name
+from orchestrator.study.plan import Plan
 from orchestrator.study.spec import ThroughputSpec, short
 from orchestrator.study.stages import Step
 
-BATCH = 500
-SUMMARY = (
-    "perplexity",
-    "perplexity_ratio",
-    "accuracy",
-    "agreement",
-    "kl",
-    "hit_nll",
-    "miss_nll",
-    "generation_agreement",
-    "greedy_generation_perplexity",
-    "sampled_generation_perplexity",
-)
+FAILURE, TRACEBACK = (
+    "layerswap.failure",
+    "layerswap.traceback",
+)  # tags: why a run failed; the attempt whose file is there
 
 
 class Tracker:
     """Keeps one study's MLflow runs in step with the store. Any call may raise what MLflow raises; then make a new one.
 
-    A `live` one marks the runs it finds as running again.
+    A `live` one marks the runs it finds as running again. `provenance` says where results come from, if it is known.
     """
 
-    def __init__(self, home: Home, plan: Plan, speeds: dict[str, ThroughputSpec], live: bool = True) -> None:
-        self.plan, self.speeds = plan, speeds
-        self.store, self.users = Store(home.store), plan.users()
+    def __init__(
+        self,
+        home: Home,
+        plan: Plan,
+        speeds: dict[str, ThroughputSpec],
+        live: bool = True,
+        provenance: Provenance | None = None,
+    ) -> None:
+        self.plan, self.speeds, self.shown = plan, speeds, shown(plan)
+        self.store = Store(home.store)
         self.closed: set[str] = set()  # identities that need no more attention
-        self.runs = Runs(home, plan.study.study, live)
+        self.variants = variants(home, plan.study.study)
+        self.variant = variant_of(home, plan)
+        self.lasts: dict[str, int] = {}  # key of a finished stage -> the last step of its journal
+        self.source = source_tags(provenance or remembered_source(self.variant))
+        self.newest = live or not self.variants or self.variants[0].id == self.variant.id
+        self.runs = Runs(home, plan.study.study, live, self.newest, self.source, data_of(plan))
 
     @property
     def heard(self) -> float:
@@ -55,12 +66,11 @@ class Tracker:
 
     def sync(self) -> None:
         """Send what is new: runs of started stages, journal points, results of finished ones."""
-        study = self._study_run()
-        for name, step in [("teacher", self.plan.teacher), *self.plan.controls.items()]:
-            role = "teacher" if name == "teacher" else "control"
-            self._stage(f"stage:{step.train.key}", name, step, study, {"layerswap.role": role})
-        for trial in self.plan.trials:
-            self._trial(trial, study)
+        self._study_run()
+        for step in (self.plan.teacher, *self.plan.controls.values()):
+            self._stage(step)
+        for path in self.shown.paths:
+            self._path(path)
 
     def finish(self, stopped: dict[str, int], failures: dict[str, str], summary: dict[str, float]) -> None:
         """Send the rest and give every run its true status: trials of `stopped` were ended early, the rest is read."""
@@ -68,26 +78,39 @@ class Tracker:
         self._asked()
         alone = [self.plan.teacher, *self.plan.controls.values()]
         complete = all(self._finished(step) for step in alone)
-        for trial in self.plan.trials:
-            done = trial.name in stopped or all(self._finished(step) for step in trial.steps)
-            complete &= done
-            run = self.runs.ids.get(self._trial_identity(trial))
+        for path in self.shown.paths:
+            complete &= self._end_path(path, stopped, failures)
+        for step in self.plan.steps:
+            run = self.run_id(step)
+            if run is not None and stage_identity(step) not in self.closed:
+                self._end_stage(step, run)
+        study, failed = self._study_run(), bool(failures) or any(self._failure(step) for step in self.plan.steps)
+        if not self.newest:  # its own runs only: the study's tells of the newest
+            return
+        self.runs.score(study, summary)
+        status = "FINISHED" if complete and not failures else "FAILED" if failed else "KILLED"
+        self.runs.close(study, status, None if self.runs.live else self._ended(tuple(self.plan.steps)))
+
+    def add_files(self, files: list[Path]) -> None:
+        """Give the study run its files, in a folder for every variant, and MLflow a model for every finished student,
+        without copying weights."""
+        study, folder = self._study_run(), self.variant.id
+        self.runs.add_text(study, f"{folder}/resolved.yaml", study_text(self.plan))
+        as_written = self.variant.folder / "study.yaml"
+        for path in [*files, *([as_written] if as_written.is_file() else [])]:
+            self.runs.add_file(study, path, folder)
+        for step in self.plan.steps:
+            run = self.run_id(step)
             if run is None:
                 continue
-            told = failures.get(trial.name) or next((e for s in trial.steps if (e := self._failure(s))), None)
-            self.runs.tag(run, "layerswap.stopped_early", str(trial.name in stopped).lower())
-            if told and not done:
-                self.runs.tag(run, "layerswap.failure", told[:5000])
-            self.runs.close(
-                run, "FINISHED" if done else "FAILED" if told else "KILLED", self._ended(trial) if done else None
-            )
-        for step in self.plan.steps:
-            identity = f"stage:{step.train.key}"
-            if identity in self.runs.ids and identity not in self.closed and not self.store.finished(step.evaluate.key):
-                self.runs.close(self.runs.ids[identity], "FAILED" if self._failure(step) else "KILLED")
-        study, failed = self._study_run(), bool(failures) or any(self._failure(step) for step in self.plan.steps)
-        self.runs.score(study, summary)
-        self.runs.close(study, "FINISHED" if complete and not failures else "FAILED" if failed else "KILLED")
+            self._add_traceback(step, run)
+            if step.swapped and getattr(step.train, "phases", ()) and self.store.finished(step.evaluate.key):
+                key = step.train.key
+                self.runs.add_model(run, f"student-{short(key)}", key, str(self.store.artefacts(key).resolve()))
+
+    def run_id(self, step: Step) -> str | None:
+        """The MLflow run of a step's stage."""
+        return self.runs.ids.get(stage_identity(step))
 
     def _asked(self) -> None:
         """What tasks and probes found of students and their teacher, beside the rest of their runs."""
@@ -100,155 +123,154 @@ class Tracker:
             if run is not None and numbers:
                 self.runs.score(run, numbers)
 
-    def add_files(self, files: list[Path]) -> None:
-        """Give the study run its files, and MLflow a model for every finished student, without copying weights."""
-        for path in files:
-            self.runs.add_file(self._study_run(), path)
-        for step in self.plan.steps:
-            run = self.runs.ids.get(f"stage:{step.train.key}")
-            if run is not None and step.swapped and getattr(step.train, "phases", ()) and self.runs.told(run):
-                key = step.train.key
-                self.runs.add_model(run, f"student-{short(key)}", key, str(self.store.artefacts(key).resolve()))
+    def _end_path(self, path: TrialPath, stopped: dict[str, int], failures: dict[str, str]) -> bool:
+        """Give the run of a path its last status, if there is one; says whether nothing more is wanted of the path."""
+        early = [trial.name for trial in path.trials if trial.name in stopped]
+        done = bool(early) or all(self._finished(step) for step in path.steps)
+        run = self.runs.ids.get(path_identity(path))
+        if run is None:
+            return done
+        told = [failures[trial.name] for trial in path.trials if trial.name in failures]
+        told += [failure["error"] for step in path.steps if (failure := self._failure(step))]
+        self.runs.renew(run, {"layerswap.stopped_early": str(bool(early)).lower()})
+        self._mark_failed(run, None if done or not told else str(told[0]))
+        status = "FINISHED" if done else "FAILED" if told else "KILLED"
+        self.runs.close(run, status, self._ended(path.steps) if done else None)
+        return done
 
-    def run_id(self, step: Step) -> str | None:
-        """The MLflow run of a step's stage."""
-        return self.runs.ids.get(f"stage:{step.train.key}")
+    def _end_stage(self, step: Step, run: str) -> None:
+        failure = self._failure(step)
+        self._mark_failed(run, None if failure is None else str(failure["error"]))
+        if not self.store.finished(step.evaluate.key):
+            self.runs.close(run, "KILLED" if failure is None else "FAILED")
+
+    def _mark_failed(self, run: str, why: str | None) -> None:
+        if why is None:
+            self.runs.forget(run, FAILURE)
+        else:
+            self.runs.renew(run, {FAILURE: why[:5000]})
+
+    def _add_traceback(self, step: Step, run: str) -> None:
+        """The traceback of a stage's last failure as a file of its run, once for every attempt."""
+        failure, attempt = self._failure(step), self.store.attempt(step.train.key) or {}
+        if failure is not None:
+            text, number = str(failure.get("traceback") or failure["error"]), str(attempt.get("number", 1))
+            mark = f"{number} {digest(text)}"
+            if self.runs.tags[run].get(TRACEBACK) != mark:
+                self.runs.add_text(run, f"failure-{number}.txt", text)
+                self.runs.renew(run, {TRACEBACK: mark})
 
     def _finished(self, step: Step) -> bool:
         return all(self.store.finished(spec.key) for spec in (step.evaluate, *step.probed))
 
-    def _failure(self, step: Step) -> str | None:
+    def _failure(self, step: Step) -> dict[str, Any] | None:
+        """Why a step's stage, evaluation or probes failed last, the first of them that did."""
         failures = (self.store.failure(spec.key) for spec in (step.train, step.evaluate, *step.probed))
-        return next((str(failure["error"]) for failure in failures if failure is not None), None)
+        return next((failure for failure in failures if failure is not None), None)
 
     def _study_run(self) -> str:
         study = self.plan.study
-        tags = {"layerswap.role": "study", "mlflow.note.content": study.question}
-        run = self.runs.open("study", study.study, None, tags, {})
+        link = f"[Quality against speed]({view_link(self.runs.experiment, self.runs.home_id)})"
+        note = "\n\n".join(filter(None, [study.question, link]))
+        made = Entry("study", study.study, tags={"layerswap.role": "study"}, note=note)
+        run = self.runs.open(made, self._study_began)
         if "study" not in self.closed:
             self.closed.add("study")
             self.runs.reopen(run)
+            if self.runs.live:
+                self.runs.renew(run, self.source)
+            if self.newest:
+                paths = {path_identity(path) for path in self.shown.paths}
+                self.runs.show(view_name(self.runs.home_id), front_view(self.plan, self.shown, self.runs.home_id))
+                self.runs.set_aside({"study", *paths, *(stage_identity(step) for step in self.plan.steps)})
         return run
 
-    def _trial_identity(self, trial: Trial) -> str:
-        return f"trial:{trial.steps[-1].train.key}:{len(trial.steps)}"
+    def _study_began(self) -> int | None:
+        """When the study was first run: by what its home remembers, else, looking back, when its first stage began."""
+        remembered = [int(1000 * run["started"]) for variant in self.variants for run in variant.runs()]
+        if remembered or self.runs.live:
+            return min(remembered, default=None)
+        return self._began(tuple(self.plan.steps))
 
-    def _trial(self, trial: Trial, study: str) -> None:
-        identity = self._trial_identity(trial)
-        started = [step for step in trial.steps if self.store.begun(step.train.key)]
-        if not started or identity in self.closed:
+    def _path(self, path: TrialPath) -> None:
+        """The run of a path: quality and speed over its tokens, one point a stage, with links to the stages."""
+        identity = path_identity(path)
+        if identity in self.closed or not any(self.store.begun(step.train.key) for step in path.steps):
             return
-        operator = operator_name(trial.study.operator)
-        tags = {"layerswap.role": "trial", "layerswap.trial": trial.name, "layerswap.operator": operator}
-        run = self.runs.open(
-            identity,
-            f"{trial.name} {operator}",
-            study,
-            tags,
-            trial.values,
-            lambda: min(self._began(step.train.key) for step in started),
-        )
-        for index, step in enumerate(trial.steps):
-            owner = run if len(self.users[step.train.key]) == 1 else study
-            layers = ",".join(map(str, getattr(step.train, "layers", ())))
-            name = f"{'joint' if step.joint else f'stage {index + 1}'} · layers {layers} · {operator}"
-            shared = ",".join(self.users[step.train.key])
-            tags = {"layerswap.role": "stage", "layerswap.trials": shared, "layerswap.operator": operator}
-            self._stage(f"stage:{step.train.key}", name, step, owner, tags)
-        self._summarise(trial, run)
-        if all(f"stage:{step.train.key}" in self.closed for step in trial.steps):
+        run = self.runs.open(entries.path_entry(path), lambda: self._began(path.steps))
+        for step in path.steps:
+            self._stage(step)
+        if not all(self.store.finished(step.evaluate.key) for step in path.steps):
+            self.runs.reopen(run)
+        self.runs.tell(run, entries.path_results(self.store, path, self.speeds))
+        self.runs.note(run, self._links(path))
+        if all(stage_identity(step) in self.closed for step in path.steps):
             self.closed.add(identity)
 
-    def _summarise(self, trial: Trial, run: str) -> None:
-        """The trial's own curve: quality over the tokens of its path, one point a stage, with links to the stages."""
-        told = self.runs.told(run)
-        points: list[Point] = []
+    def _links(self, path: TrialPath) -> str:
         lines = []
-        for index, step in enumerate(trial.steps):
+        for step in path.steps:
             if not self.store.finished(step.evaluate.key):
                 break
-            done = self.store.done(step.evaluate.key)
-            stamp = int(done["finished"] * 1000)
-            result = done["result"]
-            if index >= told:
-                points += [(name, float(result[name]), stamp, step.tokens) for name in SUMMARY if name in result]
-                points.append(("swapped_layers", float(len(step.swapped)), stamp, step.tokens))
-            stage = self.runs.ids.get(f"stage:{step.train.key}", "")
+            ratio = self.store.result(step.evaluate.key)["perplexity_ratio"]
             lines.append(
-                f"- layers {list(step.swapped)}: ratio {result['perplexity_ratio']:.3f} "
-                f"([stage {short(step.train.key)}](#/experiments/{self.runs.experiment}/runs/{stage}))"
+                f"- layers {list(step.swapped)}: ratio {ratio:.3f} ([stage {short(step.train.key)}]"
+                f"(#/experiments/{self.runs.experiment}/runs/{self.run_id(step) or ''}))"
             )
-        if told < len(lines):
-            self.runs.tell(run, points, len(lines), note="\n".join(lines))
+        return "\n".join(lines)
 
-    def _stage(self, identity: str, name: str, step: Step, parent: str, tags: dict[str, str]) -> None:
-        key = step.train.key
+    def _stage(self, step: Step) -> None:
+        key, identity = step.train.key, stage_identity(step)
         if identity in self.closed or not self.store.begun(key):
             return
-        tags = {**tags, "layerswap.stage": key, "layerswap.layers": ",".join(map(str, step.swapped))}
-        params = {**step.train.model_dump(mode="json"), "stage_key": key}
-        run = self.runs.open(identity, name, parent, tags, params, lambda: self._began(key))
+        run = self.runs.open(entries.stage_entry(self.shown, step), lambda: self._began((step,)))
         speed = self.speeds.get(key)
-        results = [step.evaluate.key, *([] if speed is None else [speed.key])]
-        if self.runs.told(run) < len(results):
-            if not self.store.finished(step.evaluate.key):
-                self.runs.reopen(run)
+        if not self.store.finished(step.evaluate.key):
+            self.runs.reopen(run)
+        results = entries.stage_results(self.store, step, speed, self._last(key)) if self.store.finished(key) else []
+        if not results or self.runs.lacks(run, results):
             self.runs.resume(run)
-            # Asked before the journal is read: a stage that is finished writes no more lines.
-            trained = self.store.finished(key)
-            finished = [result for result in results if self.store.finished(result)]
             self._journal(run, key)
-            if trained and finished[:1] == results[:1]:
-                self._results(run, finished)
-        if self.runs.told(run) and self.runs.status[run] != "FINISHED" and self.store.finished(step.evaluate.key):
-            self.runs.close(run, "FINISHED", int(self.store.done(step.evaluate.key)["finished"] * 1000))
-        if self.runs.told(run) == len(results):
+            self.runs.tell(run, results)
+        if results and self.runs.status[run] != "FINISHED":
+            self.runs.close(run, "FINISHED", self._ended((step,)))
+        if len(results) == 1 + (speed is not None):
+            self.runs.forget(run, FAILURE)
             self.closed.add(identity)
         self.runs.heard = time.monotonic()
 
-    def _began(self, key: str) -> int:
-        """When a stage began, in milliseconds since 1970: its last attempt, or the first line of an earlier one."""
-        times = [line["time"] for line in read_journal(self.store.folder(key))[:1]]
-        attempt = self.store.attempt(key)
-        if attempt is not None:
-            times.append(attempt["started"])
-        if not times:  # a mirror has no attempts
-            done = self.store.done(key)
-            times.append(done["finished"] - done["seconds"])
-        return int(1000 * min(times))
+    def _began(self, steps: tuple[Step, ...]) -> int | None:
+        """When the first of stages began, in milliseconds since 1970: an attempt at it, or its journal's first line."""
+        times = []
+        for key in (step.train.key for step in steps):
+            if not self.store.begun(key):
+                continue
+            known = [line["time"] for line in read_journal(self.store.folder(key))[:1]]
+            attempt = self.store.attempt(key)
+            if attempt is not None:
+                known.append(attempt["started"])
+            if not known:  # a mirror has no attempts
+                done = self.store.done(key)
+                known.append(done["finished"] - done["seconds"])
+            times.append(min(known))
+        return min((int(1000 * began) for began in times), default=None)
 
-    def _ended(self, trial: Trial) -> int | None:
-        """When the last evaluation of a trial ended, in milliseconds since 1970; None before the first one."""
-        finished = [key for step in trial.steps if self.store.finished(key := step.evaluate.key)]
+    def _ended(self, steps: tuple[Step, ...]) -> int | None:
+        """When the last evaluation of stages ended, in milliseconds since 1970; None before the first one."""
+        finished = [key for step in steps if self.store.finished(key := step.evaluate.key)]
         return max((int(1000 * self.store.done(key)["finished"]) for key in finished), default=None)
+
+    def _last(self, key: str) -> int:
+        """The last step in the journal of a finished stage, which writes no more; 0 of one that trains nothing."""
+        if key not in self.lasts:
+            self.lasts[key] = max((line["step"] for line in read_journal(self.store.folder(key))), default=0)
+        return self.lasts[key]
 
     def _journal(self, run: str, key: str) -> None:
         batch: list[Point] = []
-        for line in read_journal(self.store.folder(key), after=self.runs.sent[run]):
-            # The marker goes last, so that a batch that was cut is sent again as a whole.
-            metrics = [*line["metrics"].items(), (MARKER, line["tokens"])]
-            stamp, step = int(line["time"] * 1000), line["step"]
-            points = [(name, float(value), stamp, step) for name, value in metrics]
+        for points in entries.journal_points(self.store, key, self.runs.sent[run]):
             if len(batch) + len(points) > BATCH:
                 self.runs.send(run, batch)
                 batch = []
             batch += points
         self.runs.send(run, batch)
-
-    def _results(self, run: str, keys: list[str]) -> None:
-        """Send the results of a stage's evaluation and, once it is there, of its measurement of speed."""
-        for index in range(self.runs.told(run), len(keys)):
-            done = self.store.done(keys[index])
-            stamp, last = int(done["finished"] * 1000), max(self.runs.sent[run], 0)
-            points = [(name, value, stamp, last) for name, value in _numbers(done["result"]).items()]
-            self.runs.tell(run, points, index + 1)
-
-
-def _numbers(result: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    found: dict[str, float] = {}
-    for key, value in result.items():
-        if isinstance(value, dict):
-            found |= _numbers(value, f"{prefix}{key}/length_")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[prefix + key] = float(value)
-    return found
