@@ -17,6 +17,7 @@ from orchestrator.record.measure import measure
 from orchestrator.record.options import (
     BestOf,
     Claims,
+    Cpus,
     HomeDirectory,
     Overrides,
     StageName,
@@ -86,6 +87,7 @@ def run(
     ray_address: Annotated[
         str | None, typer.Option(help="a Ray cluster to run on; default: one on this machine")
     ] = None,
+    cpus: Cpus = None,
     device: Annotated[str | None, typer.Option(help="where stages run: cpu, cuda; default: cpu")] = None,
     gpus_per_stage: Annotated[
         float | None, typer.Option(min=0, help="of each process of a stage, 0.5 for half; default: 1 on cuda, else 0")
@@ -111,7 +113,7 @@ def run(
         from orchestrator.record.running import CannotRunError, Where, start
         from orchestrator.run.store import StoreError
 
-        where = Where(ray_address, device, gpus_per_stage, checkpoint_seconds, claims.value, mirror)
+        where = Where(ray_address, device, gpus_per_stage, checkpoint_seconds, claims.value, mirror, cpus)
         store_of(study, home)
         try:
             code = start(job, resolved, where, interrupt)

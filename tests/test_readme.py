@@ -23,8 +23,6 @@ DOCS = ROOT / "docs"
 TESTED = [README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 PAGES = [*TESTED, *sorted((ROOT / "tests").rglob("*.md"))]
 STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
-# Pages that are written beside these; links to them need not lead anywhere yet.
-TO_COME = {"robustness.md"}
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`]+)`")
 OPERATOR = re.compile(r"\{kind: (hyena|window|skip)\b")
@@ -104,7 +102,7 @@ def test_the_readme_is_short() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     text = INLINE.sub("", FENCED.sub("", page.read_text(encoding="utf-8")))
     for link in LINK.findall(text):
-        if re.match(r"https?://|mailto:", link) or link in TO_COME:
+        if re.match(r"https?://|mailto:", link):
             continue
         name, _, anchor = link.partition("#")
         target = (page.parent / name).resolve() if name else page
@@ -123,7 +121,6 @@ def anchors(page: Path) -> frozenset[str]:
 def test_the_contents_list_every_page() -> None:
     listed = set(LINK.findall((DOCS / "README.md").read_text(encoding="utf-8")))
     assert {page.name for page in DOCS.glob("*.md")} - {"README.md"} <= listed
-    assert listed >= TO_COME
 
 
 @pytest.mark.parametrize("line", lines("layerswap"), ids=lambda line: shlex.join(line.words))

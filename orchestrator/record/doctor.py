@@ -20,11 +20,13 @@ import psutil
 
 from orchestrator.record.home import Home
 from orchestrator.record.task_results import task_stages
-from orchestrator.run.claims import exclusively
+from orchestrator.run.claims import LOOK_SECONDS, lease_of
+from orchestrator.run.lock import exclusively
 from orchestrator.run.store import Store
 from orchestrator.run.temporary import abandoned_directories
 from orchestrator.study.spec import TasksSpec, short
 
+MARKS = ("stop-*", ".seen-*")  # in the store: to end training, and to be seen by the nodes of a cluster
 SETTLED_SECONDS = 60.0  # what is younger may belong to a process that is about to take its lock
 BY_FIX = "`layerswap doctor --fix` removes it"
 PATIENCE_SECONDS = 3.0  # for a process to end by itself after it was asked to
@@ -47,11 +49,14 @@ def examine(home: Home, needed: set[str] | None) -> list[Finding]:
     if not store.root.is_dir():
         return [Finding(f"{home.root} holds no store yet", "run a study, or give another --home", healthy=True), *found]
     asked = {spec.key: spec for spec in task_stages(store)}
-    for key in store.all_keys():
+    states = store.states(store.all_keys())
+    for key, state in states.items():
         again = _again(key, needed) if key not in asked else _asked_again(asked[key])
-        found += _stage(store, key, again)
+        found += _left_lease(store, key) if state == "left" else ()
+        found += _stage(store, key, state == "held", again)
     found += _torn_files(store.root, home.root)
-    return found + list(_zombies(home, store))
+    nobody = not home.used and "held" not in states.values()
+    return [*found, *(_marks(store.root) if nobody else ()), *(_zombies(home) if nobody else ())]
 
 
 def doctor_text(found: list[Finding], fix: bool) -> tuple[str, int]:
@@ -71,11 +76,28 @@ def doctor_text(found: list[Finding], fix: bool) -> tuple[str, int]:
     return "\n".join(lines), 1 if left else 0
 
 
-def _stage(store: Store, key: str, again: str) -> Iterator[Finding]:
-    folder, name = store.folder(key), f"stage {short(key)}"
+def _left_lease(store: Store, key: str) -> Iterator[Finding]:
+    """The lease of a holder that died: its stage goes on at once, but another machine waits for its time to be over."""
+
+    def fix() -> None:
+        lease = lease_of(store.folder(key))
+        if lease is not None:
+            while lease.look() is None:
+                time.sleep(LOOK_SECONDS)
+            lease.clear()
+
+    yield Finding(f"stage {short(key)} has a lease that {_who(store, key)} does not renew any more", BY_FIX, fix)
+
+
+def _who(store: Store, key: str) -> str:
     attempt = store.attempt(key) or {}
-    who = f"process {attempt.get('pid', '?')} on {attempt.get('host', '?')}"
-    if store.locked(key):
+    return f"process {attempt.get('pid', '?')} on {attempt.get('host', '?')}"
+
+
+def _stage(store: Store, key: str, held: bool, again: str) -> Iterator[Finding]:
+    folder, name = store.folder(key), f"stage {short(key)}"
+    attempt, who = store.attempt(key) or {}, _who(store, key)
+    if held:
         yield Finding(f"{name} is being computed by {who}", "nothing to do", healthy=True)
         return
     if not (folder / "spec.json").is_file():
@@ -118,9 +140,15 @@ def _torn_files(*roots: Path) -> Iterator[Finding]:
         seen.add(path)
 
 
-def _zombies(home: Home, store: Store) -> Iterator[Finding]:
-    """MLflow runs that say RUNNING while nobody runs in this home."""
-    if not (home.root / "mlflow.db").is_file() or home.used or any(store.locked(key) for key in store.all_keys()):
+def _marks(store: Path) -> Iterator[Finding]:
+    """Files by which a run tells its processes something, of runs that are over."""
+    for path in sorted(path for kind in MARKS for path in store.glob(kind) if _settled(path)):
+        yield Finding(f"{path} was left by a dead run", BY_FIX, lambda path=path: _remove(path))  # type: ignore[misc]
+
+
+def _zombies(home: Home) -> Iterator[Finding]:
+    """MLflow runs that say RUNNING, where nobody runs in this home."""
+    if not (home.root / "mlflow.db").is_file():
         return
     from orchestrator.record.tracking.client import (  # takes seconds, so only where there is a database
         AnotherVersionError,

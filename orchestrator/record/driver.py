@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,13 @@ def _run(
     try:
         watch.start()
         recorder.start()
-        with suppress(KeyboardInterrupt):  # `interrupt` knows
-            outcome = _compute(job, store, context, cluster, outcome)
+        outcome = _compute(job, store, context, cluster, outcome)
+    except KeyboardInterrupt:  # `interrupt` knows
+        pass
+    except Exception as error:  # told at the end like any failure, with what is finished
+        outcome.failures["run"] = f"{type(error).__name__}: {error}"
+        if not interrupt.number and not isinstance(error, ValueError):  # no words for a user
+            traceback.print_exc()
     finally:
         watch.stop()
     if interrupt.number:
@@ -72,7 +77,7 @@ def _run(
     decided = outcome.stopped if status == "finished" else None
     watch.tell(status=status, failures=outcome.failures, stopped=decided)
     _, text = report(job, recorder, outcome)
-    return _tell(job, outcome, text, interrupt.number, watch.progress.failures())
+    return _tell(job, store, outcome, text, interrupt.number, watch.progress.failures())
 
 
 def _compute(job: Job, store: Store, context: RunContext, cluster: Cluster, outcome: Outcome) -> Outcome:
@@ -193,7 +198,7 @@ class _Watch:
             self.progress.draw()
 
 
-def _tell(job: Job, outcome: Outcome, text: str, stopped_by: int, failed: list[str]) -> int:
+def _tell(job: Job, store: Store, outcome: Outcome, text: str, stopped_by: int, failed: list[str]) -> int:
     failed = [f"failed: {line}" for line in failed]
     if stopped_by:
         told = ["stopped; nothing finished is lost", *failed, *_unfinished(job), f"go on with: {job.commands['run']}"]
@@ -208,9 +213,9 @@ def _tell(job: Job, outcome: Outcome, text: str, stopped_by: int, failed: list[s
         if not any(reason in line for line in failed):  # of no stage, or the stage that it is of has told itself
             print(f"failed: {name}: {reason}", file=sys.stderr)
     if outcome.failures:
-        print(
-            f"{len(outcome.failures)} failed, the rest is finished; go on with: {job.commands['run']}", file=sys.stderr
-        )
+        left = len(missing(job.plan, store, job.speeds, outcome.stopped))
+        counts = f"{len(outcome.failures)} failed, {left} stages are not finished"
+        print(f"{counts}; go on with: {job.commands['run']}", file=sys.stderr)
         return 1
     return 0
 

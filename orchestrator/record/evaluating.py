@@ -8,7 +8,6 @@ goes on with the task that it was at.
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from orchestrator.record.task_results import label, task_result
 from orchestrator.record.tracking.recorder import Recorder
 from orchestrator.run.compute import compute
 from orchestrator.run.hardware import accelerators
+from orchestrator.run.limits import cores
 from orchestrator.run.store import Store
 from orchestrator.study.loader import StudyError
 from orchestrator.study.pretrained import KEY, check_teacher
@@ -100,7 +100,7 @@ def of_study(
 
 def of_folders(student: Path, teacher: Path | None) -> list[Model]:
     """The models of folders, in float32 on all cores of this process; ValueError for a folder without one."""
-    numerics = Numerics(threads=len(os.sched_getaffinity(0)))
+    numerics = Numerics(threads=cores())
     found = []
     for option, folder in (("", student), ("--teacher ", teacher)):
         if folder is None:

@@ -135,9 +135,9 @@ def run_job(
         job = _job(command, home_of(study, home).root, tracking_uri, asked)
     except StudyError as error:
         bad_input(error)
-    from orchestrator.record.tracking.boards import lacking
+    from orchestrator.record.tracking import boards
 
-    if (lack := lacking(job.plan.study)) is not None:
+    if (lack := boards.lacking(boards.asked(job.plan.study))) is not None:
         bad_input(lack)
     return job, asked.resolved
 

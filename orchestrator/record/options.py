@@ -28,6 +28,11 @@ TrackingUri = Annotated[
     ),
 ]
 
+Cpus = Annotated[
+    int | None,
+    typer.Option("--cpus", min=1, help="cores of this machine to use; default: all that it gives this process"),
+]
+
 
 class Claims(StrEnum):
     """`--claims`: a lock of the kernel, or a file that is renewed."""

@@ -17,7 +17,7 @@ from orchestrator.record.job import Job
 from orchestrator.run.cluster import Cluster, ClusterError
 from orchestrator.run.interrupt import Interrupt
 from orchestrator.run.mirror import Mirror, MirrorError
-from orchestrator.run.preflight import check_memory, check_run, idle_gpus
+from orchestrator.run.preflight import check_memory, check_run, cores_asked, idle_gpus
 from orchestrator.run.store import Store
 from orchestrator.study.sources import Resolved
 
@@ -33,6 +33,7 @@ class Where:
         checkpoint_seconds: between checkpoints of a running stage.
         claims: `flock`, or `lease` where the kernel's locks do not reach.
         mirror: URL through which finished stages are shared.
+        cpus: cores of this machine to use; none: all that it gives.
     """
 
     ray_address: str | None = None
@@ -41,6 +42,7 @@ class Where:
     checkpoint_seconds: float = 15.0
     claims: Literal["flock", "lease"] = "flock"
     mirror: str | None = None
+    cpus: int | None = None
 
 
 class CannotRunError(ValueError):
@@ -57,8 +59,8 @@ def start(job: Job, resolved: Resolved, where: Where, interrupt: Interrupt) -> i
         str(root), device, where.checkpoint_seconds, locations=resolved.locations, gpus_per_stage=gpus,
         claims=where.claims, mirror=where.mirror, stop=str(stop),
     )  # fmt: skip
-    cluster = Cluster(where.ray_address)
     try:
+        cluster = Cluster(where.ray_address, cores_asked(where.cpus, where.ray_address))
         copies = Mirror(where.mirror) if where.mirror is not None else None
         check_run(job.plan, context, cluster)
         known = Store(job.home.store, write=False)

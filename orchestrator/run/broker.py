@@ -7,6 +7,8 @@ with the same error. It lives and dies with the driver's node: whoever wants its
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,17 +16,22 @@ from typing import Any
 import ray
 
 from orchestrator.distill.context import RunContext
+from orchestrator.files import write_json
 from orchestrator.run.claims import claim_of
 from orchestrator.run.cluster import READS_FILES, Node, pinned, uses_device
 from orchestrator.run.compute import ClaimLost, Disturbed, StageClaimed, compute
 from orchestrator.run.distributed import RankDied
+from orchestrator.run.judge import Judge
 from orchestrator.run.mirror import Mirror
-from orchestrator.run.store import Store
+from orchestrator.run.request import read_request
+from orchestrator.run.store import FAILURE, Store
 from orchestrator.run.turns import Turns
 from orchestrator.study.spec import spec_from_json
 
 POLL_SECONDS = 0.5
 DISTURBANCES = 3  # of one stage, after which its disk is not worth trying
+FETCHES = 3  # of one stage, after which the mirror is not worth trying
+RETRIES = 3  # of a stage whose process died
 
 
 class StageFailed(RuntimeError):
@@ -34,9 +41,12 @@ class StageFailed(RuntimeError):
 class Broker:
     """The actor that trials ask for stages. Its methods run interleaved in one event loop."""
 
-    def __init__(self, specs: dict[str, str], context: RunContext, nodes: tuple[Node, ...]) -> None:
-        self.specs = {key: spec_from_json(text) for key, text in specs.items()}
-        self.texts = specs
+    def __init__(self, request: Path, context: RunContext, nodes: tuple[Node, ...]) -> None:
+        asked = read_request(request)
+        self.texts = asked.specs
+        self.specs = {key: spec_from_json(text) for key, text in asked.specs.items()}
+        self.memory, self.free = asked.memory, math.inf if asked.free is None else asked.free
+        self.judge = Judge(asked.rungs, asked.reduction_factor, self.want)
         self.context = context
         self.here = nodes[0]
         self.cores = int(sum(node.cpus for node in nodes))
@@ -44,8 +54,9 @@ class Broker:
         self.mirror = Mirror(context.mirror) if context.mirror else None
         self.futures: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self.disturbed: Counter[str] = Counter()  # key -> how often it was
+        self.fetches: Counter[str] = Counter()  # key -> how often it was fetched
         self.training: set[str] = set()  # keys of stages that train at this moment
-        self.turns = Turns(self.cores, sum(node.gpus for node in nodes))
+        self.turns = Turns(self.cores, sum(node.gpus for node in nodes), self.free)
         self.places = {key: (int(trains(spec)), place) for place, (key, spec) in enumerate(self.specs.items())}
 
     async def begin(self, keys: list[str]) -> None:
@@ -60,9 +71,13 @@ class Broker:
         """
         return await asyncio.shield(self._future(key))
 
+    async def goes_on(self, trial: str, evaluation: str) -> bool:
+        """Whether early stopping lets a trial go on after the student with this evaluation."""
+        return await self.judge.goes_on(trial, evaluation)
+
     async def settle(self) -> None:
         """Return when no training stage of this run is at work: once asked to stop, they write a checkpoint and end."""
-        while any(self.store.locked(key) for key in self.training):
+        while "held" in (await asyncio.to_thread(self.store.states, tuple(self.training))).values():
             await asyncio.sleep(POLL_SECONDS / 5)
 
     def _future(self, key: str) -> asyncio.Future[dict[str, Any]]:
@@ -93,10 +108,14 @@ class Broker:
                 self.store.withdraw_damaged([key])
 
     def _fetched(self, key: str) -> bool:
+        if self.mirror is None or self.fetches[key] >= FETCHES:  # what it gives is damaged here each time
+            return False
         try:
-            return self.mirror is not None and self.mirror.fetch(self.store, key)
+            fetched = self.mirror.fetch(self.store, key)
         except Exception:  # a mirror that does not answer, whatever it raises, is no reason not to compute
             return False
+        self.fetches[key] += fetched
+        return fetched
 
     async def _compute(self, key: str, spec: Any, expired: str | None) -> None:
         if trains(spec):
@@ -111,12 +130,30 @@ class Broker:
                 return
             told = self.store.failure(key)
             raise StageFailed(told["error"] if told else str(error.cause)) from None
+        except ray.exceptions.RayError as error:  # its process is gone, and so was every one that Ray started after it
+            raise StageFailed(self._died(key, error)) from None
         finally:
             self.training.discard(key)
 
+    def _died(self, key: str, error: Exception) -> str:
+        """Leave word of a stage in place of its process, which could not; returns the reason."""
+        more_memory = "free memory or run with fewer --cpus, then run the same command"
+        match error:
+            case ray.exceptions.OutOfMemoryError():
+                reason = f"Ray ended its process again and again, for the machine's memory was full; {more_memory}"
+            case ray.exceptions.WorkerCrashedError():
+                reason = f"its process died {1 + RETRIES} times, as where the kernel kills for memory; {more_memory}"
+            case _:
+                reason = f"{(str(error).strip().splitlines() or ['no reason'])[0]}; run the same command"
+        told = f"{type(error).__name__}: {reason}"
+        if not self.context.stopping() and self.store.folder(key).is_dir():
+            with contextlib.suppress(OSError):
+                write_json(self.store.folder(key) / FAILURE, {"error": told, "traceback": str(error)})
+        return told
+
     async def _submit(self, key: str, spec: Any, expired: str | None) -> None:
         task: Any = ray.remote(compute).options(
-            name=f"{spec.kind}-{key[:8]}", max_retries=3, retry_exceptions=[RankDied], **self._needs(spec)
+            name=f"{spec.kind}-{key[:8]}", max_retries=RETRIES, retry_exceptions=[RankDied], **self._needs(spec)
         )
         await task.remote(self.texts[key], self.context, expired)
 
@@ -131,9 +168,10 @@ class Broker:
             return {"num_cpus": 0, **pinned(self.here)}
         return {"num_cpus": spec.threads, "num_gpus": gpus, "scheduling_strategy": "DEFAULT"}
 
-    def _share(self, spec: Any) -> tuple[float, float]:
-        """Cores and GPUs that a stage keeps busy, all its processes together."""
-        return min(spec.cores, self.cores), self._gpus(spec) * spec.world_size
+    def _share(self, spec: Any) -> tuple[float, float, float]:
+        """Cores, GPUs and bytes that a stage takes, all its processes together; never more than there are."""
+        memory = min(self.memory.get(spec.key, 0) * spec.world_size, self.free)
+        return min(spec.cores, self.cores), self._gpus(spec) * spec.world_size, memory
 
     def _gpus(self, spec: Any) -> float:
         """Of each process of a stage."""
@@ -145,9 +183,12 @@ def trains(spec: Any) -> bool:
     return hasattr(spec, "optimizer")
 
 
-def start_broker(specs: dict[str, str], context: RunContext, nodes: tuple[Node, ...]) -> Any:
-    """Start the broker on the driver's node; one that dies is started again and finds finished stages in the store."""
+def start_broker(request: Path, context: RunContext, nodes: tuple[Node, ...]) -> Any:
+    """Start the broker on the driver's node; one that dies is started again and finds finished stages in the store.
+
+    `request` is the file of what it will be asked for, which must stay.
+    """
     actor = ray.remote(Broker).options(
         num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=10_000, **pinned(nodes[0])
     )
-    return actor.remote(specs, context, nodes)
+    return actor.remote(request, context, nodes)

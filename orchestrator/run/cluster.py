@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import signal
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from orchestrator.distill.context import RunContext
 from orchestrator.run.environment import own_instance, paths_of_workers
 from orchestrator.run.guard import guarded, watched
 from orchestrator.run.hardware import accelerators
+from orchestrator.run.limits import cores
 from orchestrator.run.store import Store
 from orchestrator.run.temporary import temporary_directory
 from orchestrator.study.spec import Spec
@@ -33,6 +33,7 @@ QUIET = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_worker_niceness": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_task_oom_retries": "15",  # of a stage that is ended for memory; without end by itself
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_WARN_THRESHOLD_S": "1000",
@@ -52,7 +53,7 @@ class Cluster:
     """What to run on: an address of a Ray cluster, or none to start one on this machine."""
 
     address: str | None = None
-    cpus: int = dataclasses.field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    cpus: int = dataclasses.field(default_factory=cores)
     gpus: int = dataclasses.field(default_factory=accelerators)
 
 
@@ -76,11 +77,9 @@ def connected(cluster: Cluster) -> Iterator[tuple[Node, ...]]:
 
     with ExitStack() as stack:
         folder = str(stack.enter_context(temporary_directory("ray")))
-        if not _writable(Path.home()):  # Ray keeps a token there, and dies where it cannot
-            os.environ["HOME"] = folder
         local: dict[str, Any] = {}
         if cluster.address is None:
-            own_instance()
+            stack.enter_context(own_instance())
             local = {
                 "num_cpus": cluster.cpus,
                 "num_gpus": cluster.gpus,
@@ -94,14 +93,6 @@ def connected(cluster: Cluster) -> Iterator[tuple[Node, ...]]:
             _connect(cluster.address, local)
         stack.enter_context(watched("raylet", "gcs_server"))  # of an instance started here; others are not our children
         yield _nodes()
-
-
-def _writable(folder: Path) -> bool:
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
 
 
 def _shut_down() -> None:

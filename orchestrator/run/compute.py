@@ -21,12 +21,12 @@ from typing import Any
 
 from orchestrator.distill.context import RunContext, Stopped, Workplace
 from orchestrator.files import fsync_tree, sealed, sha256_file, write_json, write_text
-from orchestrator.run.claims import Claim, claim_of
+from orchestrator.run.claims import ATTEMPT, DONE, Claim, claim_of
 from orchestrator.run.cluster import uses_device
 from orchestrator.run.hardware import machine
 from orchestrator.run.log import logged
 from orchestrator.run.mirror import Mirror
-from orchestrator.run.store import ATTEMPT, DONE, FAILURE, Store, StoreError, clear_torn, tree_bytes
+from orchestrator.run.store import FAILURE, Store, StoreError, clear_torn, tree_bytes
 from orchestrator.study.spec import short, spec_from_json
 
 
@@ -89,7 +89,7 @@ def _attempt(spec: Any, spec_json: str, store: Store, folder: Path, context: Run
             shutil.rmtree(work, ignore_errors=True)
         number = (before or {}).get("number", 0) + 1
         told = {"pid": os.getpid(), "host": platform.node(), "started": time.time(), "number": number}
-        write_json(folder / ATTEMPT, told)
+        write_json(folder / ATTEMPT, {**told, "claim": claim.told()})
         clear_torn(folder)
         out.mkdir()
         work.mkdir(exist_ok=True)

@@ -10,12 +10,11 @@ import dataclasses
 import math
 import os
 import shutil
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from orchestrator.distill.context import Workplace
 from orchestrator.run.log import logged
+from orchestrator.run.temporary import temporary_directory
 
 Result = dict[str, Any]
 
@@ -73,9 +72,9 @@ def _on_rank(given: dict[str, Any]) -> Result | None:
     with logged(place.journal, f"rank {rank} of {get_context().get_world_size()}"):
         if rank == 0:
             return run_stage(given["spec"], place)
-        with tempfile.TemporaryDirectory(prefix="layerswap-rank-") as name:
+        with temporary_directory("rank") as folder:
             silent = dataclasses.replace(place.context, checkpoint_seconds=math.inf)
-            run_stage(given["spec"], dataclasses.replace(place, journal=Path(name), out=Path(name), context=silent))
+            run_stage(given["spec"], dataclasses.replace(place, journal=folder, out=folder, context=silent))
     return None
 
 

@@ -1,17 +1,21 @@
 """What of the place where a user works must not reach Ray and the stages: their modules, and settings of other runs.
 
-Place in the flow: the command calls `own_process` before it imports anything large, `cluster` calls `own_instance`
+Place in the flow: the command calls `own_process` before it imports anything large, `cluster` enters `own_instance`
 before it starts Ray. Invariant: a run depends on its study, its home and the words of its command, not on where it was
-started.
+started, and nobody else's process can join the Ray that it starts.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
 import os
+import secrets
 import sys
 import sysconfig
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 PROGRAM = Path(__file__).resolve().parents[2]  # the folder that holds `orchestrator` and `operators`
@@ -22,6 +26,8 @@ OF_ANOTHER_RUN = (
     "RAY_REDIS_ADDRESS", "RAY_RUNTIME_ENV", "RAY_RUNTIME_ENV_HOOK", "RAY_START_HOOK", "RAY_STORAGE", "RAY_TMPDIR",
     "RAY_AIR_LOCAL_CACHE_DIR", "TUNE_RESULT_DIR", "RAY_LOG_TO_STDERR",
 )  # fmt: skip
+TOKEN, MODE = "RAY_AUTH_TOKEN", "RAY_AUTH_MODE"  # an instance of its own asks for its token where no mode is set
+ALONE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0: services listen on the loopback interface, as they do on a desktop
 
 
 def own_process() -> None:
@@ -52,10 +58,31 @@ def _own_modules() -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join(kept)
 
 
-def own_instance() -> None:
-    """Forget what would lead a Ray instance that is started from here into another one."""
-    for name in OF_ANOTHER_RUN:
+@contextlib.contextmanager
+def own_instance() -> Iterator[None]:
+    """Inside, a Ray instance that is started from here is led into no other one, and is this run's alone.
+
+    It listens on the loopback interface, and only who knows its token may speak to it: this process and those that it
+    starts, whose variables no other user can read. Ray writes no token to HOME then.
+    """
+    before = {name: os.environ.get(name) for name in (*OF_ANOTHER_RUN, TOKEN, MODE, ALONE)}
+    for name in before:
         os.environ.pop(name, None)
+    os.environ.update({TOKEN: _token(), ALONE: "0"})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@functools.cache
+def _token() -> str:
+    """One for all instances of this process, for Ray reads it once."""
+    return secrets.token_hex(32)
 
 
 def paths_of_workers() -> list[str]:

@@ -2,7 +2,7 @@
 
 Place in the flow: `compute` uploads what it published, the broker fetches what is there before it computes anything.
 Invariant: DONE.json goes up last and comes down last, and a fetched file has the digest that DONE.json states, so what
-counts as finished here or there is whole.
+counts as finished here or there is whole. A mirror may hold anything: what it says is checked before it is followed.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ import json
 import shutil
 import uuid
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
 
-from orchestrator.files import fsync_tree, sha256_file, write_text
-from orchestrator.run.claims import exclusively
-from orchestrator.run.store import DONE, Store
-from orchestrator.study.spec import place_of, short
+from orchestrator.files import fsync_tree, sealed, sha256_file, unsealed, write_json, write_text
+from orchestrator.run.claims import DONE
+from orchestrator.run.lock import exclusively
+from orchestrator.run.store import Store
+from orchestrator.study.spec import place_of, short, spec_from_json
 
 S3 = ("s3://", "s3a://")
-BESIDE = ("spec.json", "journal.jsonl")  # what a stage has beside its artefacts
+SPEC = "spec.json"
+BESIDE = (SPEC, "journal.jsonl")  # what a stage has beside its artefacts
 
 
 class MirrorError(ValueError):
@@ -80,44 +82,58 @@ class Mirror:
 
         One that is not whole is withdrawn from the mirror, so that whoever computes it uploads it again.
         """
-        text = self._manifest(key)
-        if text is None:
+        manifest = self._manifest(key)
+        if manifest is None:
             return False
         folder = store.folder(key)
         folder.mkdir(parents=True, exist_ok=True)
         with exclusively(folder) as ours:
-            return ours and (store.finished(key) or self._bring(folder, key, text))
+            return ours and (store.finished(key) or self._bring(folder, key, manifest))
 
-    def _bring(self, folder: Path, key: str, text: str) -> bool:
+    def _bring(self, folder: Path, key: str, manifest: dict[str, Any]) -> bool:
         fresh = folder / f"out-{uuid.uuid4().hex[:8]}"
         fresh.mkdir()
         try:
-            for name, digest in json.loads(text)["files"].items():
-                path = fresh / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with contextlib.suppress(FileNotFoundError):
-                    self._files.get_file(self._at(key, f"artefacts/{name}"), str(path))
-                if not path.is_file() or sha256_file(path) != digest:
-                    self._files.rm_file(self._at(key, DONE))
-                    return False
+            beside = {name: text for name in BESIDE if (text := self._text(key, name)) is not None}
+            if not (_specifies(beside.get(SPEC), key) and self._files_brought(fresh, key, manifest["files"])):
+                self._files.rm_file(self._at(key, DONE))
+                return False
             fsync_tree(fresh)
-            for name in BESIDE:
-                with contextlib.suppress(FileNotFoundError):
-                    write_text(folder / name, self._files.cat_file(self._at(key, name)).decode())
+            for name, text in beside.items():
+                write_text(folder / name, text)
             shutil.rmtree(folder / "artefacts", ignore_errors=True)
             fresh.rename(folder / "artefacts")
-            write_text(folder / DONE, text)
+            write_json(folder / DONE, sealed(manifest))
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
         return True
 
-    def _manifest(self, key: str) -> str | None:
+    def _files_brought(self, fresh: Path, key: str, files: dict[str, str]) -> bool:
+        """Whether every file of a stage came, with the digest that it must have."""
+        for name, digest in files.items():
+            path = fresh / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                self._files.get_file(self._at(key, f"artefacts/{name}"), str(path))
+            if not path.is_file() or sha256_file(path) != digest:
+                return False
+        return True
+
+    def _manifest(self, key: str) -> dict[str, Any] | None:
+        """What the mirror says of a stage, if that is a manifest of it."""
         try:
-            text = bytes(self._files.cat_file(self._at(key, DONE))).decode()
-            found: dict[str, Any] = json.loads(text)
-        except (FileNotFoundError, ValueError):
+            found = unsealed(json.loads(self._text(key, DONE) or ""))
+            shaped = isinstance(found["result"], dict) and isinstance(found["files"], dict)
+            whole = shaped and found["key"] == key and all(map(_inside, found["files"]))
+        except (ValueError, KeyError, TypeError, AttributeError):  # torn, altered, or something else altogether
             return None
-        return text if found.get("key") == key else None
+        return found if whole else None
+
+    def _text(self, key: str, name: str) -> str | None:
+        try:
+            return bytes(self._files.cat_file(self._at(key, name))).decode()
+        except FileNotFoundError:
+            return None
 
     def _put(self, source: Path, target: str) -> None:
         self._files.makedirs(self._files._parent(target), exist_ok=True)
@@ -125,3 +141,17 @@ class Mirror:
 
     def _at(self, key: str, name: str = "") -> str:
         return f"{self._root}/{place_of(key)}/{name}".rstrip("/")
+
+
+def _inside(name: str) -> bool:
+    """Whether a name is that of a file below the directory it is joined to."""
+    path = PurePosixPath(name)
+    return str(path) == name and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+def _specifies(text: str | None, key: str) -> bool:
+    """Whether a specification is of the stage with this key."""
+    try:
+        return text is not None and spec_from_json(text).key == key
+    except ValueError:
+        return False

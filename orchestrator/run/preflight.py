@@ -12,26 +12,17 @@ import math
 import os
 import socket
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 import psutil
 
 from orchestrator.distill.context import RunContext
 from orchestrator.run.cluster import Cluster, ClusterError, absent, check_before_start
+from orchestrator.run.limits import cores, memory_left
 from orchestrator.run.temporary import TemporaryError, temporary_root
 from orchestrator.study.plan import Plan, stage_memory
 from orchestrator.study.spec import DEVICES, DistilSpec, EvaluateSpec, ScratchSpec, TeacherSpec, ThroughputSpec, short
 
-LIMITS = (  # of the control group, version 2 and 1: its limit, what is used of it, and how much of that are files
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        "/sys/fs/cgroup/memory/memory.stat",
-    ),
-)
-CACHED = ("inactive_file ", "total_inactive_file ")  # pages of files that the kernel drops when memory is wanted
 ANSWER_SECONDS = 5.0
 HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # of HTTP/2, which Ray's head speaks
 SETTINGS = 4  # type of the frame that answers it
@@ -61,6 +52,16 @@ def check_run(plan: Plan, context: RunContext, cluster: Cluster) -> None:
     check_before_start(plan.specs.values(), context, cluster)
 
 
+def cores_asked(asked: int | None, address: str | None) -> int:
+    """The cores of this machine to use: so many, or all; `ClusterError` where it does not give them to this process."""
+    most = cores()
+    if asked is not None and address is not None:
+        raise ClusterError(f"--cpus {asked} is of this machine, and --ray-address {address} of others: leave one out")
+    if asked is not None and asked > most:
+        raise ClusterError(f"--cpus {asked}: this process may use {most} cores: lower it, or leave it out")
+    return asked or most
+
+
 def check_memory(
     plan: Plan, speeds: Mapping[str, ThroughputSpec], context: RunContext, cluster: Cluster, done: Collection[str]
 ) -> None:
@@ -85,23 +86,14 @@ def available_bytes(context: RunContext) -> int:
         import torch
 
         return int(torch.cuda.mem_get_info()[0] * min(1.0, context.gpus_per_stage or 1.0))
-    free = int(psutil.virtual_memory().available)
-    for most, used, statistics in LIMITS:
-        try:
-            left = int(Path(most).read_text()) - int(Path(used).read_text())
-        except (OSError, ValueError):  # no such group, or "max": no limit
-            continue
-        free = min(free, left + _cached(Path(statistics)))
-    return free
+    free = psutil.virtual_memory().available
+    return int(min(free, memory_left()))
 
 
-def _cached(statistics: Path) -> int:
-    """Bytes of files among those of a control group; of two lines that of the group with the groups below it."""
-    try:
-        lines = statistics.read_text().splitlines()
-    except OSError:  # not told: none are counted as free
-        return 0
-    return max((int(line.split()[1]) for line in lines if line.startswith(CACHED)), default=0)
+def free_for_stages(context: RunContext, cluster: Cluster) -> int | None:
+    """The memory that stages may take together at this moment; none where it is not counted: of the nodes of a cluster,
+    and of a GPU, whose shares are."""
+    return None if cluster.address is not None or context.device == "cuda" else available_bytes(context)
 
 
 def _remedies(spec: Any) -> list[str]:

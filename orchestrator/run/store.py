@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.files import read_json, sealed, sha256_file, unsealed, write_json, write_text
-from orchestrator.run.claims import LEASE, LOCK, Flock, exclusively
+from orchestrator.run.claims import ATTEMPT, DONE, states
+from orchestrator.run.lease import State
+from orchestrator.run.lock import exclusively
 from orchestrator.study.spec import place_of, short
 
-DONE = "DONE.json"
 VERSION = "1"  # of the store's layout
-ATTEMPT = "attempt.json"
 FAILURE = "failure.json"
 SAID = "said.log"
 
@@ -105,13 +105,14 @@ class Store:
         return _maybe(self.folder(key) / FAILURE)
 
     def locked(self, key: str) -> bool:
-        """Whether somebody computes the stage at this moment, or left a lease on it behind."""
-        folder = self.folder(key)
-        return (folder / LEASE).exists() or Flock(folder / LOCK).held_by_other()
+        """Whether somebody computes the stage at this moment."""
+        return self.states([key])[key] == "held"
 
-    def locked_by_lease(self, key: str) -> bool:
-        """Whether a lease lies on the stage."""
-        return (self.folder(key) / LEASE).exists()
+    def states(self, keys: Iterable[str]) -> dict[str, State]:
+        """Whether somebody computes stages at this moment, or died over them; leases of other machines take time."""
+        folders = {key: self.folder(key) for key in keys}
+        found = states(folders.values())
+        return {key: found[folder] for key, folder in folders.items()}
 
     def withdraw_damaged(self, keys: Iterable[str], *, needed: bool = False) -> list[str]:
         """Let finished stages whose files are not what was published count as not finished; a line for each.
@@ -138,8 +139,10 @@ class Store:
 
         0 where it is being computed, not finished or dropped already. What needs the artefacts computes them again.
         """
+        if self.locked(key):
+            return 0
         with exclusively(self.folder(key)) as ours:
-            if not ours or not self.finished(key) or self.locked_by_lease(key):
+            if not ours or not self.finished(key):
                 return 0
             done = self.done(key)
             names = sorted(done["files"])
@@ -182,7 +185,7 @@ class Store:
 
     def remove(self, key: str) -> bool:
         """Delete a stage, finished or not, with all that its attempts left; False for one that is being computed."""
-        if self.locked_by_lease(key):
+        if self.locked(key):
             return False
         with exclusively(self.folder(key)) as ours:
             if ours:

@@ -1,7 +1,7 @@
 """Run a plan: Ray Tune coordinates the trials, the broker computes their stages, speed is measured at the end.
 
-A trial is a coordinator without a core: it wants its stages in turn and reports after each, where a scheduler may stop
-it. Invariant: the store decides what is left to do, so a plan that is done starts nothing.
+A trial is a coordinator without a core: it wants its stages in turn, reports after each, and asks whether it goes on.
+Invariant: the store decides what is left to do, so a plan that is done starts nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 from orchestrator.distill.context import RunContext
 from orchestrator.run.cluster import Cluster, Node, check_resources, connected
+from orchestrator.run.preflight import free_for_stages
+from orchestrator.run.request import request_of
 from orchestrator.run.store import Store
 from orchestrator.run.temporary import temporary_directory
 from orchestrator.study.plan import Plan, Trial
@@ -48,11 +50,13 @@ def run_plan(plan: Plan, context: RunContext, speeds: dict[str, ThroughputSpec],
     """
     outcome = Outcome()
     specs: dict[str, Spec] = {**plan.specs, **{spec.key: spec for spec in speeds.values()}}
-    with connected(cluster) as nodes:
+    free = free_for_stages(context, cluster)
+    with connected(cluster) as nodes, temporary_directory("plan") as folder:
         check_resources(specs.values(), context, nodes)
         from orchestrator.run.broker import start_broker
 
-        broker = start_broker({key: spec.model_dump_json() for key, spec in specs.items()}, context, nodes)
+        request = request_of(plan, speeds, specs, context.device, free)
+        broker = start_broker(request.write(folder / "request.json"), context, nodes)
         try:
             controls = _start_controls(plan, broker)
             broker.begin.remote(_from_the_start(plan))
@@ -79,12 +83,12 @@ def _settle(broker: Any) -> None:
 
 def _from_the_start(plan: Plan) -> list[str]:
     """What is needed however the trials go: all of it, or with early stopping each path up to its first judgement."""
-    stopping = plan.study.search.early_stopping
+    judged = {(trial, evaluation) for rung in plan.rungs for trial, evaluation in rung.judged.items()}
     wanted = []
     for trial in plan.trials:
         for step in trial.steps:
             wanted += [step.train.key, step.evaluate.key]
-            if stopping is not None and len(step.swapped) >= stopping.grace_layers:
+            if (trial.name, step.evaluate.key) in judged:
                 break
     return list(dict.fromkeys(wanted))
 
@@ -114,7 +118,8 @@ def _run_trials(plan: Plan, broker: Any, outcome: Outcome, nodes: tuple[Node, ..
     def coordinate(config: dict[str, Any]) -> None:
         import ray
 
-        for index, (train, evaluate, swapped, tokens) in enumerate(paths[config["trial"]]):
+        path = paths[config["trial"]]
+        for index, (train, evaluate, swapped, tokens) in enumerate(path):
             _, result = ray.get(_want(broker, train, evaluate))
             tune.report(
                 {
@@ -124,22 +129,28 @@ def _run_trials(plan: Plan, broker: Any, outcome: Outcome, nodes: tuple[Node, ..
                     "steps_done": index + 1,
                 }
             )
+            if index + 1 < len(path) and not ray.get(broker.goes_on.remote(config["trial"], evaluate)):
+                return
 
     slot = {"CPU": 0, nodes[0].tag: TRIAL_SLOT}  # a trial is a process without a core, on the driver's machine
     with temporary_directory("tune") as storage:
         tuner = tune.Tuner(
             tune.with_resources(coordinate, tune.PlacementGroupFactory([slot])),
-            param_space={"trial": tune.grid_search([trial.name for trial in plan.trials])},
+            param_space={"trial": tune.grid_search(list(paths))},
             tune_config=tune.TuneConfig(
-                scheduler=_scheduler(plan), max_concurrent_trials=_at_once(plan, nodes), reuse_actors=True
+                max_concurrent_trials=_at_once(plan, nodes),
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: trial.config["trial"],
             ),
             run_config=tune.RunConfig(
                 storage_path=str(storage), verbose=0, failure_config=tune.FailureConfig(max_failures=1)
             ),
         )
         results = tuner.fit()
-    for index in range(len(results)):
-        _judge(plan, results[index], outcome)
+    # A trial whose process died before its first report has a result without its configuration.
+    ended = {Path(result.path).name: result for result in (results[index] for index in range(len(results)))}
+    for trial in plan.trials:
+        _judge(trial, ended.get(trial.name), outcome)
 
 
 def _at_once(plan: Plan, nodes: tuple[Node, ...]) -> int:
@@ -150,32 +161,14 @@ def _at_once(plan: Plan, nodes: tuple[Node, ...]) -> int:
     return 1 if plan.study.search.early_stopping is None else max(2, int(2 * sum(node.cpus for node in nodes)))
 
 
-def _scheduler(plan: Plan) -> Any:
-    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
-
-    stopping = plan.study.search.early_stopping
-    if stopping is None:
-        return FIFOScheduler()
-    return ASHAScheduler(
-        time_attr="swapped_layers",
-        metric="perplexity_ratio",
-        mode="min",
-        grace_period=stopping.grace_layers,
-        reduction_factor=stopping.reduction_factor,
-        max_t=plan.total_layers + 1,
-    )
-
-
-def _judge(plan: Plan, result: Any, outcome: Outcome) -> None:
-    name = result.config["trial"]
-    trial: Trial = next(trial for trial in plan.trials if trial.name == name)
-    if result.error is not None:
-        outcome.failures[name] = _reason(result.error)
+def _judge(trial: Trial, result: Any, outcome: Outcome) -> None:
+    if result is None or result.error is not None:
+        outcome.failures[trial.name] = _reason(result.error) if result else "it never began"
         return
     finished = int((result.metrics or {}).get("steps_done", 0))
-    outcome.stopped.pop(name, None)
+    outcome.stopped.pop(trial.name, None)
     if finished < len(trial.steps):
-        outcome.stopped[name] = finished
+        outcome.stopped[trial.name] = finished
 
 
 def _probeable(store: Store, plan: Plan) -> dict[str, str]:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ OWNER = "owner.lock"
 # Where TMPDIR is too long for a socket below it, or has signs that Ray does not understand in a path.
 FALLBACKS = ("/tmp", "/var/tmp")
 DEEPEST = "/layerswap-ray-abcdefgh/session_2026-01-01_00-00-00_123456_1234567/sockets/plasma_store"
-LONGEST = 107 - len(DEEPEST)  # bytes; Linux takes no longer path of a socket
+LONGEST = (103 if sys.platform == "darwin" else 107) - len(DEEPEST)  # bytes; no longer path of a socket is taken
 PLAIN = re.compile(r"[A-Za-z0-9/._+-]+")
 
 

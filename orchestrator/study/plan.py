@@ -14,6 +14,7 @@ from typing import Any
 from operators.config import HyenaConfig, SkipConfig, WindowConfig
 from orchestrator.study.checks import check_lengths, check_operator, check_swept_rates
 from orchestrator.study.explain import steps_of
+from orchestrator.study.halving import Rung, rungs_of
 from orchestrator.study.loader import Document, StudyError, with_values
 from orchestrator.study.memory import stage_bytes
 from orchestrator.study.model_sizes import Sizes, sizes_of
@@ -112,6 +113,13 @@ class Plan:
         same = [f"{', '.join(names)} are one path, whose values mean the same: it is computed once" for names in equal]
         return (fewer if asked is not None and there < asked else []) + same
 
+    @property
+    def rungs(self) -> tuple[Rung, ...]:
+        """Where early stopping compares trials; none without it."""
+        stopping = self.study.search.early_stopping
+        paths = {trial.name: trial.steps for trial in self.trials}
+        return () if stopping is None else rungs_of(paths, stopping.grace_layers)
+
     def users(self) -> dict[str, list[str]]:
         """Key of each trained stage -> names of the trials that need it."""
         found: dict[str, list[str]] = {}
@@ -142,7 +150,9 @@ def make_plan(document: Document, study: Study, resolved: Resolved, device: Devi
     root = Step(teacher, evaluation_of(study, roots, teacher.key), (), 0, probes=probes)
     controls = dict(_controls(study, resolved, roots, trials))
     known = resolved.sizes or sizes_of(resolved.architecture)
-    return Plan(study, roots.tokens, root, controls, tuple(trials), layers, known, device)
+    made = Plan(study, roots.tokens, root, controls, tuple(trials), layers, known, device)
+    _check_stopping(document, made)
+    return made
 
 
 def throughput_specs(plan: Plan, hardware: str) -> dict[str, ThroughputSpec]:
@@ -185,6 +195,16 @@ def stage_memory(plan: Plan, speeds: Mapping[str, ThroughputSpec], device: str) 
             if spec is not None and taken is not None:
                 found.setdefault(spec.key, Memory(f"{prefix}{name}", spec, taken))
     return found
+
+
+def _check_stopping(document: Document, made: Plan) -> None:
+    stopping = made.study.search.early_stopping
+    if stopping is not None and not made.rungs:
+        raise StudyError(
+            f"{document.place(('search', 'early_stopping'))}: search.early_stopping: can stop nothing: no two students "
+            f"of {stopping.grace_layers} swapped layers or more have equally many of them after equally many trained "
+            "tokens and stages left to save: take it out, lower grace_layers, or sweep what differs in earlier stages"
+        )
 
 
 @contextlib.contextmanager

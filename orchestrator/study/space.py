@@ -12,11 +12,12 @@ from orchestrator.study.values import Model, Positive
 NARROWEST = 1e-9  # width of a range of real numbers, as a share of its bounds: it has as many values as are asked for
 
 
-class Asha(Model):
-    """Early stopping at stage boundaries (Li et al. 2020): a rung is a number of swapped layers."""
+class Halving(Model):
+    """Early stopping by successive halving (Jamieson and Talwalkar 2016): students that have equally many swapped
+    layers after equally many trained tokens are compared, and one of `reduction_factor` goes on."""
 
     reduction_factor: Annotated[int, Field(ge=2)] = 2
-    grace_layers: Positive = 1
+    grace_layers: Positive = 1  # with fewer swapped layers nobody is stopped
 
 
 class Uniform(Model):
@@ -55,7 +56,7 @@ class Search(Model):
     method: Literal["grid", "random"] = "grid"
     space: Space | tuple[Space, ...] = Field(default_factory=dict)
     trials: Positive | None = None  # random: how many
-    early_stopping: Asha | None = None
+    early_stopping: Halving | None = None
 
     @property
     def spaces(self) -> tuple[Space, ...]:

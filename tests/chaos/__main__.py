@@ -78,7 +78,9 @@ def disturbed(seed: int, study: Path, expected: Expected, kinds: list[str], logs
     chosen = chosen_kinds(choice, seed, kinds)
     moments = sorted(choice.uniform(0.0, 0.8) for _ in chosen)
     events = [Event(seed, kind) for kind in chosen]
-    scene = Scene(study, seed, small_disk=any(FAULTS[kind].small_disk for kind in chosen))
+    words = dict.fromkeys(FAULTS[kind].words for kind in chosen)  # of each kind's own, once
+    small = any(FAULTS[kind].small_disk for kind in chosen)
+    scene = Scene(study, seed, small_disk=small, words=[word for several in words for word in several])
     try:
         run = scene.start()
         orphans: list[str] = []

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.files import sha256_file
-from tests.chaos.scene import Scene, read
+from tests.chaos.scene import ESCAPED, Scene, read
 
 TIMES = ("seconds", "tokens_per_s", "resumed_at", "said")  # of a stage's result
 TIMED = ("tokens_per_s", "_ratio/", "train_ratio", "peak_mb")  # parts of the names of metrics that are measured times
@@ -99,6 +99,7 @@ def _wrong_records(home: Path, expected: Expected) -> list[str]:
 def _leftovers(scene: Scene) -> list[str]:
     """Torn directories of finished stages, and temporary files anywhere in the home."""
     told = [f"{path.relative_to(scene.home)} was left" for path in scene.home.rglob(".*.tmp")]
+    told += [f"{ESCAPED} was written by a mirror"] if (scene.home / ESCAPED).exists() else []
     for stage in scene.stages():
         for path in [p for name in ("out-*", "work", "failure.json") for p in stage.folder.glob(name)]:
             if stage.done:

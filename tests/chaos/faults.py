@@ -25,6 +25,7 @@ class Fault:
     later: bool = False  # what it harms may have no reader before the next run, which then finds it
     readers: bool = False  # stages that read what it harms notice, and begin again
     any_code: bool = False  # Ray itself is hit: its client decides how the driver ends
+    words: tuple[str, ...] = ()  # that every run of its scene is given; {root} is the scene's own folder
 
     @property
     def interrupts(self) -> bool:
@@ -32,6 +33,8 @@ class Fault:
         return self.any_code or not {0, 1, 2}.issuperset(self.codes)
 
 
+LEASED = ("--claims", "lease")
+MIRRORED = ("--mirror", "file://{root}/mirror")
 FAULTS: dict[str, Fault] = {
     "driver-kill": Fault(processes.kill_driver, (-9,)),
     "worker-kill": Fault(processes.kill_worker),
@@ -59,6 +62,12 @@ FAULTS: dict[str, Fault] = {
     "done-deleted": Fault(files.delete_done, (0, 1, -9), readers=True),
     "finished-deleted": Fault(files.delete_finished, (0, 1, -9), readers=True),
     "stale-claim": Fault(files.leave_stale_claim, (-9,)),
+    "lease-kill": Fault(processes.kill_worker, words=LEASED),
+    "lease-left": Fault(files.leave_lease, (-9,), words=LEASED),
+    "mirror-altered": Fault(files.alter_mirror, (0, 1, -9), readers=True, words=MIRRORED),
+    "mirror-escapes": Fault(files.lead_out_of_mirror, (0, 1, -9), readers=True, words=MIRRORED),
+    "mirror-away": Fault(files.hide_mirror, (0, 1), words=MIRRORED),
+    "memory-full": Fault(processes.press_memory, (0, 1, -9)),
     "disk-full": Fault(files.fill_disk, (0, 1, 2), small_disk=True),  # 2 where there is no room for a store
     "records-locked": Fault(files.lock_records),
     "records-deleted": Fault(files.delete_records, later=True),

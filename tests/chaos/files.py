@@ -1,4 +1,4 @@
-"""Faults that harm files: of stages in the making and finished, of records, and the disk they are on; see `faults`."""
+"""Faults that harm files: of stages, of mirrors and records, and the disk they are on; see `faults`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import json
 import shutil
 import sqlite3
 import time
+from pathlib import Path
 
+from orchestrator.files import sealed, sha256_file, unsealed
 from tests.chaos.aim import (
     Hit,
     end,
@@ -21,7 +23,7 @@ from tests.chaos.aim import (
     kill,
     read_line,
 )
-from tests.chaos.scene import Scene, newest_checkpoints, read
+from tests.chaos.scene import ESCAPED, Scene, newest_checkpoints, read
 
 # Files of a stage in the making
 
@@ -137,6 +139,68 @@ def leave_stale_claim(scene: Scene) -> Hit:
         attempt = {**(read(stage.folder / "attempt.json") or {}), "pid": 1, "host": "elsewhere", "started": time.time()}
         (stage.folder / "attempt.json").write_text(json.dumps(attempt))
     return f"{len(open_stages)} stages claimed by pid 1 of another host"
+
+
+def leave_lease(scene: Scene) -> Hit:
+    """A lease that a process on another machine does not renew any more."""
+    if scene.wait(lambda: scene.running(trained=True)) is None:
+        return None
+    end(scene)
+    elsewhere = {"machine": "elsewhere", "pid": 1, "birth": "1"}
+    open_stages = [stage for stage in scene.stages() if not stage.done]
+    for stage in open_stages:
+        lease = {"owner": "elsewhere-1", "counter": 9, "ttl": 3.0, "holder": elsewhere}
+        (stage.folder / "lease.json").write_text(json.dumps(lease))
+    return f"{len(open_stages)} leases of another machine"
+
+
+# Mirrors
+
+
+def alter_mirror(scene: Scene) -> Hit:
+    """A stage is gone here, and what the mirror says of it has a flipped bit."""
+    manifest = _gone_but_mirrored(scene)
+    if manifest is None:
+        return None
+    manifest.write_bytes(flipped(scene, manifest.read_bytes()))
+    return f"stage {manifest.parent.name[:8]}: a bit of the mirror's DONE.json flipped, and the stage deleted here"
+
+
+def lead_out_of_mirror(scene: Scene) -> Hit:
+    """The mirror says of a stage that is gone here, with a digest that fits, that a file of it lies in the home."""
+    manifest = _gone_but_mirrored(scene)
+    if manifest is None:
+        return None
+    (scene.root / ESCAPED).write_text("evil")
+    whole = unsealed(json.loads(manifest.read_text()))
+    name = f"../../../../{ESCAPED}"  # of the folder above the mirror; into the folder above the store
+    manifest.write_text(json.dumps(sealed({**whole, "files": {name: sha256_file(scene.root / ESCAPED)}})))
+    return f"stage {manifest.parent.name[:8]}: the mirror leads out of the store"
+
+
+def hide_mirror(scene: Scene) -> Hit:
+    """The mirror cannot be reached for a while, and comes back."""
+    if scene.wait(lambda: next(scene.mirror.glob("??/*/DONE.json"), None)) is None:
+        return None
+    seconds, aside = scene.random.uniform(2.0, 6.0), scene.root / "mirror-away"
+    scene.mirror.rename(aside)
+    scene.mirror.write_text("no directory")
+    time.sleep(seconds)
+    scene.mirror.unlink()
+    aside.rename(scene.mirror)
+    return f"mirror away for {seconds:.1f} s"
+
+
+def _gone_but_mirrored(scene: Scene) -> Path | None:
+    """The mirror's DONE.json of a finished stage that is deleted here, while its run goes on or after its end."""
+    found = scene.wait(lambda: sorted(scene.mirror.glob("??/*/DONE.json")))
+    if not found:
+        return None
+    manifest = scene.random.choice(found)
+    if scene.random.random() < 0.5:
+        end(scene)
+    shutil.rmtree(scene.home / "store" / manifest.parent.relative_to(scene.mirror), ignore_errors=True)
+    return manifest
 
 
 # Disk and records

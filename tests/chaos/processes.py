@@ -6,7 +6,7 @@ import os
 import signal
 import time
 
-from tests.chaos.aim import Hit, catch_publishing, kill, kill_named
+from tests.chaos.aim import Hit, catch_publishing, end, kill, kill_named
 from tests.chaos.scene import CONTINUE, KILL, STOP, Scene, Stage, signal_to
 
 
@@ -115,3 +115,18 @@ def kill_at_publish(scene: Scene) -> Hit:
 def two_drivers(scene: Scene) -> Hit:
     second = scene.start(beside=True)
     return f"second driver {second.process.pid}"
+
+
+def press_memory(scene: Scene) -> Hit:
+    """Run the command for a while with a Ray that takes the machine's memory for full, and ends what it can."""
+    end(scene)
+    before = {stage.key: stage.attempts for stage in scene.stages()}
+    scene.start(RAY_memory_usage_threshold="0.001", RAY_memory_monitor_refresh_ms="200")
+    scene.wait(lambda: None, seconds=scene.random.uniform(15.0, 30.0))
+    code = scene.run.process.poll()
+    if code is None:
+        end(scene)
+    killed = {stage.key: stage.attempts - before.get(stage.key, 0) for stage in scene.stages()}
+    for stage in scene.stages():
+        scene.forgive([stage], killed[stage.key])
+    return f"memory full for {sum(killed.values())} attempts, {'killed' if code is None else f'ended with {code}'}"

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RUN_SECONDS = 300.0  # a run that takes longer hangs
 HUNG = -1000  # its exit code
 ORPHAN_SECONDS = 30.0  # a run's processes are gone so soon after its driver
+ESCAPED = "escaped"  # a file that a mirror tries to write into the home
 TMPFS_BYTES = 256 * 2**20
 T = TypeVar("T")
 
@@ -63,14 +64,16 @@ class Run:
 
 
 class Scene:
-    """A place where a study runs. `small_disk`: its home lies on a small file system of its own."""
+    """A place where a study runs, by a command with these `words` more. `small_disk`: its home lies on a small file
+    system of its own."""
 
-    def __init__(self, study: Path, seed: int = 0, *, small_disk: bool = False) -> None:
+    def __init__(self, study: Path, seed: int = 0, *, small_disk: bool = False, words: Iterable[str] = ()) -> None:
         self.study = study
         self.random = random.Random(seed)
         self.root = Path(tempfile.mkdtemp(prefix="chaos-"))  # short: Ray's sockets lie below it
-        self.home = self.root / "home"
+        self.home, self.mirror = self.root / "home", self.root / "mirror"
         self.home.mkdir()
+        self.words = [word.format(root=self.root) for word in words]
         self.mounted = small_disk
         if small_disk:
             mount_small(self.home)
@@ -89,14 +92,15 @@ class Scene:
 
     # Runs
 
-    def start(self, *, beside: bool = False) -> Run:
-        """Run the study's command; what was begun and is not finished may be tried once more."""
+    def start(self, *, beside: bool = False, **variables: str) -> Run:
+        """Run the study's command with these environment variables more; what was begun and is not finished may be
+        tried once more."""
         if not beside:
             self.forgive(stage for stage in self.stages() if not stage.done)
         log = self.root / f"run-{len(self.runs)}.log"
-        environment = {**os.environ, "TMPDIR": str(self.root), "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "TMPDIR": str(self.root), "PYTHONUNBUFFERED": "1", **variables}
         command = [sys.executable, "-m", "orchestrator.cli", "run", str(self.study)]
-        command += ["--home", str(self.home), "--checkpoint-seconds", "0.2"]
+        command += ["--home", str(self.home), "--checkpoint-seconds", "0.2", *self.words]
         with log.open("wb") as out:
             process = subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
@@ -223,9 +227,9 @@ class Scene:
         except OSError:
             return False
 
-    def forgive(self, stages: Any) -> None:
-        """Let these stages be computed once more."""
-        self.allowed.update({stage.key: 1 for stage in stages})
+    def forgive(self, stages: Any, times: int = 1) -> None:
+        """Let these stages be computed once more, or so many times."""
+        self.allowed.update({stage.key: times for stage in stages})
 
 
 def newest_checkpoints(stage: Stage) -> list[Path]:

@@ -121,7 +121,7 @@ def test_turns_are_kept_with_the_interval_of_their_median(measured: dict[str, An
         (3, [(0.01, 0.01), (0.02, 0.01)] * 99, 31),  # cheap and unlike: the most
         (3, [(0.1, 0.1), (0.2, 0.1)] * 99, 6),  # dear: 1.5 seconds are over
         (3, [(9.0, 9.0)] * 99, 3),
-        (1, [(9.0, 9.0)] * 99, 1),
+        (1, [(0.01, 0.01), (0.02, 0.01)] * 99, 1),  # a single one, however cheap
     ],
 )
 def test_turns_go_on_while_that_is_cheap_and_tells_more(

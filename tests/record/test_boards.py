@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import sys
 import threading
 from pathlib import Path
@@ -10,7 +12,9 @@ from typing import Any
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
+from typer.testing import CliRunner
 
+from orchestrator.cli import app
 from orchestrator.record.tracking import beside as beside_module
 from orchestrator.record.tracking import boards
 from orchestrator.record.tracking.beside import Beside
@@ -33,6 +37,12 @@ def sync(name: str, hand: Hand) -> None:
     beside.sync()
     assert beside.board is not None
     beside.board.close()
+
+
+def without_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let it not be installed, whether it is or not."""
+    real = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == "wandb" else real(name, *more))
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float, float]]]:
@@ -194,13 +204,24 @@ def test_nobody_waits_for_a_board_that_hangs(
 def test_a_run_has_the_boards_that_its_study_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Recorder(Hand(tmp_path).home, Hand(tmp_path).plan, {}).boards == []
     plan = Hand(tmp_path, "record={tensorboard: {}, wandb: {project: p}}").plan
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else name)
-    assert boards.lacking(plan.study) == (
-        "record.wandb: wandb is not installed: pip install 'layerswap[wandb]', or take the key out"
-    )
+    without_wandb(monkeypatch)
+    told = "record.wandb: wandb is not installed: pip install 'layerswap[wandb]', or take the key out"
+    assert boards.lacking(boards.asked(plan.study)) == told
+    with pytest.raises(ImportError, match=re.escape(told)):
+        boards.board_of("wandb", Hand(tmp_path).home, plan.study)
     live, report = (Recorder(Hand(tmp_path).home, plan, {}, live) for live in (True, False))
     assert [board.name for board in live.boards] == ["wandb", "tensorboard"]
-    assert report.boards == []  # a report may be read where a run may not be made
+    assert [board.name for board in report.boards] == ["tensorboard"]  # it may be read where a run may not be made
+
+
+def test_a_run_is_refused_where_a_board_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = Hand(tmp_path, WANDB).file
+    file.write_text(f"{STUDY}record: {{wandb: {{project: swaps}}}}\n")
+    monkeypatch.setattr("orchestrator.record.given.check_files", lambda *_: None)  # there is one document
+    without_wandb(monkeypatch)
+    done = CliRunner().invoke(app, ["run", str(file), "--home", str(tmp_path / "none")])
+    assert (done.exit_code, done.stderr.split(":")[0]) == (2, "record.wandb")
+    assert not (tmp_path / "none").exists()
 
 
 def test_no_stage_depends_on_where_runs_are_told(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from orchestrator.cli import app
 from orchestrator.files import write_json
 from orchestrator.record.home import Home
 from orchestrator.run import temporary as module
+from orchestrator.run.holder import myself
 from orchestrator.run.store import Store
 from orchestrator.run.temporary import temporary_directory
 from tests.computed import computed
@@ -222,6 +223,37 @@ def test_a_stage_of_a_living_process_is_healthy(home: Home) -> None:
         told = doctor(home)
     assert told.exit_code == 0
     assert f"is being computed by process {os.getpid()} on {platform.node()}" in told.stdout
+
+
+def test_a_lease_of_a_dead_process(home: Home) -> None:
+    """With the right to compute held by a file that is renewed, which stays where its holder is killed."""
+    folder = stage(home)
+    dead = {**myself(), "birth": "another's"}
+    write_json(folder / "lease.json", {"owner": "o", "counter": 3, "ttl": 1e6, "holder": dead})
+    left = f"has a lease that process {DEAD} on {platform.node()} does not renew any more"
+    needs_a_look(home, left, "`layerswap doctor --fix` removes it")
+    assert "which is dead" in doctor(home).stdout  # the stage is told of as well
+    assert doctor(home, "--fix").exit_code == 1
+    assert not (folder / "lease.json").exists()
+    assert left not in doctor(home).stdout
+    write_json(folder / "lease.json", {"owner": "o", "counter": 3, "ttl": 1e6, "holder": myself()})
+    told = doctor(home, "--fix")
+    assert told.exit_code == 0 and "is being computed by process" in told.stdout
+    assert (folder / "lease.json").exists()
+
+
+def test_files_by_which_a_dead_run_told_its_processes_something(home: Home) -> None:
+    marks = [home.store / name for name in ("stop-1a2b3c4d", ".seen-77")]
+    for path in marks:
+        path.touch()
+    assert doctor(home).exit_code == 0  # young: their run may be about to say that it is there
+    old(*marks)
+    with home.in_use():
+        assert doctor(home, "--fix").stdout == "healthy\n"
+    needs_a_look(home, f"{marks[0]} was left by a dead run", "`layerswap doctor --fix` removes it")
+    assert "2 need attention" in doctor(home).stdout
+    is_fixed(home)
+    assert not any(path.exists() for path in marks)
 
 
 def test_a_stage_that_failed_is_no_leftover(home: Home) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import sqlite3
 import threading
 from pathlib import Path
 from typing import Any
@@ -96,13 +97,21 @@ def test_runs_of_no_home_are_the_homes_whose_database_it_is(tracked: Hand) -> No
     made.sync()
     for run in made.runs.ids.values():
         made.runs.client.delete_tag(run, HOME)
-    other = Hand(tracked.home.root.parent)
-    other.home = Home(tracked.home.root.parent / "other")
-    other.store.root.mkdir(exist_ok=True)
+    (tracked.home.root.parent / "other").mkdir()
+    other = Hand(tracked.home.root.parent / "other")
+    other.finish("heads 0")
     assert tracker(other, tracking=tracked.home.database).runs.ids == {}
     assert len(list(still_running(tracked.home))) == 2  # the study and the trial
+    with sqlite3.connect(tracked.home.root / "mlflow.db") as database:  # nor had experiments
+        database.execute("DELETE FROM experiment_tags WHERE key = ?", (HOME,))
+    guest = tracker(other, tracking=tracked.home.database)
+    guest.sync()
+    assert guest.runs.experiment == made.runs.experiment
     again = tracker(tracked)
     assert again.runs.ids == made.runs.ids
+    assert tracker(other, tracking=tracked.home.database).runs.ids == guest.runs.ids
+    for run in guest.runs.ids.values():
+        guest.runs.client.delete_run(run)
     again.sync()
     assert {run.data.tags[HOME] for run in all_runs(again).values()} == {home_id(tracked.home)}
 
@@ -294,6 +303,7 @@ def test_a_model_of_another_home_of_the_same_name_stays(
     tmp_path: Path, shared: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Home, "artefacts", None)
+    monkeypatch.chdir(tmp_path)  # files of such an experiment go below the working directory
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere")
     for name in ("hers", "his"):
         (tmp_path / name).mkdir()

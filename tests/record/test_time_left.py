@@ -186,8 +186,8 @@ def test_until_it_is_measured_a_step_alone_stands_in_for_the_other_kinds() -> No
     costs = Costs([Observation(("alone", "teacher", (), "", 0), 3.0, True)])
     found = {name: costs.unit((name, "teacher", (), "", 0)) for name in ("beside", "layers", "evaluate", "throughput")}
     assert found == {
-        "beside": (4.0, False),
-        "layers": (3.0, False),
+        "beside": (6.0, False),
+        "layers": (4.5, False),
         "evaluate": (1.0, False),
         "throughput": (pytest.approx(0.6), False),
     }

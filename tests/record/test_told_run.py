@@ -137,13 +137,16 @@ def test_the_answer_names_the_files_and_the_commands(scene: Scene, capsys: pytes
 
 def test_failures_end_in_an_exit_code_and_are_told(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
     scene.compute = lambda: Outcome({"trial-02": 1}, {"trial-00": "NonFiniteLoss: step 4"})
+    # The text and ten trained stages (of 12, without those that trial-02 was stopped before), each evaluated, and the
+    # seven speeds of their architectures.
+    left = 1 + 2 * 10 + 7
     assert scene.run() == 1
     assert scene.computed == 1  # a failed run is not tried again
     out, err = capsys.readouterr()
     assert out.splitlines()[-1] == "trial-02 was stopped early after 1 stages"
     assert err.splitlines() == [
         "failed: trial-00: NonFiniteLoss: step 4",
-        "1 failed, the rest is finished; go on with: layerswap run S",
+        f"1 failed, {left} stages are not finished; go on with: layerswap run S",
     ]
     assert scene.runs[0]["stopped"] is None  # early stopping has decided nothing for good
     [(stopped, failures, summary, _)] = Quiet.last.given
@@ -177,6 +180,41 @@ def test_a_stage_that_failed_is_told_again_at_the_end_with_its_log(
     assert [line for line in told if line.startswith("failed: ")][1:] == (
         [] if interrupted else ["failed: store: gone"]
     )
+
+
+@pytest.mark.parametrize("error", [AttributeError("'NoneType' has no 'x'"), ValueError("a store that cannot be used")])
+def test_whatever_ends_the_computing_is_told_with_what_is_finished(
+    scene: Scene, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    hand = scene.hand
+    hand.all_done()
+    (hand.store.folder(hand.key("two joint")) / "DONE.json").unlink()
+
+    def compute() -> Outcome:
+        raise error
+
+    scene.compute = compute
+    assert scene.run() == 1
+    out, err = capsys.readouterr()
+    assert "best path: trial-02" in out
+    reason = f"{type(error).__name__}: {error}"
+    assert err.splitlines()[-2:] == [
+        f"failed: run: {reason}",
+        "1 failed, 1 stages are not finished; go on with: layerswap run S",
+    ]
+    assert ("Traceback" in err) == isinstance(error, AttributeError)  # a fault of the program
+    [(_, failures, _, _)] = Quiet.last.given  # MLflow's runs do not stay RUNNING
+    assert failures == {"run": reason}
+
+
+def test_an_error_that_a_signal_brought_about_is_no_failure(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+    def compute() -> Outcome:
+        scene.interrupt.number = 2
+        raise ImportError("half a module")
+
+    scene.compute = compute
+    assert scene.run() == 128 + 2
+    assert "half a module" not in capsys.readouterr().err
 
 
 def test_what_vanished_is_computed_once_more_and_then_told(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,3 +112,15 @@ def test_a_path_too_wide_counts_steps_that_are_alike(hand: Hand) -> None:
 def test_without_unicode_all_signs_are_ascii(hand: Hand) -> None:
     assert all(line.isascii() for size in (30, 100) for line in lines(hand, size, 40, signs=PLAIN))
     assert "|- hyena-2  0 + > 1 >" in lines(hand, 100, 40, signs=PLAIN)
+
+
+def test_a_cause_of_many_lines_stays_on_its_own(hand: Hand) -> None:
+    facts = facts_of(hand)
+    facts[hand.key("scratch")] = Stage("failed", error="ValueError: one\n  two\n")
+    assert lines(hand, 100, 40, facts)[9] == "  ✗ scratch hyena-2: ValueError: one two"
+
+
+def test_a_trial_that_is_a_control_too_is_counted_once(hand: Hand) -> None:
+    tree = Tree(hand.plan, hand.speeds)
+    tree.branches.append(tree.branches[-1])
+    assert tree._first(facts_of(hand), 100).plain.startswith("handmade  3 of 12 stages done")

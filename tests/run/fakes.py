@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 from operators.config import SkipConfig
 from orchestrator.distill.context import RunContext
 from orchestrator.run.broker import Broker
 from orchestrator.run.cluster import Node
+from orchestrator.run.request import Request
 from orchestrator.run.store import Store
 from orchestrator.study.recipe import Numerics, Optimizer
 from orchestrator.study.schema import Evaluation, Throughput
@@ -62,9 +64,12 @@ SPECS: dict[str, Spec] = {spec.key: spec for spec in [TOKENS, *TEACHERS, *STUDEN
 class Fake(Broker):
     """A broker whose stages are computed by the test: `act(key)` may wait, fail, or publish."""
 
-    def __init__(self, context: RunContext, act: Callable[[str], Coroutine[Any, Any, None]] | None = None) -> None:
-        texts = {key: spec.model_dump_json() for key, spec in SPECS.items()}
-        super().__init__(texts, context, (Node(HERE, 2, 0, ""), Node("there", 4, 1, "")))
+    def __init__(
+        self, context: RunContext, act: Callable[[str], Coroutine[Any, Any, None]] | None = None, **asked: Any
+    ) -> None:
+        request = Request({key: spec.model_dump_json() for key, spec in SPECS.items()}, **asked)
+        file = request.write(Path(f"{context.store}-request.json"))
+        super().__init__(file, context, (Node(HERE, 2, 0, ""), Node("there", 4, 1, "")))
         self.act = act
         self.computed: list[str] = []
 
@@ -79,4 +84,5 @@ def publish(store: Store, key: str) -> None:
     folder = store.folder(key)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "artefacts").mkdir(exist_ok=True)
+    (folder / "spec.json").write_text(SPECS[key].model_dump_json())
     (folder / "DONE.json").write_text(f'{{"key": "{key}", "result": {{"key": "{key}"}}, "files": {{}}}}')

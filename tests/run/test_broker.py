@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 from filelock import FileLock
 from ray.exceptions import RayTaskError
 
 from orchestrator.distill.context import RunContext
-from orchestrator.files import write_json
 from orchestrator.run import broker as module
 from orchestrator.run.broker import StageFailed
-from orchestrator.run.compute import Disturbed, StageClaimed
-from orchestrator.run.mirror import Mirror
-from orchestrator.run.store import Store
+from orchestrator.run.compute import StageClaimed
 from orchestrator.run.turns import Turns
+from orchestrator.study.halving import Rung
 from tests.run.fakes import EVALUATIONS, JUDGED, STUDENTS, TEACHERS, TOKENS, Fake, publish
 
 
@@ -153,63 +149,34 @@ def test_a_failed_parent_fails_its_children_and_nobody_else(context: RunContext)
     asyncio.run(run())
 
 
-def test_what_the_mirror_has_is_fetched_without_its_parents(context: RunContext, tmp_path: Path) -> None:
-    url = f"file://{tmp_path}/mirror"
-    other = Store(tmp_path / "other")
-    publish(other, EVALUATIONS[0].key)
-    Mirror(url).upload(other, EVALUATIONS[0].key)
-
-    async def run() -> None:
-        broker = Fake(dataclasses.replace(context, mirror=url))
-        await broker.want(EVALUATIONS[0].key)
-        assert broker.computed == []
-
-    asyncio.run(run())
-
-
-def test_a_mirror_that_does_not_answer_is_no_reason_not_to_compute(
-    context: RunContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fetch(*_: Any) -> bool:
-        raise RuntimeError("an error of the file system's own")
-
-    async def run() -> None:
-        broker = Fake(dataclasses.replace(context, mirror=f"file://{tmp_path}/mirror"))
-        await broker.want(TOKENS.key)
-        assert broker.computed == [TOKENS.key]
-
-    monkeypatch.setattr(Mirror, "fetch", fetch)
-    asyncio.run(run())
-
-
-def test_a_stage_that_is_disturbed_is_tried_again_and_not_for_ever(context: RunContext) -> None:
-    async def run(disturbances: int) -> int:
-        left = iter([Disturbed("its directory was deleted")] * disturbances)
+def test_a_stage_that_needs_all_memory_is_computed_alone(context: RunContext) -> None:
+    async def run() -> int:
+        at_once, most = 0, 0
 
         async def act(_: str) -> None:
-            if (error := next(left, None)) is not None:
-                raise RayTaskError("compute", "", error)
+            nonlocal at_once, most
+            at_once += 1
+            most = max(most, at_once)
+            await asyncio.sleep(0.01)
+            at_once -= 1
 
-        broker = Fake(dataclasses.replace(context, store=f"{context.store}-{disturbances}"), act)
-        await broker.want(TOKENS.key)
-        return len(broker.computed)
+        broker = Fake(context, act, memory={spec.key: 600 for spec in STUDENTS}, free=1000)
+        await asyncio.gather(*(broker.want(spec.key) for spec in STUDENTS))
+        return most
 
-    assert asyncio.run(run(3)) == 4
-    with pytest.raises(StageFailed, match="its directory was deleted"):
-        asyncio.run(run(4))
+    assert asyncio.run(run()) == 1  # six cores are free for both, and 1000 bytes for one of 600
 
 
-def test_a_failure_is_told_in_the_words_that_the_stage_left(context: RunContext) -> None:
-    async def run() -> None:
-        async def act(key: str) -> None:
-            write_json(broker.store.folder(key) / "failure.json", {"error": "StoreError: no space left"})
-            raise RayTaskError("compute", "", OSError("No space left on device"))
+def test_trials_that_are_compared_go_on_or_not(context: RunContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = (spec.key for spec in JUDGED)
+    ratios = {one: 1.2, other: 1.1}
 
-        broker = Fake(context, act)
-        with pytest.raises(StageFailed, match=r"^StoreError: no space left$"):
-            await broker.want(TOKENS.key)
+    async def run() -> list[bool]:
+        broker = Fake(context, rungs=(Rung(1, 8, {"a": one, "b": other}),))
+        monkeypatch.setattr(broker.store, "result", lambda key: {"perplexity_ratio": ratios.get(key)})
+        return [await broker.goes_on(trial, key) for trial, key in (("a", one), ("b", other), ("c", one))]
 
-    asyncio.run(run())
+    assert asyncio.run(run()) == [False, True, True]
 
 
 def test_a_student_is_judged_before_the_next_one_trains(context: RunContext) -> None:

@@ -39,7 +39,14 @@ def test_cores_and_place_of_every_kind(context: RunContext) -> None:
     # What is counted before Ray is asked: all processes together, on the six cores and one GPU that there are.
     most = TEACHERS[0].model_copy(update={"numerics": Numerics(threads=5, world_size=2)})
     shares = [broker._share(spec) for spec in (TOKENS, EVALUATIONS[0], TEACHERS[1], many, most)]
-    assert shares == [(1, 0.0), (1, 0.5), (2, 1.0), (5, 0.5), (6, 1.0)]
+    assert shares == [(1, 0.0, 0), (1, 0.5, 0), (2, 1.0, 0), (5, 0.5, 0), (6, 1.0, 0)]
+
+
+def test_memory_is_of_all_processes_and_never_more_than_there_is(context: RunContext) -> None:
+    alone, ranks = TEACHERS  # of one process and of two
+    broker = Fake(context, memory={alone.key: 300, ranks.key: 400}, free=700)
+    assert [broker._share(spec)[2] for spec in (alone, ranks, EVALUATIONS[0])] == [300, 700, 0]
+    assert Fake(context, memory={ranks.key: 400})._share(ranks)[2] == 800  # what is free is not counted
 
 
 @pytest.mark.parametrize(("share", "gpus"), [(0.0, 0), (0.5, 3)])
@@ -67,11 +74,12 @@ def test_the_broker_lives_on_the_drivers_node_and_is_started_again(
 
     monkeypatch.setattr(module.ray, "remote", lambda kind: Actor() if kind is Broker else None)
     nodes = (Node(HERE, 2, 0, ""), Node("2e" * 28, 4, 1, ""))
-    assert start_broker({}, context, nodes) == "the actor"
+    request = Path("request.json")
+    assert start_broker(request, context, nodes) == "the actor"
     options, words = given
     assert options.pop("scheduling_strategy").node_id == HERE
     assert options == {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": 10_000}
-    assert words == ({}, context, nodes)
+    assert words == (request, context, nodes)
 
 
 def test_a_stage_is_a_task_that_is_tried_again_where_a_rank_dies(

@@ -16,9 +16,11 @@ import pytest
 
 from orchestrator.distill import stage
 from orchestrator.distill.context import RunContext
-from orchestrator.run import claims
-from orchestrator.run.claims import EXIT_LOST, Claim, Flock, Lease, claim_of
+from orchestrator.run import lease as module
+from orchestrator.run.claims import Claim, claim_of
 from orchestrator.run.compute import ClaimLost, StageClaimed, compute
+from orchestrator.run.lease import EXIT_LOST, Lease
+from orchestrator.run.lock import Flock
 from orchestrator.run.store import Store
 from orchestrator.study.spec import TokensSpec
 
@@ -32,8 +34,8 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(claims.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(claims.time, "sleep", lambda _: None)
+        monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(module.time, "sleep", lambda _: None)
 
 
 @pytest.fixture
@@ -128,7 +130,7 @@ def test_clocks_of_the_wall_do_not_matter(lease: Make, clock: Clock, monkeypatch
     holder, observer = lease(), lease()
     assert holder.acquire()
     assert observer.held_by_other()
-    monkeypatch.setattr(claims.time, "time", lambda: 1e12)
+    monkeypatch.setattr(module.time, "time", lambda: 1e12)
     assert observer.held_by_other()
     holder.release()
 
@@ -229,7 +231,7 @@ def test_an_error_of_who_lost_its_lease_is_no_failure_of_the_stage(
 
 
 def test_a_process_that_lost_its_lease_ends_at_once() -> None:
-    code = "from orchestrator.run.claims import end_process; end_process(); print('alive')"
+    code = "from orchestrator.run.lease import end_process; end_process(); print('alive')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (EXIT_LOST, "")
     assert "was lost" in done.stderr

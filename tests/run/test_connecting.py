@@ -72,7 +72,9 @@ def test_a_cluster_of_this_machine_has_what_it_is_given(machines: Machines) -> N
     with connected(Cluster(cpus=3, gpus=1)) as nodes:
         assert nodes == (Node(HERE, 2.0, 0.0, "node:10.0.0.1"), Node(THERE, 4.0, 1.0, "node:10.0.0.2"))
         assert {key: os.environ[key] for key in QUIET} == QUIET
-        assert set(QUIET.values()) == {"0", "1", "1000", "false"}
+        assert set(QUIET.values()) == {"0", "1", "15", "1000", "false"}
+        assert len(os.environ["RAY_AUTH_TOKEN"]) == 64  # of this run alone
+    assert "RAY_AUTH_TOKEN" not in os.environ
     guarded, init, watched, down = machines.calls
     folder = guarded[1]
     assert init.pop("logging_level") == 40  # errors only
@@ -87,26 +89,10 @@ def test_a_cluster_of_this_machine_has_what_it_is_given(machines: Machines) -> N
 
 def test_a_cluster_at_an_address_keeps_what_it_has(machines: Machines) -> None:
     with connected(Cluster("10.0.0.1:6379", cpus=3, gpus=1)):
-        pass
+        assert "RAY_AUTH_TOKEN" not in os.environ  # it has its own, or none
     init = machines.calls[1]
     assert init["address"] == "10.0.0.1:6379"
     assert init.keys() == {"address", "namespace", "log_to_driver", "logging_level", "job_config"}
-
-
-@pytest.mark.parametrize("writable", [True, False])
-def test_ray_has_a_home_that_can_be_written(
-    machines: Machines, monkeypatch: pytest.MonkeyPatch, writable: bool
-) -> None:
-    monkeypatch.setenv("HOME", "/the/users/own")
-    monkeypatch.setattr(module, "_writable", lambda folder: writable and folder == Path("/the/users/own"))
-    with connected(Cluster(cpus=1, gpus=0)):
-        assert os.environ["HOME"] == ("/the/users/own" if writable else machines.calls[0][1])
-
-
-def test_what_is_a_folder_of_ones_own_can_be_written(tmp_path: Path) -> None:
-    assert module._writable(tmp_path)
-    assert not module._writable(tmp_path / "absent")
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [ConnectionError, RuntimeError, ValueError])

@@ -132,7 +132,7 @@ def test_a_killed_rank_costs_no_bit(spec: TeacherSpec, shared: RunContext, undis
 def test_only_the_first_rank_writes_and_nothing_is_left(spec: TeacherSpec, shared: RunContext) -> None:
     folder = Store(Path(shared.store)).folder(spec.key)
     assert {path.name for path in folder.iterdir()} == {
-        "artefacts", "attempt.json", "DONE.json", "journal.jsonl", "lock", "spec.json",
+        "artefacts", "attempt.json", "DONE.json", "journal.jsonl", "lock", "log.txt", "spec.json",
     }  # fmt: skip
 
 

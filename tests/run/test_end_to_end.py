@@ -225,7 +225,7 @@ def test_a_failed_trial_does_not_stop_the_others_and_the_exit_code_says_so(finis
     change = ("--set", "search.space={recipe.optimizer.lr: [0.003, 1.0e+20]}")
     change += ("--set", "controls={skip: false, scratch: none}")
     done = here(finished, "run", *change, check=1)
-    assert "failed: trial-01: NonFiniteLoss: step" in done.stderr
+    assert "failed: trial-01 stage 1/3 layers 0,1: NonFiniteLoss: step" in done.stderr
     assert "Traceback" not in done.stderr
     rows = records(finished, *change)["records"]
     assert [row["trial"] for row in rows if row["kind"] == "stage"] == ["trial-00"] * 3
@@ -302,7 +302,7 @@ def test_a_full_disk_ends_in_exit_code_1_and_the_same_command_goes_on(tmp_path: 
     try:
         done = here(home, "run", *small, check=1)
         assert re.search(
-            r"failed: trial-00: StoreError: no space left on .*: free \d+ MB, then run the same", done.stderr
+            r"failed: [^\n]*: StoreError: no space left on .*: free \d+ MB, then run the same", done.stderr
         )
         assert "Traceback" not in done.stderr and "go on with: layerswap run" in done.stderr
         subprocess.run(["mount", "-o", "remount,size=200m", str(home)], check=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -84,7 +85,7 @@ def test_a_run_in_an_odd_place_is_a_run_like_any_other(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert "MLflow" not in done.stderr
-    assert (home / "studies" / "tiny" / "report.md").is_file()
+    assert (home / "studies" / "tiny" / "newest" / "report.md").is_file()
     assert {path.name for path in tmp_path.iterdir() if path.name.startswith("h")} == {home.name}
     import sqlite3
 
@@ -131,10 +132,30 @@ def test_an_instance_of_our_own_knows_no_other(monkeypatch: pytest.MonkeyPatch) 
     for name in OTHERS:
         monkeypatch.setenv(name, "another")
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")  # how Ray works is the user's to say
-    own_instance()
-    left = {name for name in os.environ if name.startswith("RAY_") and os.environ[name] == "another"}
-    assert left == set()
-    assert os.environ["RAY_memory_monitor_refresh_ms"] == "0"  # noqa: SIM112
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE"):
+        monkeypatch.setenv(name, "another")
+    before = dict(os.environ)
+    with own_instance():
+        left = {name for name in os.environ if name.startswith("RAY_") and os.environ[name] == "another"}
+        assert left == set()
+        assert os.environ["RAY_memory_monitor_refresh_ms"] == "0"  # noqa: SIM112
+    assert dict(os.environ) == before
+
+
+def test_an_instance_of_our_own_is_closed_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that nobody can guess, one for all instances of the process, and services on the loopback interface."""
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    tokens = []
+    for _ in range(2):
+        with own_instance():
+            tokens.append(os.environ["RAY_AUTH_TOKEN"])
+            assert os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+            assert "RAY_AUTH_MODE" not in os.environ  # Ray asks for the token where nothing is said
+        assert "RAY_AUTH_TOKEN" not in os.environ
+    assert tokens[0] == tokens[1] and len(tokens[0]) == 64
+    other = "from orchestrator.run.environment import _token; print(_token())"
+    told = subprocess.run([sys.executable, "-c", other], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert len(told.stdout.strip()) == 64 and told.stdout.strip() != tokens[0]
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
@@ -159,6 +180,13 @@ def test_the_guard_imports_nothing_of_the_working_directory(tmp_path: Path) -> N
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(("system", "most"), [("linux", 107), ("darwin", 103)])
+def test_the_longest_path_of_a_socket_is_the_systems(monkeypatch: pytest.MonkeyPatch, system: str, most: int) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    found = runpy.run_path(str(temporary.__file__))
+    assert found["LONGEST"] == most - len(found["DEEPEST"])
 
 
 @pytest.mark.parametrize("name", ["x" * 60, "é", "a b", "50%", "a'b", "a#b"])

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import itertools
+import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 
 from orchestrator.distill.context import RunContext
+from orchestrator.files import sealed
 from orchestrator.run.compute import compute
 from orchestrator.run.mirror import Mirror, MirrorError
 from orchestrator.run.store import Store
@@ -79,6 +84,72 @@ def test_a_damaged_copy_is_withdrawn_and_uploaded_again(shared: Shared, harm: st
     compute(spec.model_dump_json(), dataclasses.replace(context, store=str(there.root), mirror=mirror.url))
     assert mirror.finished(spec.key)
     assert files(there, spec.key) == files(here, spec.key)
+
+
+def altered(mirror: Mirror, key: str, change: dict[str, Any], seal: bool) -> None:
+    """Let the mirror's manifest of a stage say something else, with a digest that fits or the one that it had."""
+    at = mirror._at(key, "DONE.json")
+    manifest = {**json.loads(mirror._files.cat_file(at)), **change}
+    if seal:
+        del manifest["sha256"]
+        manifest = sealed(manifest)
+    mirror._files.pipe_file(at, json.dumps(manifest).encode())
+
+
+@pytest.mark.parametrize("name", ["../../../escaped", "/{tmp}/escaped", "a/../../../escaped", "", ".", "a//b", "./a"])
+def test_a_name_that_leads_out_of_the_stage_is_not_followed(shared: Shared, tmp_path: Path, name: str) -> None:
+    spec, _, _, there, mirror = shared
+    name = name.replace("/{tmp}", str(tmp_path))
+    mirror._files.pipe_file(f"{mirror._at(spec.key)}/escaped", b"evil")
+    with contextlib.suppress(OSError):  # where the name leads to in the mirror
+        mirror._files.pipe_file(mirror._at(spec.key, f"artefacts/{name}"), b"evil")
+    altered(mirror, spec.key, {"files": {name: hashlib.sha256(b"evil").hexdigest()}}, seal=True)
+    before = {path for path in tmp_path.rglob("*") if "mirror" not in path.parts}
+    assert not mirror.finished(spec.key)
+    assert not mirror.fetch(there, spec.key)
+    assert {path for path in tmp_path.rglob("*") if "mirror" not in path.parts} == before
+    assert not there.finished(spec.key)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"result": {"train_tokens": 1}},
+        {"files": {}},
+        {"seconds": 0.5},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_manifest_without_the_digest_that_it_states_does_not_count(shared: Shared, change: dict[str, Any]) -> None:
+    spec, context, _, there, mirror = shared
+    altered(mirror, spec.key, change, seal=False)
+    assert not mirror.finished(spec.key) and not mirror.fetch(there, spec.key)
+    compute(spec.model_dump_json(), dataclasses.replace(context, mirror=mirror.url))  # finished here: sent once more
+    assert mirror.fetch(there, spec.key)
+
+
+@pytest.mark.parametrize(
+    "said", ["[]", "3", '"a"', "null", '{"files": []}', '{"key": "KEY", "result": {}, "files": []}']
+)
+def test_what_is_no_manifest_does_not_count(shared: Shared, said: str) -> None:
+    spec, *_, there, mirror = shared
+    mirror._files.pipe_file(mirror._at(spec.key, "DONE.json"), said.replace("KEY", spec.key).encode())
+    assert not mirror.finished(spec.key) and not mirror.fetch(there, spec.key)
+
+
+@pytest.mark.parametrize("harm", ["another's", "none", "torn"])
+def test_a_stage_with_another_specification_is_withdrawn(shared: Shared, harm: str) -> None:
+    spec, _, here, there, mirror = shared
+    at = mirror._at(spec.key, "spec.json")
+    other = spec.model_copy(update={"vocabulary": 301}).model_dump_json()
+    mirror._files.rm_file(at)
+    if harm != "none":
+        mirror._files.pipe_file(at, (other if harm == "another's" else "{").encode())
+    assert not mirror.fetch(there, spec.key)
+    assert not mirror.finished(spec.key) and not there.finished(spec.key)
+    assert not (there.folder(spec.key) / "spec.json").exists()
+    mirror.upload(here, spec.key)
+    assert mirror.fetch(there, spec.key)
 
 
 def test_a_torn_upload_does_not_count_and_is_finished_by_the_next(shared: Shared) -> None:

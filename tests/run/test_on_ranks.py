@@ -113,11 +113,14 @@ def test_the_first_rank_writes_and_the_others_are_silent(
 
     def run_stage(spec: Any, place: Workplace) -> dict[str, Any]:
         assert spec is SPEC and place.out.parent.is_dir()
+        assert rank == 0 or (place.out / "owner.lock").is_file()  # so that doctor finds what a killed rank leaves
         seen.append(place)
         return {"seconds": 2.0}
 
     monkeypatch.setattr(stage, "run_stage", run_stage)
-    monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: rank))
+    monkeypatch.setattr(
+        ray.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: rank, get_world_size=lambda: 2)
+    )
     monkeypatch.setattr(ray.train.torch, "get_device", lambda: "cuda:1")
     place = place_in(tmp_path, device=device, checkpoint_seconds=5.0)
     result = module._on_rank({"spec": SPEC, "place": place})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -107,17 +108,37 @@ def test_remedies_are_those_that_a_stage_has_not_taken_yet(tmp_path: Path) -> No
         assert preflight._remedies(ranks)[0] == first
 
 
-def test_a_control_group_may_have_less_than_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = most, _, statistics = tmp_path / "max", tmp_path / "current", tmp_path / "stat"
-    for file, text in zip(files, ("5000000\n", "2000000\n", "anon 1\nactive_file 7\n"), strict=True):
-        file.write_text(text)
-    monkeypatch.setattr(preflight, "LIMITS", (files, (tmp_path / "no",) * 3))
-    assert preflight.available_bytes(RunContext(store="s")) == 3_000_000
-    statistics.write_text("anon 1\ninactive_file 600000\nactive_file 7\n")  # read once: dropped when memory is wanted
-    assert preflight.available_bytes(RunContext(store="s")) == 3_600_000
-    statistics.write_text("inactive_file 600000\ntotal_inactive_file 800000\n")  # version 1: alone, with those below
-    assert preflight.available_bytes(RunContext(store="s")) == 3_800_000
-    statistics.unlink()  # the limit holds whatever is told of files
-    assert preflight.available_bytes(RunContext(store="s")) == 3_000_000
-    most.write_text("max\n")
-    assert preflight.available_bytes(RunContext(store="s")) > 5_000_000
+OPEN = """
+import json, psutil
+from orchestrator.run.cluster import Cluster, connected
+
+with connected(Cluster(cpus=1, gpus=0)):
+    import ray
+
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    opened = [connection for process in processes for connection in process.net_connections("tcp")]
+    hosts = sorted({one.laddr.ip.removeprefix("::ffff:") for one in opened if one.status == psutil.CONN_LISTEN})
+    print(json.dumps([hosts, ray.get_runtime_context().gcs_address]), flush=True)
+    input()
+"""
+STRANGER = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
+
+
+@pytest.mark.ray
+def test_nobody_else_reaches_the_ray_of_a_run(tmp_path: Path) -> None:
+    """Its services listen on the loopback interface, and who comes with another token is turned away."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    run = subprocess.Popen(
+        [sys.executable, "-c", OPEN], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert run.stdout is not None
+    try:
+        hosts, address = json.loads(run.stdout.readline())
+        assert hosts == ["127.0.0.1"]
+        another = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+        words = [sys.executable, "-c", STRANGER, address]
+        stranger = subprocess.run(words, env={**environment, **another}, capture_output=True, text=True)
+        assert stranger.returncode == 1 and "AuthenticationError" in stranger.stderr
+    finally:
+        run.communicate("\n", timeout=100)
+    assert list(tmp_path.iterdir()) == []  # no token is left in the user's home

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import ray
 from ray import tune
-from ray.tune.schedulers import FIFOScheduler
 
 from orchestrator.distill.context import RunContext
 from orchestrator.run import sweep as module
 from orchestrator.run.cluster import Cluster, Node
+from orchestrator.run.preflight import free_for_stages
+from orchestrator.run.request import Request, read_request, request_of
 from orchestrator.run.sweep import Outcome, missing, run_plan
-from orchestrator.study.plan import Plan
+from orchestrator.study.plan import Plan, stage_memory
 from tests.record.handmade import RATIOS, Hand
 
 NODES = (Node("a", 2, 0, "node:a"), Node("b", 3, 0, "node:b"))
@@ -44,6 +45,8 @@ class Broker:
         self.want = SimpleNamespace(remote=lambda key: self.asked.append(key) or key)
         self.begin = SimpleNamespace(remote=self.begun.extend)
         self.settle = SimpleNamespace(remote=self._settle)
+        self.goes_on = SimpleNamespace(remote=lambda trial, evaluation: (trial, evaluation) not in self.stops)
+        self.stops: list[tuple[str, str]] = []  # trial and evaluation after which it does not go on
 
     def _settle(self) -> str:
         self.settled += 1
@@ -96,17 +99,19 @@ def test_controls_are_wanted_with_their_evaluations(hand: Hand) -> None:
 
 
 class Result:
-    """How a trial ended, as Tune says it."""
+    """How a trial ended, as Tune says it: without a report it does not know the configuration."""
 
     def __init__(self, trial: str, steps: int | None, error: BaseException | None = None) -> None:
-        self.config, self.error = {"trial": trial}, error
+        self.path, self.error = f"/somewhere/{trial}", error
         self.metrics = None if steps is None else {"steps_done": steps}
+        self.config = None if steps is None else {"trial": trial}
 
 
 class Tuner:
-    """Runs every trial in turn, in this process, and keeps what it was made with."""
+    """Runs every trial in turn, in this process, and keeps what it was made with; some `die` before they report."""
 
     made: Tuner
+    die: dict[str, BaseException] = {}  # noqa: RUF012
 
     def __init__(self, coordinate: Any, *, param_space: Any, tune_config: Any, run_config: Any) -> None:
         self.coordinate, self.trials = coordinate, param_space["trial"]["grid_search"]
@@ -116,9 +121,11 @@ class Tuner:
 
     def fit(self) -> list[Result]:
         for trial in self.trials:
-            self.reports[trial] = []
-            self.coordinate({"trial": trial})
-        return [Result(trial, len(told)) for trial, told in self.reports.items()]
+            named = self.tune_config.trial_dirname_creator(SimpleNamespace(config={"trial": trial}))
+            self.reports[named] = []
+            if trial not in self.die:
+                self.coordinate({"trial": trial})
+        return [Result(trial, len(told) or None, self.die.get(trial)) for trial, told in self.reports.items()]
 
 
 @pytest.fixture
@@ -132,7 +139,9 @@ def tuner(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "Tuner", Tuner)
     monkeypatch.setattr(tune, "report", report)
     monkeypatch.setattr(tune, "with_resources", lambda coordinate, group: coordinate)
-    monkeypatch.setattr(ray, "get", lambda keys: [{"perplexity_ratio": ratios.get(key)} for key in keys])
+    monkeypatch.setattr(
+        ray, "get", lambda of: [{"perplexity_ratio": ratios.get(k)} for k in of] if isinstance(of, list) else of
+    )
 
 
 def test_a_trial_wants_its_stages_in_turn_and_reports_after_each(hand: Hand, tuner: None) -> None:
@@ -148,8 +157,36 @@ def test_a_trial_wants_its_stages_in_turn_and_reports_after_each(hand: Hand, tun
     }
     assert outcome == Outcome({}, {})
     made = Tuner.made.tune_config
-    assert isinstance(made.scheduler, FIFOScheduler) and made.max_concurrent_trials == 1 and made.reuse_actors
+    assert made.scheduler is None and made.max_concurrent_trials == 1 and made.reuse_actors
     assert Tuner.made.run_config.failure_config.max_failures == 1
+
+
+def test_a_trial_whose_process_dies_before_its_first_report_is_told_by_its_name(
+    hand: Hand, tuner: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tuner, "die", {"trial-01": RuntimeError("The actor died: the node was low on memory")})
+    outcome = Outcome()
+    module._run_trials(hand.plan, Broker(), outcome, NODES)
+    assert outcome == Outcome({}, {"trial-01": "The actor died: the node was low on memory"})
+
+
+def test_a_trial_of_which_tune_says_nothing_never_began(
+    hand: Hand, tuner: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tuner, "fit", lambda self: [Result("trial-00", 3), Result("trial-02", 3)])
+    outcome = Outcome()
+    module._run_trials(hand.plan, Broker(), outcome, NODES)
+    assert outcome == Outcome({}, {"trial-01": "it never began"})
+
+
+def test_a_trial_that_does_not_go_on_is_stopped_after_that_stage(hand: Hand, tuner: None) -> None:
+    """Nobody is asked after the last stage, where there is nothing left to stop."""
+    broker, outcome = Broker(), Outcome()
+    broker.stops = [("trial-00", stages(hand, "two 1")[1]), ("trial-02", stages(hand, "heads joint")[1])]
+    module._run_trials(hand.plan, broker, outcome, NODES)
+    assert outcome == Outcome({"trial-00": 2}, {})
+    assert [report["steps_done"] for report in Tuner.made.reports["trial-00"]] == [1, 2]
+    assert hand.key("two joint") not in broker.asked and hand.key("two mixed") in broker.asked
 
 
 def test_a_plan_without_trials_starts_no_tuner(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,37 +199,6 @@ def test_a_plan_without_trials_starts_no_tuner(hand: Hand, monkeypatch: pytest.M
 def test_early_stopping_has_two_trials_a_core_at_a_time(tmp_path: Path, cpus: tuple[float, ...], trials: int) -> None:
     plan = Hand(tmp_path, STOPPING).plan
     assert module._at_once(plan, tuple(Node(str(n), n, 0, "") for n in cpus)) == trials  # type: ignore[arg-type]
-
-
-def test_early_stopping_ends_the_trials_of_high_perplexity(tmp_path: Path) -> None:
-    """At each number of swapped layers the better half goes on: the lower perplexity ratio, whatever else is told."""
-    scheduler = module._scheduler(Hand(tmp_path, STOPPING).plan)
-
-    def decide(trial: SimpleNamespace, layers: int, ratio: float) -> str:
-        told = {"swapped_layers": layers, "perplexity_ratio": ratio, "training_iteration": 99, "student_tokens": 9e9}
-        return str(scheduler.on_trial_result(None, trial, told))
-
-    trials = [SimpleNamespace(trial_id=str(n), is_finished=lambda: False) for n in range(5)]
-    for trial in trials:
-        scheduler.on_trial_add(None, trial)
-    first = [
-        decide(trial, 1, ratio) for trial, ratio in zip(trials, (1.3, 1.2, 1.4, 1.1, 1.26), strict=True)
-    ]  # after four the middle is 1.25
-    assert first == ["CONTINUE", "CONTINUE", "STOP", "CONTINUE", "STOP"]
-    assert decide(trials[0], 2, 1.5) == "CONTINUE"  # the first of its rung
-    assert decide(trials[1], 2, 1.6) == "STOP"
-    assert decide(trials[3], 2, 1.4) == "CONTINUE"
-
-
-def test_nothing_is_judged_before_the_first_rung(tmp_path: Path) -> None:
-    scheduler = module._scheduler(Hand(tmp_path, "search.early_stopping={grace_layers: 2}").plan)
-    trials = [SimpleNamespace(trial_id=str(n), is_finished=lambda: False) for n in range(2)]
-    for trial in trials:
-        scheduler.on_trial_add(None, trial)
-    for layers, ratio, told in ((1, 1.0, "CONTINUE"), (2, 1.0, "CONTINUE")):
-        assert scheduler.on_trial_result(None, trials[0], {"swapped_layers": layers, "perplexity_ratio": ratio}) == told
-    for layers, ratio, told in ((1, 9.0, "CONTINUE"), (2, 9.0, "STOP")):
-        assert scheduler.on_trial_result(None, trials[1], {"swapped_layers": layers, "perplexity_ratio": ratio}) == told
 
 
 @pytest.mark.parametrize(
@@ -208,7 +214,7 @@ def test_how_a_trial_ended(
     hand: Hand, steps: int | None, error: Exception | None, stopped: dict[str, int], failures: dict[str, str]
 ) -> None:
     outcome = Outcome({"trial-01": 7})
-    module._judge(hand.plan, Result("trial-01", steps, error), outcome)
+    module._judge(hand.plan.trials[1], Result("trial-01", steps, error), outcome)
     assert outcome == Outcome(stopped, failures)
 
 
@@ -251,7 +257,7 @@ class Machine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, trials: Any) -> None:
         self.broker = Broker()
-        self.specs: dict[str, str] = {}
+        self.request = Request({})
         self.checked: list[str] = []
         self.got: list[Any] = []
 
@@ -259,8 +265,8 @@ class Machine:
         def connected(_: Cluster) -> Iterator[tuple[Node, ...]]:
             yield NODES
 
-        def start(specs: dict[str, str], context: RunContext, nodes: tuple[Node, ...]) -> Broker:
-            self.specs = specs
+        def start(request: Path, context: RunContext, nodes: tuple[Node, ...]) -> Broker:
+            self.request = read_request(request)
             return self.broker
 
         from orchestrator.run import broker
@@ -285,13 +291,28 @@ def test_a_plan_is_run_controls_first_and_speeds_last(hand: Hand, monkeypatch: p
     outcome = run_plan(hand.plan, RunContext(store=str(hand.home.store)), hand.speeds, Cluster(cpus=2, gpus=0))
     assert outcome == Outcome({"trial-00": 1}, {})
     every = {*hand.plan.specs, *(spec.key for spec in hand.speeds.values())}
-    assert machine.specs.keys() == set(machine.checked) == every
-    assert machine.specs[hand.key("two 0")] == hand.steps["two 0"].train.model_dump_json()
+    asked_for = machine.request
+    assert list(asked_for.specs) == machine.checked  # in the plan's order, which decides who is next
+    assert set(machine.checked) == every
+    assert asked_for.specs[hand.key("two 0")] == hand.steps["two 0"].train.model_dump_json()
+    memory = stage_memory(hand.plan, hand.speeds, "cpu")
+    assert asked_for.memory == {key: told.bytes for key, told in memory.items()}
+    assert asked_for.rungs == () and 0 < (asked_for.free or 0) < 2**50
     controls = [hand.plan.tokens.key, *stages(hand, "teacher", "scratch", "skip 0", "skip 1", "skip all")]
     measured = hand.speeds[hand.key("two 0")].key
     assert sorted(asked) == sorted(controls)
     assert machine.broker.asked == [*asked, measured]
     assert [key for keys in machine.got for key in keys] == [*controls, measured]
+
+
+def test_rungs_reach_the_broker_and_memory_of_other_machines_is_not_counted(tmp_path: Path) -> None:
+    hand = Hand(tmp_path, "search.early_stopping={reduction_factor: 3}")
+    context = RunContext(store="s")
+    assert free_for_stages(context, Cluster("10.0.0.1:6379", cpus=1, gpus=0)) is None
+    assert free_for_stages(RunContext(store="s", device="cuda"), Cluster(cpus=1, gpus=1)) is None
+    made = request_of(hand.plan, hand.speeds, hand.plan.specs, "cpu", None)
+    there = read_request(made.write(tmp_path / "request.json"))
+    assert there == made and there.rungs == hand.plan.rungs != () and there.reduction_factor == 3
 
 
 @pytest.mark.parametrize("asked_to_stop", [True, False])
@@ -345,7 +366,7 @@ def test_probes_come_between_trials_and_speeds_of_models_that_are_evaluated(
     machine = Machine(monkeypatch, trials)
     run_plan(hand.plan, RunContext(store=str(hand.home.store)), hand.speeds, Cluster(cpus=2, gpus=0))
     every = probes(hand, *hand.steps)
-    assert not set(every) & set(asked) and set(every) <= machine.specs.keys()
+    assert not set(every) & set(asked) and set(every) <= machine.request.specs.keys()
     measured = [key for keys in machine.got for key in keys][-5:]
     assert measured[:2] == probes(hand, "teacher", "two 0")
     assert sorted(measured[2:]) == sorted(hand.speeds[hand.key(name)].key for name in ("teacher", "two 0", "two 1"))

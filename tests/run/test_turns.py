@@ -100,6 +100,29 @@ def test_as_many_are_at_work_as_there_are_cores_and_gpus_for() -> None:
     assert asyncio.run(run()) == [["a"], ["a", "b"], ["a", "b"], ["a", "b"], ["a", "b", "c"], ["a", "b", "c", "d"]]
 
 
+def test_what_has_no_room_in_memory_waits_whatever_cores_are_free() -> None:
+    async def run() -> list[list[str]]:
+        turns, begun, ends = Turns(8, 0, 1000), [], {name: asyncio.Event() for name in "abc"}
+
+        async def stage(name: str, memory: float) -> None:
+            async with turns.turn((1, ord(name)), 1, 0, memory):
+                begun.append(name)
+                await ends[name].wait()
+
+        tasks = [asyncio.create_task(stage(name, memory)) for name, memory in (("a", 400), ("b", 600), ("c", 1))]
+        await settled()
+        told = [[*begun]]
+        ends["a"].set()
+        await settled()
+        told.append([*begun])
+        for end in ends.values():
+            end.set()
+        await asyncio.gather(*tasks)
+        return told
+
+    assert asyncio.run(run()) == [["a", "b"], ["a", "b", "c"]]
+
+
 def test_a_large_one_at_the_head_is_not_overtaken_by_small_ones() -> None:
     async def run() -> list[str]:
         stages = Stages(cores=2)

@@ -1,7 +1,7 @@
 """The tables of keys in docs/study-files.md, whose keys, defaults and rules are those of the schema.
 
 `python -m tests.study.keys --write` writes them. What a key means and its example are the page's own: they are read
-from it and kept. `test_page.py` fails where page and schema differ.
+from it and kept. `test_study_files.py` fails where page and schema differ.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def _compare(timed: Timed, tokens: int, teacher: Any, student: Any, repeats: int
         pairs: list[tuple[float, float]] = []
         ratios: list[float] = []
         began = time.perf_counter()
-        while len(pairs) < repeats or _worth_more(ratios, time.perf_counter() - began):
+        while len(pairs) < repeats or (repeats > 1 and _worth_more(ratios, time.perf_counter() - began)):
             pairs.append((timed(teacher), timed(student)))
             ratios.append(pairs[-1][0] / pairs[-1][1])
     bounds = median_interval([ratios])

@@ -60,7 +60,7 @@ def quality_chart(records: list[Record], length: str, layers: int) -> go.Figure 
                 if kept := parted(series.points, gap, above=row < rows):
                     traces.append((_points(series, kept, colours.get(series.name, GREY), length, name), row, column))
         traces.append((_front(front_of(records, name, length)), rows, column))
-        title = f"swapped layers of {layers}" if name == LAYERS else f"{name}, times the teacher's at {length} tokens"
+        title = f"swapped layers of {layers}" if name == LAYERS else f"{name}, times the teacher's"
         figure.update_xaxes(title_text=title, row=rows, col=column)
         if name == LAYERS and layers <= 16:
             figure.update_xaxes(dtick=1, row=rows, col=column)

@@ -53,7 +53,7 @@ def page(plan: Plan, records: list[Record], run: dict[str, Any], curves: Sequenc
         knee=knee_line(records, length), tables=_tables(plan, records, length), legend=legend(records, length),
         crossovers=crossovers(measured_rows(records)), legends=(SPEED_LEGEND, PROBE_LEGEND, TASK_LEGEND),
         cost=resources(run), figures=drawn, plotly=_plotly() if drawn else "", shown=len(curves[: charts.MOST_CURVES]),
-        paths=len(curves),
+        paths=len(curves), length=length,
     )  # fmt: skip
 
 

@@ -5,7 +5,6 @@ Invariant: looking changes nothing on disk.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from orchestrator.record.screen.facts import distinct_steps
 from orchestrator.record.speeds import measured_again
 from orchestrator.record.task_results import tasks_of
 from orchestrator.run.hardware import accelerators
+from orchestrator.run.limits import cores
 from orchestrator.run.store import Store, tree_bytes
 from orchestrator.study.plan import Plan, Trial, operator_name, stage_memory
 from orchestrator.study.spec import ThroughputSpec, short
@@ -95,11 +95,9 @@ def gc_text(store: Store, kept: set[str], delete: bool) -> str:
     what a kept one was asked by `layerswap evaluate` and its later measurements."""
     lines, total = [], 0
     kept = kept | tasks_of(store, kept) | measured_again(store, kept)
-    for key in store.all_keys():
-        if key in kept:
-            continue
+    for key, claim in store.states(key for key in store.all_keys() if key not in kept).items():
         size, finished = tree_bytes(store.folder(key)), store.finished(key)
-        if store.locked(key) or (delete and not store.remove(key)):
+        if claim == "held" or (delete and not store.remove(key)):
             lines.append(f"{short(key)}  {size / 2**20:8.1f} MB  stays: it is being computed")
             continue
         total += size
@@ -227,7 +225,7 @@ def _span(ends: tuple[float, ...], say: Callable[[float], str]) -> str:
 
 def _units(device: str) -> int:
     """How many cores, or GPUs, of this machine work at once; a GPU where it has none, for one elsewhere."""
-    return len(os.sched_getaffinity(0)) if device == "cpu" else max(1, accelerators())
+    return cores() if device == "cpu" else max(1, accelerators())
 
 
 def _trials(summary: dict[str, Any]) -> str:

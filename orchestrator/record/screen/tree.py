@@ -94,10 +94,9 @@ class Tree:
         self.names = stage_names(plan, speeds)
         self.text = plan.tokens.key
         self.beside = {
-            "probes": [spec.key for step in plan.steps for spec in step.probed],
-            "speeds": [spec.key for spec in speeds.values()],
+            "probes": list(dict.fromkeys(spec.key for step in plan.steps for spec in step.probed)),
+            "speeds": list(dict.fromkeys(spec.key for spec in speeds.values())),
         }
-        self.beside = {name: list(dict.fromkeys(keys)) for name, keys in self.beside.items()}
         self.branches = [Branch("", "  ", "", (_item("teacher", plan.teacher),), "")]
         self.branches += _branches(list(plan.trials), 0, "", "", signs)
         controls = tuple(_item(name, step) for name, step in plan.controls.items())
@@ -118,7 +117,8 @@ class Tree:
 
     def _first(self, facts: Facts, width: int) -> Text:
         """The study and how many of its stages stand how; without its name, and what waits, where that is too wide."""
-        totals = Counter(item.state(facts) for branch in self.branches for item in branch.items)
+        distinct = {item.train: item for branch in self.branches for item in branch.items}  # a trial may be a control
+        totals = Counter(item.state(facts) for item in distinct.values())
         done = f"{totals['done']} of {totals.total()} stages done"
         counts = [Text(f"{totals[state]} {state}", STYLES[state]) for state in STATES[1:] if totals[state]]
         named = Text(self.signs.dot).join([Text.assemble((self.study, "bold"), f"  {done}"), *counts])
@@ -195,7 +195,7 @@ class Tree:
         """The line of a stage that runs or has failed; none for others."""
         stage = facts[key]
         if stage.state == "failed":
-            told = f"{self.signs.marks['failed']} {name}: {stage.error}"
+            told = f"{self.signs.marks['failed']} {name}: {' '.join(stage.error.split())}"
             yield Row(Text.assemble((indent, "dim"), (told, STYLES["failed"])), 1, Counter({stage.state: 1}))
         elif stage.state == "running":
             yield Row(self._running(indent, name, stage, tokens, now, width), 0, Counter({stage.state: 1}))

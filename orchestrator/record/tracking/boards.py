@@ -33,22 +33,24 @@ class Board(Protocol):
         """Write what is held back."""
 
 
-def lacking(study: Study) -> str | None:
-    """What to do about a board that the study asks for and that is not installed; None where all are."""
-    for name in asked(study):
+def asked(study: Study) -> list[str]:
+    """The names of the boards that a study asks for."""
+    return [name for name in PACKAGES if getattr(study.record, name) is not None]
+
+
+def lacking(names: list[str]) -> str | None:
+    """What to do about a board that is not installed; None where all of these are."""
+    for name in names:
         if importlib.util.find_spec(PACKAGES[name]) is None:
             told = f"record.{name}: {PACKAGES[name]} is not installed"
             return f"{told}: pip install 'layerswap[{name}]', or take the key out"
     return None
 
 
-def asked(study: Study) -> list[str]:
-    """The names of the boards that a study asks for."""
-    return [name for name in PACKAGES if getattr(study.record, name) is not None]
-
-
 def board_of(name: str, home: Home, study: Study) -> Board:
     """The board of this name. Raises `ImportError` where it is not installed."""
+    if (lack := lacking([name])) is not None:
+        raise ImportError(lack)
     if name == "tensorboard":
         return TensorBoard(home.study(study.study) / "tensorboard")
     assert study.record.wandb is not None

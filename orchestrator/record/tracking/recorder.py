@@ -57,7 +57,7 @@ class Recorder:
         self.asked: queue.Queue[tuple[Action, threading.Event] | None] = queue.Queue()
         self.lock = FileLock(home.study(plan.study.study) / "recorder.lock", timeout=0, thread_local=False)
         self.thread = threading.Thread(target=self._work, daemon=True)
-        boards = asked(plan.study) if live or lacking(plan.study) is None else []
+        boards = [name for name in asked(plan.study) if live or lacking([name]) is None]
         self.boards = [Beside(name, home, plan, speeds) for name in boards]
 
     def start(self) -> None:

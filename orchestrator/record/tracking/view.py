@@ -42,7 +42,9 @@ def front_view(plan: Plan, shown: Shown, home: str) -> str:
         for speed in speeds
     ]  # fmt: skip
     numbers = ["perplexity_ratio", *speeds]
-    lines = {"selectedParams": swept, "selectedMetrics": numbers, "showAllRuns": False}
+    # Lines of runs whose value is a word where others have a number are left out, so such keys are.
+    drawn = [key for key in swept if len({_is_number(parameters[key]) for parameters in told}) == 1]
+    lines = {"selectedParams": drawn, "selectedMetrics": numbers, "showAllRuns": False}
     charts.append(_chart("front-lines", "PARALLEL", "what was tried, and what came of it", **lines))
     trials = {"layerswap.role": "trial", "layerswap.in_plan": "true", HOME: home}
     return json.dumps(
@@ -53,7 +55,8 @@ def front_view(plan: Plan, shown: Shown, home: str) -> str:
             "selectedColumns": [f"params.`{key}`" for key in swept] + [f"metrics.`{key}`" for key in numbers],
             "runsHiddenMode": "SHOW_ALL",
             "compareRunCharts": charts,
-            "compareRunSections": [{"uuid": SECTION, "name": SECTION, "display": True, "isReordered": False}],
+            "compareRunSections": [{"uuid": SECTION, "name": SECTION, "display": True, "isReordered": True}],
+            "isAccordionReordered": True,  # else sections stand by their names
         }
     )
 
@@ -61,3 +64,11 @@ def front_view(plan: Plan, shown: Shown, home: str) -> str:
 def _chart(name: str, kind: str, title: str, **more: Any) -> dict[str, Any]:
     place = {"uuid": name, "type": kind, "metricSectionId": SECTION, "displayName": title}
     return {**place, "runsCountToCompare": 100, "deleted": False, "isGenerated": False, **more}
+
+
+def _is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
