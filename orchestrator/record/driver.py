@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from orchestrator.record.screen.progress import Progress
 from orchestrator.record.tracking.recorder import Recorder
 from orchestrator.run.cluster import Cluster
 from orchestrator.run.interrupt import Interrupt
-from orchestrator.run.store import Store, tree_bytes
+from orchestrator.run.store import Store, StoreError, tree_bytes
 from orchestrator.run.sweep import Outcome, missing, run_plan
 from orchestrator.study.plan import Plan
 
@@ -46,10 +47,15 @@ def run_study(job: Job, context: RunContext, cluster: Cluster, interrupt: Interr
     for line in store.withdraw_damaged(job.keys):
         print(line, file=sys.stderr)
     store.tidy(job.keys)
-    job.variant.remember(job.asked, job.keys)
     provenance = Provenance.of(job.commands["run"])
     recorder = Recorder(job.home, job.plan, job.speeds, provenance=provenance)
-    with job.variant.running(provenance) as run:
+    with ExitStack() as stack:
+        try:
+            job.variant.remember(job.asked, job.keys)
+            run = stack.enter_context(job.variant.running(provenance))
+        except OSError as error:
+            told = f"{job.variant.folder} cannot be written ({error.strerror or error})"
+            raise StoreError(f"{told}: free space, or give another --home") from error
         return _run(job, store, context, cluster, interrupt, run, recorder)
 
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from orchestrator.distill.context import RunContext
-from orchestrator.record import driver
+from orchestrator.record import driver, remembered
 from orchestrator.record.answer import report
 from orchestrator.record.driver import cost_of, run_study
 from orchestrator.record.job import Job
@@ -20,6 +20,7 @@ from orchestrator.record.provenance import Provenance
 from orchestrator.record.screen.progress import Progress
 from orchestrator.run.cluster import Cluster
 from orchestrator.run.interrupt import Interrupt
+from orchestrator.run.store import StoreError
 from orchestrator.run.sweep import Outcome
 from tests.record.handmade import Hand
 
@@ -274,6 +275,19 @@ def test_trials_that_were_stopped_stay_so_for_the_same_plan(scene: Scene, tmp_pa
     (tmp_path / "other").mkdir()
     other = Hand(tmp_path / "other", "search.early_stopping={grace_layers: 1}")
     assert Job(other.plan, hand.home, other.speeds, COMMANDS, other.asked).variant.stopped() == {}
+
+
+@pytest.mark.parametrize("name", ["write_text", "write_json", "holding"])
+def test_a_disk_that_is_full_from_the_start_ends_a_run_before_it_begins(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(remembered, name, full)
+    with pytest.raises(StoreError, match=r"handmade/[0-9a-f]{8} cannot be written \(No space left on device\): free"):
+        scene.run()
+    assert scene.computed == 0
 
 
 def test_damage_is_told_before_anything_is_computed(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
