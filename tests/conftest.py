@@ -30,6 +30,16 @@ def own_signals() -> Iterator[None]:
         signal.signal(number, signal.SIG_IGN)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_environment() -> Iterator[None]:
+    """Neither the tests nor what they start go where the user's own studies and records are."""
+    own = pytest.MonkeyPatch()
+    for name in ("LAYERSWAP_HOME", "LAYERSWAP_TRACKING_URI", "MLFLOW_TRACKING_URI"):
+        own.delenv(name, raising=False)
+    yield
+    own.undo()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that start a cluster, or have a time limit of their own, come first: tests run in two processes, file by
     file, and what takes minutes must not be left for the end."""

@@ -128,6 +128,8 @@ def server(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
     """MLflow's own server on a port of this machine, to be put up (True) and down (False)."""
     for name, value in (("FILE_STORE", f"sqlite:///{scene.database}"), ("ARTIFACT_ROOT", str(scene.home.root / "art"))):
         monkeypatch.setenv(f"_MLFLOW_SERVER_{name}", value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # so that what the server writes there is taken back at the end
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what the server imports
         from mlflow.server import app, fastapi_app, handlers  # noqa: F401
