@@ -123,7 +123,7 @@ class StudyHandle:
         from orchestrator.run.store import Store
 
         job = self.job
-        rows = make_records(job.plan, Store(self.place.store, write=False), job.speeds, set(), lambda _: None)
+        rows = make_records(job.plan, Store(self.place.store, write=False), job.speeds)
         frame = pd.json_normalize([_flat(row) for row in rows])
         numbers = [name for name in frame.columns if pd.api.types.is_numeric_dtype(frame[name])]
         return frame.astype({name: "Int64" if name in WHOLE else "Float64" for name in {*numbers, *WHOLE}})

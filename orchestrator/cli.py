@@ -209,7 +209,7 @@ def export(
     if to.exists():
         bad_input(f"--to {to} exists already: give another folder, or remove it")
     try:
-        records = make_records(made, store, job.speeds, set(), lambda _: None)
+        records = make_records(made, store, job.speeds)
         key = exported_stage(made, store, records, trial, stage, best)
         for each in (key, made.teacher.train.key, made.tokens.key):
             if (name := store.damaged(each)) is not None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.files import canonical_json, read_json, write_json
+from orchestrator.record.columns import aligned
 from orchestrator.record.home import Home
 from orchestrator.record.records import Record, best_path, leaves
 from orchestrator.record.remembered import Variant, variants
@@ -125,12 +126,7 @@ def _moment(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
-def aligned(rows: Sequence[Row]) -> str:
-    """A table for a terminal: names to the left, all else to the right."""
+def table(rows: Sequence[Row]) -> str:
+    """Rows for a terminal: names to the left, all else to the right."""
     cells = [list(rows[0]), *([*row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(pairs))
-        for pairs in (list(zip(line, widths, strict=True)) for line in cells)
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return aligned(cells, [index == 0 for index in range(len(cells[0]))])

@@ -81,7 +81,7 @@ def of_study(
     if given is not None:
         raise ValueError(f"--teacher {given}: the teacher of a study's student is the study's: leave it out")
     plan = job.plan
-    records = make_records(plan, store, job.speeds, set(), lambda _: None)
+    records = make_records(plan, store, job.speeds)
     key = exported_stage(plan, store, records, trial_name, stage, best)
     for each in (key, plan.teacher.train.key, plan.tokens.key):
         if (name := store.damaged(each)) is not None:

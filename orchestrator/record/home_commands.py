@@ -16,12 +16,12 @@ Yes = Annotated[bool, typer.Option("--yes", help="do it; without it what would g
 
 def list_studies(home: HomeDirectory = None) -> None:
     """List what was run in a home, newest first."""
-    from orchestrator.record.catalogue import aligned, listed
+    from orchestrator.record.catalogue import listed, table
 
     store_of(NAMED, home)
     place = home_of(NAMED, home)
     found = listed(place)
-    print(aligned(found) if found else f"nothing was run in {place.root} yet")
+    print(table(found) if found else f"nothing was run in {place.root} yet")
 
 
 def show(command: typer.Context, study: StudyName, home: HomeDirectory = None) -> None:
@@ -38,7 +38,7 @@ def show(command: typer.Context, study: StudyName, home: HomeDirectory = None) -
 
 def compare(command: typer.Context, first: StudyName, second: StudyName, home: HomeDirectory = None) -> None:
     """Tell in which values two studies differ, what they share, and their best students side by side."""
-    from orchestrator.record.catalogue import aligned, by_layers, differences, shared_stages
+    from orchestrator.record.catalogue import by_layers, differences, shared_stages, table
 
     jobs = [_run_before(command, study, home) for study in (first, second)]
     one, other = (job.variant for job in jobs)
@@ -47,9 +47,9 @@ def compare(command: typer.Context, first: StudyName, second: StudyName, home: H
     values, (shared, *each) = differences(one, other), shared_stages(one, other)
     students = by_layers(*map(_records, jobs))
     print(f"A: {one.title}\nB: {other.title}\n")
-    print(aligned(values) if values else "the same values: what they read differs")
+    print(table(values) if values else "the same values: what they read differs")
     print(f"\n{shared} stages are shared, of {each[0]} and {each[1]}\n")
-    print(aligned(students) if students else "neither has a finished student yet")
+    print(table(students) if students else "neither has a finished student yet")
 
 
 def prune(
@@ -142,4 +142,4 @@ def _records(job: Any) -> list[dict[str, Any]]:
     from orchestrator.run.store import Store
 
     store = Store(job.home.store, write=False)
-    return make_records(job.plan, store, job.speeds, set(), lambda _: None)
+    return make_records(job.plan, store, job.speeds)

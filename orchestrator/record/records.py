@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from orchestrator.record.groups import OWN, ratio_of, students
@@ -21,10 +21,10 @@ def make_records(
     plan: Plan,
     store: Store,
     speeds: dict[str, ThroughputSpec],
-    trained: set[str],
-    run_id: Callable[[Step], str | None],
+    trained: Collection[str] = (),
+    run_id: Callable[[Step], str | None] = lambda _: None,
 ) -> list[Record]:
-    """The rows of every finished step; `trained` holds the keys that the last run trained itself.
+    """The rows of every finished step; `trained` holds the keys that its runs trained themselves.
 
     A metric that was not measured has no entry; nothing is filled in. `tasks` has what students were asked beside it,
     `probes` what perplexity hides.

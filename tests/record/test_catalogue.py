@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from orchestrator.cli import app
-from orchestrator.record.catalogue import aligned, by_layers, differences, listed, shared_stages, shown, summarise
+from orchestrator.record.catalogue import by_layers, differences, listed, shared_stages, shown, summarise, table
 from orchestrator.record.home import Home
 from orchestrator.record.records import make_records
 from orchestrator.record.remembered import variant_of
@@ -87,7 +87,7 @@ def test_the_best_students_by_layers_stand_side_by_side(hand: Hand) -> None:
 
 
 def test_a_table_is_aligned() -> None:
-    assert aligned([{"name": "a", "count": "10"}, {"name": "long", "count": "9"}]).splitlines() == [
+    assert table([{"name": "a", "count": "10"}, {"name": "long", "count": "9"}]).splitlines() == [
         "name  count",
         "-----------",
         "a        10",

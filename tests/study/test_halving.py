@@ -9,8 +9,7 @@ import pytest
 from orchestrator.study.halving import good_enough
 from orchestrator.study.loader import StudyError, read_document, validate
 from orchestrator.study.plan import Plan, make_plan
-from orchestrator.study.sources import Resolved
-from orchestrator.study.spec import Architecture, SourceIdentity
+from tests.study.test_plan import RESOLVED
 
 STUDY = """\
 study: halved
@@ -23,15 +22,6 @@ recipe:
   phases: [{tokens_per_layer: 640, losses: {kl: 1.0}}]
   joint: [{tokens: 6400, losses: {kl: 1.0}}]
 """
-RESOLVED = Resolved(
-    train=SourceIdentity(source="text", fingerprint="f"),
-    validation=None,
-    architecture=Architecture(layers=6, hidden=128, heads=4, intermediate=512, max_length=1024, vocabulary=2048),
-    teacher=None,
-    locations={},
-    sites=tuple(range(6)),
-    inner=128,
-)
 STUDIES = Path(__file__).resolve().parents[2] / "studies"
 HEADS = "search.space={operator.heads: [2, 4]}"
 

@@ -14,6 +14,7 @@ from orchestrator.record.answer.speed_table import crossovers, measured_rows, sp
 from orchestrator.record.answer.task_table import LEGEND as TASK_LEGEND
 from orchestrator.record.answer.task_table import asked_rows, task_table
 from orchestrator.record.answer.verdict import knee_line, legend, resources, tied
+from orchestrator.record.columns import aligned
 from orchestrator.record.groups import Record
 from orchestrator.record.records import best_path, ends
 from orchestrator.study.plan import Plan
@@ -52,13 +53,4 @@ def answer(plan: Plan, records: list[Record], run: dict[str, Any], commands: lis
 def text_table(frame: pd.DataFrame) -> str:
     """Aligned columns for a terminal, numbers to the right."""
     cells = [list(frame.columns), *frame.to_numpy().tolist()]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    left = [i == 0 or name in LEFT for i, name in enumerate(frame.columns)]
-    lines = []
-    for row in cells:
-        padded = [
-            cell.ljust(width) if first else cell.rjust(width)
-            for cell, width, first in zip(row, widths, left, strict=True)
-        ]
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join([lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
+    return aligned(cells, [index == 0 or name in LEFT for index, name in enumerate(frame.columns)])
