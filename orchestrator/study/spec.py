@@ -43,7 +43,7 @@ class Spec(Model):
     @property
     def parents(self) -> dict[str, str]:
         """Role -> key of the stages that must be finished before this one."""
-        roles = ("tokens", "teacher", "parent", "subject", "reference")
+        roles = ("tokens", "teacher", "parent", "subject", "reference", "prepared", "blend")
         found = {role: getattr(self, role, None) for role in roles}
         return {role: key for role, key in found.items() if key is not None}
 
@@ -234,6 +234,79 @@ class ThroughputSpec(Spec):
     again: Again = 0  # times that the same was measured before
 
 
+Prepared = Annotated[str | None, Field(exclude_if=lambda value: value is None)]
+
+
+class ScoreSpec(Spec):
+    """What a student costs with further layers swapped and nothing trained, on text that no report reads.
+
+    `reference` is the score of the teacher itself, which keeps the teacher's side for all others; that one has none.
+    """
+
+    kind: Literal["score"] = "score"
+    tokens: str
+    teacher: str
+    subject: str  # the student that it begins from, or the teacher
+    reference: str | None = None
+    prepared: Prepared = None  # a student in which each of the layers has its operator; none: as operators start
+    layers: tuple[int, ...]  # swapped beside those of the subject
+    operator: Operator  # of these layers
+    sequence_length: int
+    text: int  # tokens of held-out text
+    reported: int  # tokens of held-out text that evaluations read: none of them are read here
+    numerics: Numerics
+    processor: Processor = "cpu"
+    seed: int
+
+    def of(self, subject: str, layers: tuple[int, ...], reference: str | None, **more: Any) -> ScoreSpec:
+        """The same score of another student."""
+        return self.changed(subject=subject, layers=layers, reference=reference, **more)
+
+
+class BlendSpec(Spec):
+    """One number a layer that blends attention and operator, all of them trained together and all else frozen."""
+
+    kind: Literal["blend"] = "blend"
+    tokens: str
+    teacher: str
+    subject: str
+    prepared: Prepared = None
+    layers: tuple[int, ...]  # candidates
+    operator: Operator
+    steps: int
+    batch_size: int
+    sequence_length: int
+    first_sequence: int
+    numerics: Numerics
+    processor: Processor = "cpu"
+    seed: int
+
+
+class Candidate(Model):
+    """A layer that may be swapped next, and the key of its score."""
+
+    layer: int
+    score: str
+
+
+class ChoiceSpec(Spec):
+    """Which layers go next: candidates in order, by their scores."""
+
+    kind: Literal["choice"] = "choice"
+    subject: str  # the student whose layers are chosen
+    reference: str | None = None  # the teacher's own score
+    candidates: tuple[Candidate, ...] = ()
+    blend: Prepared = None  # in the place of candidates
+    measure: Literal["kl", "loss", "hits"] = "kl"
+    ascending: bool = True  # the lowest score first: of swapped layers; of restored ones the highest
+    seed: int
+
+    @property
+    def parents(self) -> dict[str, str]:
+        """As of any stage, and the score of every candidate by its layer."""
+        return {**super().parents, **{f"layer {each.layer}": each.score for each in self.candidates}}
+
+
 class TasksSpec(Spec):
     """A task of lm-eval asked of a finished stage, or of the model in a folder.
 
@@ -270,6 +343,9 @@ StageSpec = Annotated[
     | EvaluateSpec
     | ProbesSpec
     | ThroughputSpec
+    | ScoreSpec
+    | BlendSpec
+    | ChoiceSpec
     | TasksSpec,
     Field(discriminator="kind"),
 ]
