@@ -27,8 +27,6 @@ from orchestrator.record.options import (
     TrialName,
 )
 from orchestrator.run.environment import own_process
-from orchestrator.run.hardware import hardware
-from orchestrator.study.plan import throughput_specs
 from orchestrator.study.spec import short
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -72,9 +70,9 @@ def plan(
     """Print the tree of stages before anything runs."""
     from orchestrator.record.screen.plan_view import plan_summary, plan_text
 
-    made, _ = load(study, overrides, look=True, device=device)
     store = store_of(study, home)
-    speeds = throughput_specs(made, hardware(device))
+    growing = load(study, overrides, store, device)
+    made, speeds = growing.plan, growing.speeds
     print(json.dumps(plan_summary(made, store, speeds), indent=1) if as_json else plan_text(made, store, speeds))
 
 

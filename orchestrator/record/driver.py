@@ -6,6 +6,7 @@ in an exit code that is not 0.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -63,7 +64,7 @@ def _run(
     job: Job, store: Store, context: RunContext, cluster: Cluster, interrupt: Interrupt, run: Run, recorder: Recorder
 ) -> int:
     stopped = job.variant.stopped()
-    watch = _Watch(job, store, cluster.cpus, run)
+    watch = _Watch(job, store, cluster.cpus, run, recorder)
     outcome = Outcome(stopped)
     try:
         watch.start()
@@ -91,7 +92,7 @@ def _compute(job: Job, store: Store, context: RunContext, cluster: Cluster, outc
     for _ in range(ROUNDS):
         if outcome.failures or not missing(job.plan, store, job.speeds, outcome.stopped):
             return outcome
-        outcome = run_plan(job.plan, context, job.speeds, cluster)
+        outcome = run_plan(job.growing, context, cluster)
     gone = [] if outcome.failures else missing(job.plan, store, job.speeds, outcome.stopped)
     if gone:
         outcome.failures["store"] = f"{len(gone)} stages were finished and are gone or damaged: look at {store.root}"
@@ -157,11 +158,12 @@ def cost_of(job: Job) -> dict[str, Any]:
 class _Watch:
     """The thread beside a run that tells the terminal, weighs the processes and writes down what the run took."""
 
-    def __init__(self, job: Job, store: Store, cores: int, run: Run) -> None:
-        self.job, self.store, self.run = job, store, run
+    def __init__(self, job: Job, store: Store, cores: int, run: Run, recorder: Recorder) -> None:
+        self.job, self.store, self.run, self.recorder = job, store, run, recorder
         self.progress = Progress(job.plan, store, job.speeds, cores)
         self.began = self.told = time.monotonic()
         self.before = _finished(job.plan, store)
+        self.told_plan = job.plan
         self.peak_mb = 0.0
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._again_and_again, daemon=True)
@@ -187,11 +189,22 @@ class _Watch:
 
     def _look(self) -> None:
         try:
+            self._grow()
             self.progress.tick()
         except (OSError, ValueError, KeyError):  # a stage that is withdrawn or deleted while it is looked at
             return
         finally:
             self.peak_mb = max(self.peak_mb, _tree_rss_mb())
+
+    def _grow(self) -> None:
+        """Tell of what has become known since the last look; the home remembers that the study needs it."""
+        self.job.growing.grow()  # which whoever computes may have done as well
+        if self.job.plan is not self.told_plan:
+            self.told_plan = self.job.plan
+            self.progress.replan(self.job.plan, self.job.speeds)
+            self.recorder.replan(self.job.plan, self.job.speeds)
+            with contextlib.suppress(OSError):
+                self.job.variant.remember(self.job.asked, self.job.keys)
 
     def _again_and_again(self) -> None:
         looked = time.monotonic()

@@ -15,7 +15,6 @@ import typer
 from orchestrator.run.hardware import hardware
 from orchestrator.study.loader import Document, StudyError, read_document, validate
 from orchestrator.study.peek import check_files
-from orchestrator.study.plan import Plan
 from orchestrator.study.schema import Study
 from orchestrator.study.sources import Location, Resolved, resolve
 from orchestrator.study.spec import DEVICES, Device
@@ -23,11 +22,11 @@ from orchestrator.study.spec import DEVICES, Device
 EXIT_BAD_INPUT = 2
 
 
-def load(study: Path, overrides: list[str] | None, *, look: bool = False, device: str = "cpu") -> tuple[Plan, Resolved]:
-    """The plan of a study on a device; with `look` the teacher's model is looked at too, which takes seconds."""
+def load(study: Path, overrides: list[str] | None, store: Any, device: str = "cpu") -> Any:
+    """The plan of a study on a device, `Growing` with the results of a store; the teacher's model is looked at too,
+    which takes seconds."""
     try:
-        asked = asked_of(study, tuple(overrides or ()), device, look=look)
-        return asked.plan(), asked.resolved
+        return asked_of(study, tuple(overrides or ()), device, look=True).growing(store)
     except StudyError as error:
         bad_input(error)
 
@@ -130,10 +129,12 @@ def run_job(
     device: str,
 ) -> tuple[Any, Resolved]:  # fmt: skip
     """The `Job` of a study that is about to run, its inputs looked at, with the words that started it."""
+    from orchestrator.run.store import StoreError
+
     try:
         asked = asked_of(study, tuple(overrides or ()), device, look=True)
         job = _job(command, home_of(study, home).root, tracking_uri, asked)
-    except StudyError as error:
+    except (StudyError, StoreError) as error:
         bad_input(error)
     from orchestrator.record.tracking import boards
 
@@ -150,11 +151,12 @@ def look_at(
     Only a study that was never run as its file says now is resolved again, for which its inputs must be there.
     """
     from orchestrator.record.remembered import UnknownStudyError
+    from orchestrator.run.store import StoreError
 
     place = home_of(study, home)
     try:
         return _job(command, place.root, tracking_uri, asked_before(place, study, tuple(overrides or ())))
-    except (StudyError, UnknownStudyError) as error:
+    except (StudyError, UnknownStudyError, StoreError) as error:
         bad_input(error)
 
 

@@ -10,25 +10,35 @@ import functools
 
 from orchestrator.record.home import Home
 from orchestrator.record.remembered import Asked, Variant, variant_of
-from orchestrator.study.plan import Plan, throughput_specs
+from orchestrator.run.growing import Growing
+from orchestrator.run.store import Store
+from orchestrator.study.plan import Plan
 from orchestrator.study.spec import ThroughputSpec
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A plan in a home."""
+    """A plan in a home, which grows with the results that decide it."""
 
-    plan: Plan
+    growing: Growing
     home: Home
-    speeds: dict[str, ThroughputSpec]
     commands: dict[str, str]  # by name, with the words that belong to this study
     asked: Asked
 
     @classmethod
     def of(cls, asked: Asked, home: Home, commands: dict[str, str]) -> Job:
         """The job of a study as it is, or was, asked for. Raises what `Asked.plan` does."""
-        plan = asked.plan()
-        return cls(plan, home, throughput_specs(plan, asked.hardware), commands, asked)
+        return cls(asked.growing(Store(home.store, write=False)), home, commands, asked)
+
+    @property
+    def plan(self) -> Plan:
+        """As it is known now."""
+        return self.growing.plan
+
+    @property
+    def speeds(self) -> dict[str, ThroughputSpec]:
+        """By the key of each trained stage the measurement of its speed."""
+        return self.growing.speeds
 
     @property
     def name(self) -> str:
@@ -43,4 +53,4 @@ class Job:
     @property
     def keys(self) -> set[str]:
         """Of all that it needs, measurements included."""
-        return {*self.plan.specs, *(spec.key for spec in self.speeds.values())}
+        return set(self.growing.specs)

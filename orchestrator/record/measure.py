@@ -64,6 +64,7 @@ def measure(
 def measure_again(job: Any, store: Any, context: Any, cluster: Any) -> dict[str, str]:
     """Compute the next round of measurements; returns the reasons of those that failed."""
     from orchestrator.record.speeds import next_round
+    from orchestrator.run.growing import Growing, Remeasured
     from orchestrator.run.sweep import run_plan
 
     speeds = next_round(store, job.speeds)
@@ -71,5 +72,6 @@ def measure_again(job: Any, store: Any, context: Any, cluster: Any) -> dict[str,
         bad_input(f"{job.name} has no finished student to measure: run the study first")
     number = max(spec.again for spec in speeds.values()) + 1
     print(f"measurement {number} of {len({spec.key for spec in speeds.values()})} architectures", flush=True)
-    bare = dataclasses.replace(job.plan, controls={}, trials=())
-    return dict(run_plan(bare, context, speeds, cluster).failures)
+    known = job.growing.planner
+    given = {field.name: getattr(known, field.name) for field in dataclasses.fields(known)}
+    return dict(run_plan(Growing(Remeasured(**given, measured=speeds), store), context, cluster).failures)

@@ -12,7 +12,8 @@ from orchestrator.record.probe_results import probe_result
 from orchestrator.record.speeds import speed_of
 from orchestrator.record.task_results import task_results
 from orchestrator.run.store import Store
-from orchestrator.study.plan import Plan, Trial, operator_name
+from orchestrator.study.names import operator_name
+from orchestrator.study.plan import Plan, Trial
 from orchestrator.study.spec import ThroughputSpec
 from orchestrator.study.stages import Step
 

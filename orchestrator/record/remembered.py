@@ -20,17 +20,20 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.files import canonical_json, read_json, write_json, write_text
 from orchestrator.record.home import Home, held, holding
 from orchestrator.record.provenance import Provenance
+from orchestrator.run.growing import Growing
+from orchestrator.run.store import Store
 from orchestrator.study.loader import Document, StudyError, validate
-from orchestrator.study.plan import Plan, make_plan
+from orchestrator.study.path import nothing_known
+from orchestrator.study.plan import Plan, Planner
 from orchestrator.study.sources import Resolved
 from orchestrator.study.spec import Device
 
@@ -38,6 +41,7 @@ NEWEST, ASKED, ALIVE, RUNS = "newest", "asked.json", "alive", "runs"
 SHOWN = ("question", "report", "record")  # keys of a study that tell how it is shown: they make no other variant
 DIGITS = 8  # of an id
 RESOLVED = TypeAdapter(Resolved)
+Planned = TypeVar("Planned")
 
 
 class UnknownStudyError(ValueError):
@@ -58,10 +62,18 @@ class Asked:
     hardware: str
 
     def plan(self) -> Plan:
-        """Its plan. Raises `StudyError`, of a study that was run before `UnknownStudyError`."""
+        """Its plan before anything runs. Raises what `growing` does."""
+        return self._planned(lambda planner: planner(nothing_known))
+
+    def growing(self, store: Store) -> Growing:
+        """Its plan with the results of a store. Raises `StudyError`, of a study that was run before
+        `UnknownStudyError`."""
+        return self._planned(lambda planner: Growing(planner, store))
+
+    def _planned(self, made: Callable[[Planner], Planned]) -> Planned:
         document = Document(self.file, self.values, self.places)
         try:
-            return make_plan(document, validate(document), self.resolved, self.device)
+            return made(Planner(document, validate(document), self.resolved, self.device, self.hardware))
         except StudyError as error:
             if self.places:
                 raise
@@ -196,10 +208,12 @@ def identity(plan: Plan) -> str:
     def keys(steps: Any) -> list[list[str]]:
         return [[step.train.key, step.evaluate.key, *(spec.key for spec in step.probed)] for step in steps]
 
+    ruled = any(trial.ruled for trial in plan.trials)  # controls of some operators come when their paths are known
+    controls = {name: keys([step]) for name, step in plan.controls.items()}
     asked = {
         "teacher": keys([plan.teacher]),
-        "trials": [keys(trial.steps) for trial in plan.trials],
-        "controls": {name: keys([step]) for name, step in plan.controls.items()},
+        "trials": [[trial.rule] if trial.ruled else keys(trial.steps) for trial in plan.trials],
+        "controls": plan.study.controls.model_dump(mode="json") if ruled else controls,
         "search": plan.study.search.model_dump(mode="json", exclude={"space"}),
         "throughput": plan.study.throughput.model_dump(mode="json"),
     }

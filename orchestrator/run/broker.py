@@ -1,7 +1,8 @@
 """One future per stage key: each stage is computed once, and every trial that needs it waits without holding a core.
 
-The broker knows the plan's graph. Wanting a stage means wanting its parents first; a failed parent fails the child
-with the same error. It lives and dies with the driver's node: whoever wants its answers is there too.
+The broker knows the plan's graph, which grows with the results that decide it. Wanting a stage means wanting its
+parents first; a failed parent fails the child with the same error. It lives and dies with the driver's node: whoever
+wants its answers is there too.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from orchestrator.run.claims import claim_of
 from orchestrator.run.cluster import READS_FILES, Node, pinned, uses_device
 from orchestrator.run.compute import ClaimLost, Disturbed, StageClaimed, compute
 from orchestrator.run.distributed import RankDied
+from orchestrator.run.growing import Growing
 from orchestrator.run.judge import Judge
 from orchestrator.run.mirror import Mirror
 from orchestrator.run.request import read_request
 from orchestrator.run.store import FAILURE, Store
 from orchestrator.run.turns import Turns
-from orchestrator.study.spec import spec_from_json
+from orchestrator.study.plan import Plan, Trial, stage_memory
+from orchestrator.study.spec import Spec
 
 POLL_SECONDS = 0.5
 DISTURBANCES = 3  # of one stage, after which its disk is not worth trying
@@ -43,26 +46,81 @@ class Broker:
 
     def __init__(self, request: Path, context: RunContext, nodes: tuple[Node, ...]) -> None:
         asked = read_request(request)
-        self.texts = asked.specs
-        self.specs = {key: spec_from_json(text) for key, text in asked.specs.items()}
-        self.memory, self.free = asked.memory, math.inf if asked.free is None else asked.free
-        self.judge = Judge(asked.rungs, asked.reduction_factor, self.want)
         self.context = context
         self.here = nodes[0]
         self.cores = int(sum(node.cpus for node in nodes))
         self.store = Store(Path(context.store))
+        self.free = math.inf if asked.free is None else asked.free
+        self.growing = Growing(asked.planner, self.store)
+        self.specs: dict[str, Spec] = {}
+        self.memory: dict[str, int] = {}
+        self.places: dict[str, tuple[int, int]] = {}
+        self._learn()
+        stopping = self.growing.plan.study.search.early_stopping
+        factor = 2 if stopping is None else stopping.reduction_factor
+        self.judge = Judge(self.growing.plan.rungs, factor, self.want)
+        self.following: set[asyncio.Task[None]] = set()
         self.mirror = Mirror(context.mirror) if context.mirror else None
         self.futures: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self.disturbed: Counter[str] = Counter()  # key -> how often it was
         self.fetches: Counter[str] = Counter()  # key -> how often it was fetched
         self.training: set[str] = set()  # keys of stages that train at this moment
         self.turns = Turns(self.cores, sum(node.gpus for node in nodes), self.free)
-        self.places = {key: (int(trains(spec)), place) for place, (key, spec) in enumerate(self.specs.items())}
 
-    async def begin(self, keys: list[str]) -> None:
-        """Have stages computed as cores come free, whether or not somebody waits for them yet."""
-        for key in keys:
+    async def begin(self) -> None:
+        """Have what is needed however trials go computed as cores come free, whether or not somebody waits for it yet,
+        and what becomes known later as well."""
+        self._begin()
+        for trial in self.growing.plan.trials:
+            if trial.open:
+                task = asyncio.ensure_future(self._follow(trial.name))
+                self.following.add(task)
+                task.add_done_callback(self.following.discard)
+
+    async def step(self, trial: str, index: int) -> tuple[str, str, int, int] | None:
+        """The stage of a trial at this place of its path, once results decide it; None where the path has ended.
+
+        Returns the keys of the trained stage and its evaluation, how many layers are swapped, and tokens so far.
+        Raises `StageFailed` where what decides it cannot be computed.
+        """
+        while True:
+            path = self._trial(trial).path
+            if index < len(path.steps):
+                found = path.steps[index]
+                return found.train.key, found.evaluate.key, len(found.swapped), found.tokens
+            if path.waits is None:
+                return None
+            await self.want(path.waits)
+            self._grow()
+
+    async def _follow(self, trial: str) -> None:
+        """Keep a path growing; why it cannot is told to whoever asks for its steps."""
+        with contextlib.suppress(StageFailed):
+            while (key := self._trial(trial).path.waits) is not None:
+                await self.want(key)
+                self._grow()
+
+    def _grow(self) -> None:
+        if self.growing.grow():
+            self._learn()
+            self._begin()
+
+    def _learn(self) -> None:
+        """Take in the stages that are known now."""
+        device = self.context.device
+        for key, spec in self.growing.specs.items():
+            if key not in self.specs:
+                self.specs[key] = spec
+                self.places[key] = (int(trains(spec)), len(self.places))
+        found = stage_memory(self.growing.plan, self.growing.speeds, device)
+        self.memory |= {key: memory.bytes for key, memory in found.items()}
+
+    def _begin(self) -> None:
+        for key in from_the_start(self.growing.plan):
             self._future(key)
+
+    def _trial(self, name: str) -> Trial:
+        return next(trial for trial in self.growing.plan.trials if trial.name == name)
 
     async def want(self, key: str) -> dict[str, Any]:
         """The result of a stage, computed now, being computed, or found in the store. Raises `StageFailed`.
@@ -155,7 +213,7 @@ class Broker:
         task: Any = ray.remote(compute).options(
             name=f"{spec.kind}-{key[:8]}", max_retries=RETRIES, retry_exceptions=[RankDied], **self._needs(spec)
         )
-        await task.remote(self.texts[key], self.context, expired)
+        await task.remote(spec.model_dump_json(), self.context, expired)
 
     def _needs(self, spec: Any) -> dict[str, Any]:
         """Ray options: cores, GPUs and place of the process that computes a stage."""
@@ -171,11 +229,27 @@ class Broker:
     def _share(self, spec: Any) -> tuple[float, float, float]:
         """Cores, GPUs and bytes that a stage takes, all its processes together; never more than there are."""
         memory = min(self.memory.get(spec.key, 0) * spec.world_size, self.free)
+        if spec.kind == "throughput":  # which may be asked for while others train
+            return self.cores, self._gpus(spec), memory
         return min(spec.cores, self.cores), self._gpus(spec) * spec.world_size, memory
 
     def _gpus(self, spec: Any) -> float:
         """Of each process of a stage."""
         return self.context.gpus_per_stage if uses_device(spec) else 0.0
+
+
+def from_the_start(plan: Plan) -> list[str]:
+    """What is needed however the trials go on, as far as it is known: all of it, or with early stopping each path up to
+    its first judgement."""
+    judged = {(trial, evaluation) for rung in plan.rungs for trial, evaluation in rung.judged.items()}
+    wanted = []
+    for trial in plan.trials:
+        for step in trial.steps:
+            wanted += [step.train.key, step.evaluate.key]
+            if (trial.name, step.evaluate.key) in judged:
+                break
+        wanted += [trial.path.waits] if trial.path.waits is not None else []
+    return list(dict.fromkeys(wanted))
 
 
 def trains(spec: Any) -> bool:

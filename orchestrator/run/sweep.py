@@ -13,12 +13,13 @@ from typing import Any
 
 from orchestrator.distill.context import RunContext
 from orchestrator.run.cluster import Cluster, Node, check_resources, connected
+from orchestrator.run.growing import Growing
 from orchestrator.run.preflight import free_for_stages
-from orchestrator.run.request import request_of
+from orchestrator.run.request import Request
 from orchestrator.run.store import Store
 from orchestrator.run.temporary import temporary_directory
 from orchestrator.study.plan import Plan, Trial
-from orchestrator.study.spec import Spec, ThroughputSpec
+from orchestrator.study.spec import ThroughputSpec
 
 TRIAL_SLOT = 0.001  # of a resource that is there in plenty: nothing but a number of processes bounds the trials
 
@@ -38,34 +39,38 @@ def missing(plan: Plan, store: Store, speeds: dict[str, ThroughputSpec], stopped
         steps += trial.steps[: stopped.get(trial.name, len(trial.steps))]
     wanted = [plan.tokens.key, *(spec.key for step in steps for spec in (step.train, step.evaluate))]
     wanted += [spec.key for step in steps for spec in step.probed]
+    wanted += [spec.key for trial in plan.trials for spec in trial.path.specs]
     wanted += [speeds[step.train.key].key for step in steps if step.train.key in speeds]
     return [key for key in dict.fromkeys(wanted) if not store.finished(key)]
 
 
-def run_plan(plan: Plan, context: RunContext, speeds: dict[str, ThroughputSpec], cluster: Cluster) -> Outcome:
+def run_plan(growing: Growing, context: RunContext, cluster: Cluster) -> Outcome:
     """Compute everything the plan asks for and the store lacks; a failed trial does not stop the others.
+
+    Where results decide what comes next, the plan has grown by that when this returns.
 
     Raises `ClusterError` where a stage asks for more than the cluster has. On `KeyboardInterrupt` with the
     context's stop file in place it lets training stages write a checkpoint first; what does not train is cancelled.
     """
     outcome = Outcome()
-    specs: dict[str, Spec] = {**plan.specs, **{spec.key: spec for spec in speeds.values()}}
     free = free_for_stages(context, cluster)
     with connected(cluster) as nodes, temporary_directory("plan") as folder:
-        check_resources(specs.values(), context, nodes)
+        check_resources(growing.specs.values(), context, nodes)
         from orchestrator.run.broker import start_broker
 
-        request = request_of(plan, speeds, specs, context.device, free)
-        broker = start_broker(request.write(folder / "request.json"), context, nodes)
+        request = Request(growing.planner, free)
+        broker = start_broker(request.write(folder / "request"), context, nodes)
         try:
-            controls = _start_controls(plan, broker)
-            broker.begin.remote(_from_the_start(plan))
-            _run_trials(plan, broker, outcome, nodes)
+            controls = _start_controls(growing.plan, broker)
+            broker.begin.remote()
+            _run_trials(growing.plan, broker, outcome, nodes)
+            growing.grow()
+            controls |= _start_controls(growing.plan, broker)
             _collect(controls, outcome)
-            probes = _probeable(Store(Path(context.store)), plan)
+            probes = _probeable(growing.store, growing.plan)
             _collect({name: [broker.want.remote(key)] for name, key in probes.items()}, outcome)
             # Speed is measured when all training is over: each measurement asks for every core, so one runs at a time.
-            measurements = _measurable(Store(Path(context.store)), speeds)
+            measurements = _measurable(growing.store, growing.speeds)
             _collect({name: [broker.want.remote(key)] for name, key in measurements.items()}, outcome)
         except KeyboardInterrupt:
             if context.stopping():
@@ -79,18 +84,6 @@ def _settle(broker: Any) -> None:
 
     with suppress(ray.exceptions.RayError):
         ray.get(broker.settle.remote())
-
-
-def _from_the_start(plan: Plan) -> list[str]:
-    """What is needed however the trials go: all of it, or with early stopping each path up to its first judgement."""
-    judged = {(trial, evaluation) for rung in plan.rungs for trial, evaluation in rung.judged.items()}
-    wanted = []
-    for trial in plan.trials:
-        for step in trial.steps:
-            wanted += [step.train.key, step.evaluate.key]
-            if (trial.name, step.evaluate.key) in judged:
-                break
-    return list(dict.fromkeys(wanted))
 
 
 def _start_controls(plan: Plan, broker: Any) -> dict[str, list[Any]]:
@@ -110,33 +103,32 @@ def _run_trials(plan: Plan, broker: Any, outcome: Outcome, nodes: tuple[Node, ..
 
     if not plan.trials:
         return
-    paths = {
-        trial.name: [(step.train.key, step.evaluate.key, len(step.swapped), step.tokens) for step in trial.steps]
-        for trial in plan.trials
-    }
+    names = [trial.name for trial in plan.trials]
 
     def coordinate(config: dict[str, Any]) -> None:
         import ray
 
-        path = paths[config["trial"]]
-        for index, (train, evaluate, swapped, tokens) in enumerate(path):
+        index = 0
+        while (step := ray.get(broker.step.remote(config["trial"], index))) is not None:
+            train, evaluate, swapped, tokens = step
             _, result = ray.get(_want(broker, train, evaluate))
+            index += 1
             tune.report(
                 {
                     "perplexity_ratio": result["perplexity_ratio"],
                     "swapped_layers": swapped,
                     "student_tokens": tokens,
-                    "steps_done": index + 1,
+                    "steps_done": index,
                 }
             )
-            if index + 1 < len(path) and not ray.get(broker.goes_on.remote(config["trial"], evaluate)):
+            if not ray.get(broker.goes_on.remote(config["trial"], evaluate)):
                 return
 
     slot = {"CPU": 0, nodes[0].tag: TRIAL_SLOT}  # a trial is a process without a core, on the driver's machine
     with temporary_directory("tune") as storage:
         tuner = tune.Tuner(
             tune.with_resources(coordinate, tune.PlacementGroupFactory([slot])),
-            param_space={"trial": tune.grid_search(list(paths))},
+            param_space={"trial": tune.grid_search(names)},
             tune_config=tune.TuneConfig(
                 max_concurrent_trials=_at_once(plan, nodes),
                 reuse_actors=True,
@@ -167,7 +159,7 @@ def _judge(trial: Trial, result: Any, outcome: Outcome) -> None:
         return
     finished = int((result.metrics or {}).get("steps_done", 0))
     outcome.stopped.pop(trial.name, None)
-    if finished < len(trial.steps):
+    if not trial.ruled and finished < len(trial.steps):
         outcome.stopped[trial.name] = finished
 
 

@@ -1,57 +1,47 @@
-"""Study + resolved sources -> the tree of stages, printable before anything runs.
+"""Study + resolved sources + results so far -> the tree of stages, printable before anything runs.
 
-A pure function: no clock, no files, no torch. Invariant: two trials that share a prefix of values share its keys, so
-what is shared is computed once.
+A pure function: no clock, no files, no torch. Where results decide what comes next, a plan has the stages up to there
+and says what it waits for; planned again with that result it has grown. Invariant: two trials that share a prefix of
+values share its keys, so what is shared is computed once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 
-from operators.config import HyenaConfig, SkipConfig, WindowConfig
+from operators.config import SkipConfig
 from orchestrator.study.checks import check_lengths, check_operator, check_swept_rates
+from orchestrator.study.controls import controls_of
 from orchestrator.study.explain import steps_of
 from orchestrator.study.halving import Rung, rungs_of
 from orchestrator.study.loader import Document, StudyError, with_values
 from orchestrator.study.memory import stage_bytes
 from orchestrator.study.model_sizes import Sizes, sizes_of
+from orchestrator.study.names import operator_name
+from orchestrator.study.path import Results, check_rule, nothing_known, path_of
 from orchestrator.study.schema import Study
 from orchestrator.study.search import sample
 from orchestrator.study.sources import Resolved
 from orchestrator.study.spec import (
     Device,
     DistilSpec,
-    ImportSpec,
-    ScratchSpec,
+    ScoreSpec,
     Spec,
     TeacherSpec,
     ThroughputSpec,
     TokensSpec,
 )
 from orchestrator.study.stages import (
-    Roots,
     Step,
-    alone,
     evaluation_of,
-    path_of,
     probes_of,
     roots_of,
-    text_windows,
-    whole,
+    throughput_of,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """One point of the search space: a path of stages from the teacher."""
-
-    name: str
-    values: dict[str, Any]
-    study: Study
-    steps: tuple[Step, ...]
+from orchestrator.study.trial import Trial as Trial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,15 +83,30 @@ class Plan:
         rest = [
             (step.evaluate.of(step.evaluate.teacher), step.train, step.evaluate, *step.probed) for step in self.steps
         ]
-        ordered = [*first, *(spec for several in rest for spec in several)]
-        return {spec.key: spec for spec in ordered}
+        decided = [spec for trial in self.trials for spec in trial.path.specs]
+        return parents_first([*first, *(spec for several in rest for spec in several), *decided])
+
+    @property
+    def waits(self) -> dict[str, list[str]]:
+        """Keys of the stages whose results let the plan grow -> the trials that wait for them."""
+        found: dict[str, list[str]] = {}
+        for trial in self.trials:
+            if trial.path.waits is not None:
+                found.setdefault(trial.path.waits, []).append(trial.name)
+        return found
+
+    @property
+    def rest(self) -> int:
+        """Stages that it may still grow by, at most."""
+        return sum(trial.path.rest for trial in self.trials)
 
     @property
     def paths(self) -> dict[tuple[str, ...], list[Trial]]:
         """Keys of a path's trained stages -> the trials that have it: several where their values mean the same."""
         found: dict[tuple[str, ...], list[Trial]] = {}
         for trial in self.trials:
-            found.setdefault(tuple(step.train.key for step in trial.steps), []).append(trial)
+            key = tuple(step.train.key for step in trial.steps)
+            found.setdefault((*key, trial.name) if trial.open else key, []).append(trial)
         return found
 
     @property
@@ -129,8 +134,17 @@ class Plan:
         return found
 
 
-def make_plan(document: Document, study: Study, resolved: Resolved, device: Device = "cpu") -> Plan:
-    """Lay out all trials and controls of a study whose stages compute on `device`.
+def make_plan(
+    document: Document,
+    study: Study,
+    resolved: Resolved,
+    device: Device = "cpu",
+    results: Results = nothing_known,
+    hardware: str = "",
+) -> Plan:
+    """Lay out all trials and controls of a study whose stages compute on `device`, as far as `results` decide them.
+
+    `hardware` is what speeds are measured on that decide something.
 
     Raises `StudyError` where a point of the search space is no valid study, or asks for layers the teacher lacks.
     """
@@ -143,41 +157,58 @@ def make_plan(document: Document, study: Study, resolved: Resolved, device: Devi
         point, at = with_values(document, values)
         check_operator(at, point, resolved)
         with _placed(at):
-            steps = tuple(path_of(point, roots, resolved))
-        trials.append(Trial(f"trial-{index:02d}", values, point, steps))
+            check_rule(point)
+            speed = partial(throughput_of, study=point, teacher=roots.teacher.key, hardware=hardware)
+            first, path = (path_of(point, roots, resolved, known, speed) for known in (nothing_known, results))
+        trials.append(Trial(f"trial-{index:02d}", values, point, path, first))
     check_swept_rates(document, [(trial.study, trial.values) for trial in trials])
     teacher, probes = roots.teacher, probes_of(study, roots, roots.teacher.key)
     root = Step(teacher, evaluation_of(study, roots, teacher.key), (), 0, probes=probes)
-    controls = dict(_controls(study, resolved, roots, trials))
+    controls = dict(controls_of(study, resolved, roots, trials))
     known = resolved.sizes or sizes_of(resolved.architecture)
     made = Plan(study, roots.tokens, root, controls, tuple(trials), layers, known, device)
     _check_stopping(document, made)
     return made
 
 
+@dataclasses.dataclass(frozen=True)
+class Planner:
+    """All that a plan is a function of but for results: it may go to another process."""
+
+    document: Document
+    study: Study
+    resolved: Resolved
+    device: Device
+    hardware: str
+
+    def __call__(self, results: Results) -> Plan:
+        """The plan with these results. Raises what `make_plan` does."""
+        return make_plan(self.document, self.study, self.resolved, self.device, results, self.hardware)
+
+    def speeds(self, plan: Plan) -> dict[str, ThroughputSpec]:
+        """By the key of each trained stage of such a plan the measurement of its speed."""
+        return throughput_specs(plan, self.hardware)
+
+
 def throughput_specs(plan: Plan, hardware: str) -> dict[str, ThroughputSpec]:
     """Train key of each step -> the speed measurement of its architecture; equal architectures share one."""
-    found: dict[str, ThroughputSpec] = {}
-    for step in plan.steps:
-        operator = getattr(step.train, "operator", SkipConfig())
-        if not isinstance(operator, SkipConfig):
-            operator = dataclasses.replace(operator, init="random")  # speed does not depend on the weights
-        # What trains nothing, such as a skipped layer, is measured as the study trains.
-        student = step.train if isinstance(step.train, DistilSpec | ScratchSpec) and step.own_tokens else None
-        rest_scale = (student.optimizer if student else plan.study.recipe.optimizer).rest_scale
-        freeze = plan.study.recipe.freeze if student is None else getattr(student, "freeze", ())
-        found[step.train.key] = ThroughputSpec(
-            teacher=plan.teacher.train.key,
-            operator=operator,
-            layers=step.swapped,
-            throughput=plan.study.throughput,
-            train_batch_size=student.batch_size if student else plan.study.recipe.batch_size,
-            sequence_length=plan.study.data.sequence_length,
-            numerics=alone(student.numerics if student else plan.study.numerics),
-            hardware=hardware,
-            rest_trains=rest_scale > 0 or not step.swapped,
-            freeze=tuple(sorted(set(freeze))) if step.swapped else (),
-        )
+    return {step.train.key: throughput_of(step, plan.study, plan.teacher.train.key, hardware) for step in plan.steps}
+
+
+def parents_first(specs: Iterable[Spec]) -> dict[str, Spec]:
+    """By key, each after those of its parents that are among them; else in the order given."""
+    given = {spec.key: spec for spec in specs}
+    found: dict[str, Spec] = {}
+
+    def add(spec: Spec) -> None:
+        if spec.key not in found:
+            for parent in spec.parents.values():
+                if parent in given:
+                    add(given[parent])
+            found[spec.key] = spec
+
+    for spec in given.values():
+        add(spec)
     return found
 
 
@@ -194,11 +225,25 @@ def stage_memory(plan: Plan, speeds: Mapping[str, ThroughputSpec], device: str) 
             taken = None if spec is None else stage_bytes(spec, plan.sizes, step.swapped, device, step.train)
             if spec is not None and taken is not None:
                 found.setdefault(spec.key, Memory(f"{prefix}{name}", spec, taken))
+    for spec in (spec for trial in plan.trials for spec in trial.path.specs):
+        if isinstance(spec, ScoreSpec | DistilSpec):  # to score is to evaluate
+            like = plan.teacher.evaluate if isinstance(spec, ScoreSpec) else spec
+            taken = stage_bytes(like, plan.sizes, spec.layers, device, spec)
+            what = f"{operator_name(spec.operator)} in layers {', '.join(map(str, spec.layers)) or 'none'}"
+            if taken is not None:
+                found.setdefault(spec.key, Memory(f"score of {what}" if like is not spec else what, spec, taken))
     return found
 
 
 def _check_stopping(document: Document, made: Plan) -> None:
     stopping = made.study.search.early_stopping
+    ruled = [trial.name for trial in made.trials if trial.ruled]
+    if stopping is not None and ruled:
+        raise StudyError(
+            f"{document.place(('search', 'early_stopping'))}: search.early_stopping: compares students whose stages "
+            f"are known before, and results decide those of {', '.join(ruled[:3])}: take it out, or schedule.choice "
+            "and schedule.gate"
+        )
     if stopping is not None and not made.rungs:
         raise StudyError(
             f"{document.place(('search', 'early_stopping'))}: search.early_stopping: can stop nothing: no two students "
@@ -215,64 +260,3 @@ def _placed(document: Document) -> Iterator[None]:
     except StudyError as error:
         key = str(error).split(":")[0]
         raise StudyError(f"{document.place(tuple(steps_of(key)))}: {error}") from None
-
-
-def _controls(study: Study, resolved: Resolved, roots: Roots, trials: list[Trial]) -> Iterator[tuple[str, Step]]:
-    tokens, teacher, optimizer = roots.tokens, roots.teacher, study.recipe.optimizer.canonical
-    if study.controls.scratch != "none":
-        names: set[str] = set()
-        longest: dict[HyenaConfig | WindowConfig, Step] = {}
-        for trial in trials:
-            operator, last = trial.study.operator, trial.steps[-1]
-            if study.controls.scratch == "own" and operator != study.operator:
-                continue
-            if not isinstance(operator, SkipConfig):
-                bare = dataclasses.replace(operator, init="random")
-                if bare not in longest or longest[bare].tokens < last.tokens:
-                    longest[bare] = last
-        for operator, last in longest.items():
-            spec = ScratchSpec(
-                tokens=tokens.key,
-                teacher=teacher.key if isinstance(teacher, ImportSpec) else None,
-                architecture=resolved.architecture,
-                operator=operator,
-                layers=last.swapped,
-                token_budget=last.tokens,
-                batch_size=study.recipe.batch_size,
-                sequence_length=study.data.sequence_length,
-                text_windows=text_windows(study),
-                optimizer=optimizer.model_copy(update={"rest_scale": 1.0}),
-                numerics=whole(study.numerics),
-                processor=roots.device,
-                checkpoint_activations=study.recipe.checkpoint_activations,
-                seed=study.seed,
-            )
-            name = f"scratch {operator_name(operator)}"
-            if name in names:
-                name += f" {spec.key[:6]}"
-            names.add(name)
-            yield name, Step(spec, evaluation_of(study, roots, spec.key), last.swapped, last.tokens)
-    if study.controls.skip:
-        for skipped in [*((layer,) for layer in resolved.sites), resolved.sites]:
-            name = f"skip {skipped[0]}" if len(skipped) == 1 else "skip all"
-            skip = DistilSpec(
-                tokens=tokens.key, teacher=teacher.key, parent=teacher.key, layers=skipped, new_layers=skipped,
-                operator=SkipConfig(), phases=(), batch_size=1, sequence_length=study.data.sequence_length,
-                first_sequence=0, freeze=(), optimizer=optimizer, numerics=alone(study.numerics),
-                processor=roots.device, seed=0,
-            )  # fmt: skip
-            probes = probes_of(study, roots, skip.key) if skipped == resolved.sites else None
-            yield name, Step(skip, evaluation_of(study, roots, skip.key), skipped, 0, probes=probes)
-
-
-def operator_name(operator: Any) -> str:
-    """A short name for people: `hyena-2` by order, `hyena-4h` by heads, `hyena-4h-power` with a feature map,
-    `hyena-2-modal` with filters that are not implicit, `hyena-4h-power-w32` with a window, `window-64`, `skip`."""
-    if isinstance(operator, WindowConfig):
-        return f"window-{operator.window}"
-    if not isinstance(operator, HyenaConfig):
-        return str(operator.kind)
-    shape = f"{operator.order}" if operator.heads is None else f"{operator.heads}h"
-    features = "" if operator.feature_map == "identity" else f"-{operator.feature_map}"
-    kind = "" if operator.filter.kind == "implicit" else f"-{operator.filter.kind}"
-    return f"hyena-{shape}{features}{kind}" + ("" if operator.window is None else f"-w{operator.window}")

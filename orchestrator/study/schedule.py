@@ -11,6 +11,19 @@ def swap_order(study: Study, layers: int, sites: tuple[int, ...]) -> list[tuple[
 
     Raises `StudyError` for layers that the teacher does not have, or that have no attention.
     """
+    free, schedule = free_layers(study, layers, sites), study.schedule
+    if isinstance(schedule.layer_order, tuple):
+        return [tuple(sorted(stage)) for stage in schedule.layer_order]
+    if schedule.layer_order == "top_down":
+        free.reverse()
+    elif schedule.layer_order == "interleaved":
+        free = free[::2] + free[1::2]
+    size = schedule.layers_per_stage
+    return [tuple(sorted(free[start : start + size])) for start in range(0, len(free), size)]
+
+
+def free_layers(study: Study, layers: int, sites: tuple[int, ...]) -> list[int]:
+    """The layers that may be swapped, lowest first. Raises `StudyError` where what is named does not fit."""
     schedule = study.schedule
     named = [("keep", layer) for layer in schedule.keep]
     if isinstance(schedule.layer_order, tuple):
@@ -23,14 +36,7 @@ def swap_order(study: Study, layers: int, sites: tuple[int, ...]) -> list[tuple[
         if key == "layer_order" and layer not in sites:
             have = ", ".join(map(str, sites))
             raise StudyError(f"schedule.{key}: layer {layer} has no softmax attention: those that have are {have}")
-    if isinstance(schedule.layer_order, tuple):
-        return [tuple(sorted(stage)) for stage in schedule.layer_order]
     free = [layer for layer in sites if layer not in schedule.keep]
     if not free:
         raise StudyError("schedule.keep: every layer is kept as attention: leave at least one to swap")
-    if schedule.layer_order == "top_down":
-        free.reverse()
-    elif schedule.layer_order == "interleaved":
-        free = free[::2] + free[1::2]
-    size = schedule.layers_per_stage
-    return [tuple(sorted(free[start : start + size])) for start in range(0, len(free), size)]
+    return free

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from operators.config import HyenaConfig, SkipConfig, WindowConfig
+from orchestrator.study.choosing import Choice, Gate
 from orchestrator.study.recipe import Numerics, Optimizer, Recipe
 from orchestrator.study.reported import Report
 from orchestrator.study.space import Search
@@ -133,6 +134,17 @@ class Schedule(Model):
     layer_order: Literal["bottom_up", "top_down", "interleaved"] | tuple[tuple[NonNegative, ...], ...] = "bottom_up"
     layers_per_stage: Positive = 1  # not used where layer_order lists the stages
     keep: tuple[NonNegative, ...] = ()  # layers that stay attention
+    choice: Choice | None = None  # layers by what was measured, instead of layer_order
+    gate: Gate | None = None  # what a stage that is not good enough comes to
+
+    @model_validator(mode="after")
+    def _one_order(self) -> Schedule:
+        both = {"layer_order", "layers_per_stage"} & self.model_fields_set
+        if self.choice is not None and both:
+            raise ValueError(
+                f"choice decides the order itself: take out {' and '.join(sorted(both))} (see choice.take)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stages_are_disjoint(self) -> Schedule:

@@ -1,4 +1,4 @@
-"""A study's values -> the stages they ask for: the text, the teacher, a path of students.
+"""A study's values -> the stages they ask for: the text, the teacher, and what a path of students is made of.
 
 Pure functions; a `StudyError` begins with the key at fault. Invariant: a stage names all it depends on, so equal
 values from equal parents are one stage.
@@ -7,12 +7,11 @@ values from equal parents are one stage.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
+from operators.config import SkipConfig
 from orchestrator.study.loader import StudyError
 from orchestrator.study.recipe import Numerics, Phase
-from orchestrator.study.schedule import swap_order
 from orchestrator.study.schema import Evaluation, Pretrain, Study
 from orchestrator.study.sources import Resolved
 from orchestrator.study.spec import (
@@ -22,10 +21,16 @@ from orchestrator.study.spec import (
     ImportSpec,
     PhaseSpec,
     ProbesSpec,
+    ScratchSpec,
     Spec,
     TeacherSpec,
+    ThroughputSpec,
     TokensSpec,
 )
+
+# kept: the path goes on from it. extended: trained on, for its gate wanted more. given_back: its layers are attention
+# again, for more did not help. last: it ended its path, by its gate or by what its choice goes on until.
+Outcome = Literal["kept", "extended", "given_back", "last"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Step:
     tokens: int  # trained on the path so far, this stage included
     joint: bool = False
     probes: ProbesSpec | None = None
+    outcome: Outcome = "kept"
 
     @property
     def probed(self) -> tuple[ProbesSpec, ...]:
@@ -94,8 +100,8 @@ def roots_of(study: Study, resolved: Resolved, device: Device) -> Roots:
         return Roots(tokens, imported, device)
     made = study.teacher
     assert isinstance(made, Pretrain)
-    _steps_of(made.tokens, made.batch_size, study, "teacher.tokens")
-    _check_shares(made.batch_size, study, "teacher.batch_size")
+    steps_of_tokens(made.tokens, made.batch_size, study, "teacher.tokens")
+    check_shares(made.batch_size, study, "teacher.batch_size")
     teacher = TeacherSpec(
         tokens=tokens.key,
         architecture=resolved.architecture,
@@ -144,6 +150,29 @@ def probes_of(study: Study, roots: Roots, subject: str) -> ProbesSpec | None:
     )
 
 
+def throughput_of(step: Step, study: Study, teacher: str, hardware: str) -> ThroughputSpec:
+    """The speed measurement of a step's architecture; equal architectures have one."""
+    operator = getattr(step.train, "operator", SkipConfig())
+    if not isinstance(operator, SkipConfig):
+        operator = dataclasses.replace(operator, init="random")  # speed does not depend on the weights
+    # What trains nothing, such as a skipped layer, is measured as the study trains.
+    student = step.train if isinstance(step.train, DistilSpec | ScratchSpec) and step.own_tokens else None
+    rest_scale = (student.optimizer if student else study.recipe.optimizer).rest_scale
+    freeze = study.recipe.freeze if student is None else getattr(student, "freeze", ())
+    return ThroughputSpec(
+        teacher=teacher,
+        operator=operator,
+        layers=step.swapped,
+        throughput=study.throughput,
+        train_batch_size=student.batch_size if student else study.recipe.batch_size,
+        sequence_length=study.data.sequence_length,
+        numerics=alone(student.numerics if student else study.numerics),
+        hardware=hardware,
+        rest_trains=rest_scale > 0 or not step.swapped,
+        freeze=tuple(sorted(set(freeze))) if step.swapped else (),
+    )
+
+
 def alone(numerics: Numerics) -> Numerics:
     """The numerics of what does not train: one process, however many share a batch, and full precision of products."""
     return numerics.model_copy(update={"world_size": 1, "sharding": "none", "matmul": "highest"})
@@ -154,43 +183,11 @@ def whole(numerics: Numerics) -> Numerics:
     return numerics.model_copy(update={"teacher_dtype": "float32"})
 
 
-def _check_shares(batch_size: int, study: Study, key: str) -> None:
+def check_shares(batch_size: int, study: Study, key: str) -> None:
+    """A `StudyError` where ranks cannot share a batch equally."""
     ranks = study.numerics.world_size
     if batch_size % ranks:
         raise StudyError(f"{key}: {batch_size} sequences cannot be shared equally by numerics.world_size {ranks}")
-
-
-def path_of(study: Study, roots: Roots, resolved: Resolved) -> Iterator[Step]:
-    """The stages from the teacher to the last student, in their order."""
-    order = swap_order(study, resolved.architecture.layers, resolved.sites)
-    stages = [(new, study.recipe.phases, False) for new in order]
-    if study.recipe.joint:
-        everything = tuple(sorted(layer for stage in order for layer in stage))
-        if not study.recipe.phases:  # the joint stage is the only one, and swaps as well
-            stages = []
-        stages.append((everything, study.recipe.joint, True))
-    parent, sequences = roots.teacher.key, 0
-    swapped: tuple[int, ...] = ()
-    window = study.recipe.batch_size
-    _check_shares(window, study, "recipe.batch_size")
-    for trained, phases, joint in stages:
-        new = tuple(layer for layer in trained if layer not in swapped)
-        swapped = tuple(sorted({*swapped, *trained}))
-        key = "recipe.joint" if joint else "recipe.phases"
-        planned = tuple(_phase(phase, len(trained), study, f"{key}.{i}") for i, phase in enumerate(phases))
-        spec = DistilSpec(
-            tokens=roots.tokens.key, teacher=roots.teacher.key, parent=parent, layers=trained, new_layers=new,
-            operator=study.operator, phases=planned, batch_size=window,
-            sequence_length=study.data.sequence_length, first_sequence=sequences, freeze=study.recipe.freeze,
-            optimizer=study.recipe.optimizer.canonical, numerics=study.numerics, processor=roots.device,
-            checkpoint_activations=study.recipe.checkpoint_activations, text_windows=text_windows(study),
-            seed=study.seed,
-        )  # fmt: skip
-        sequences += window * sum(phase.steps for phase in planned)
-        parent = spec.key
-        trained_tokens = sequences * study.data.sequence_length
-        asked = (study, roots, spec.key)
-        yield Step(spec, evaluation_of(*asked), swapped, trained_tokens, joint, probes_of(*asked))
 
 
 def text_windows(study: Study) -> int | None:
@@ -198,17 +195,19 @@ def text_windows(study: Study) -> int | None:
     tokens = study.recipe.text_tokens
     if tokens is None:
         return None
-    _steps_of(tokens, study.recipe.batch_size, study, "recipe.text_tokens")  # no batch has a window twice
+    steps_of_tokens(tokens, study.recipe.batch_size, study, "recipe.text_tokens")  # no batch has a window twice
     return tokens // study.data.sequence_length
 
 
-def _phase(phase: Phase, layers: int, study: Study, key: str) -> PhaseSpec:
+def phase_of(phase: Phase, layers: int, study: Study, key: str) -> PhaseSpec:
+    """A phase with its budget worked out, for a stage that trains so many layers; `key` names it in errors."""
     tokens = phase.tokens if phase.tokens is not None else (phase.tokens_per_layer or 0) * layers
     key += ".tokens" if phase.tokens is not None else ".tokens_per_layer"
-    return PhaseSpec(losses=phase.losses.canonical, steps=_steps_of(tokens, study.recipe.batch_size, study, key))
+    return PhaseSpec(losses=phase.losses.canonical, steps=steps_of_tokens(tokens, study.recipe.batch_size, study, key))
 
 
-def _steps_of(tokens: int, batch_size: int, study: Study, key: str) -> int:
+def steps_of_tokens(tokens: int, batch_size: int, study: Study, key: str) -> int:
+    """Steps that a budget pays for; a `StudyError` where it pays for none."""
     size = batch_size * study.data.sequence_length
     if tokens < size:
         told = f"{tokens} tokens are less than one step of {size} (batch_size x sequence_length)"

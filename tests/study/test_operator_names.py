@@ -9,7 +9,8 @@ import pytest
 from operators.config import FirFilterConfig, HyenaConfig, ModalFilterConfig, WindowConfig
 from orchestrator.record.records import trial_words
 from orchestrator.study.loader import StudyError, read_document, validate
-from orchestrator.study.plan import make_plan, operator_name
+from orchestrator.study.names import operator_name
+from orchestrator.study.plan import make_plan
 from tests.study.test_size import RESOLVED, STUDY
 
 WINDOW = "kind: hyena, heads: 2, feature_map: power, normalise: true, window: 32, filter: {positive: true}"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from orchestrator.record.screen.facts import Stage
-from orchestrator.study.spec import EvaluateSpec, ProbesSpec, Spec, ThroughputSpec
+from orchestrator.study.spec import EvaluateSpec, ProbesSpec, ScoreSpec, Spec, ThroughputSpec
 from orchestrator.study.stages import stretches_of
 
 Kind = tuple[Any, ...]  # from the general, what is done with which teacher, to the particular: operator and layers
@@ -110,7 +110,7 @@ def _middle(values: list[float]) -> float:
 def expected(spec: Spec, stage: Stage, models: Models, costs: Costs) -> Cost | None:
     """The seconds of a stage without the tokens that it has trained; None where nothing is known to tell them from."""
     name, stretches = kind_name(spec), stretches_of(spec)
-    if name in ("tokens", "import"):
+    if name in ("tokens", "import", "choice"):
         return Cost(TEXT)
     if not hasattr(spec, "optimizer"):
         found = costs.unit(kind_of(name, spec, models))
@@ -205,6 +205,9 @@ def _model(spec: Any, model: Callable[[str], Model | None]) -> Model | None:
             return before and Model(before.teacher, repr(spec.operator), before.layers + len(spec.new_layers))
         case "evaluate" | "probes":
             return model(spec.subject)
+        case "score" | "blend":
+            before = model(spec.subject)
+            return before and Model(before.teacher, repr(spec.operator), before.layers + len(spec.layers))
     return None
 
 
@@ -215,6 +218,8 @@ def units(spec: Any) -> float:
         asked = spec.evaluation
         said = 2 * asked.new_tokens * (STEP + asked.prompts) if asked.prompts else 0
         return float((asked.tokens + said) * (1 if spec.reference else 2))
+    if isinstance(spec, ScoreSpec):
+        return float(spec.text * (1 if spec.reference else 2))
     if isinstance(spec, ProbesSpec):
         read = spec.windows * max(spec.lengths) * len(spec.lengths)
         return float(read + spec.needles * DEPTHS * (sum(spec.lengths) + len(spec.lengths) * KEYS * STEP))

@@ -17,7 +17,8 @@ import psutil
 
 from orchestrator.distill.training.journal import NAME
 from orchestrator.run.store import Store
-from orchestrator.study.plan import Plan, operator_name
+from orchestrator.study.names import operator_name
+from orchestrator.study.plan import Plan, Trial
 from orchestrator.study.spec import Spec, ThroughputSpec
 from orchestrator.study.stages import Step
 
@@ -56,6 +57,13 @@ class Look:
         self.since: dict[str, tuple[Any, float]] = {}
         self.done: dict[str, Stage] = {}
         self.journals: dict[str, _Journal] = {}
+
+    def add(self, keys: Mapping[str, Spec]) -> None:
+        """Look for these stages from now on; those that are new are taken as they are now."""
+        new = {key: spec for key, spec in keys.items() if key not in self.keys}
+        self.before |= {key: self.store.attempt(key) for key in new}
+        self.done_before |= {key for key in new if self.store.finished(key)}
+        self.keys = keys
 
     def look(self, now: float) -> Facts:
         """What there is at this moment of a clock that only this object and its readers use."""
@@ -166,7 +174,7 @@ def distinct_steps(plan: Plan) -> dict[str, tuple[str, Step]]:
     found: dict[str, tuple[str, Step]] = {plan.teacher.train.key: ("teacher", plan.teacher)}
     for trial in plan.trials:
         for index, step in enumerate(trial.steps):
-            label = "joint" if step.joint else f"stage {index + 1}/{len(trial.steps)}"
+            label = "joint" if step.joint else f"stage {place(trial, index)}"
             layers = ",".join(map(str, getattr(step.train, "layers", ())))
             found.setdefault(step.train.key, (f"{trial.name} {label} layers {layers}", step))
     for name, step in plan.controls.items():
@@ -180,7 +188,23 @@ def stage_names(plan: Plan, speeds: Mapping[str, ThroughputSpec]) -> dict[str, s
     for key, (name, step) in distinct_steps(plan).items():
         named |= {key: name, step.evaluate.key: f"evaluation of {name}"}
         named |= {spec.key: f"probes of {name}" for spec in step.probed if spec.key not in named}
+    for trial in plan.trials:
+        for number, decision in enumerate(trial.path.decisions, 1):
+            for spec in decision.needs:
+                named.setdefault(spec.key, _scored(trial, number, spec))
+            named.setdefault(decision.spec.key, f"{trial.name} choice {number}")
     return named | {spec.key: f"speed of {_architecture(spec)}" for spec in speeds.values()}
+
+
+def place(trial: Trial, index: int) -> str:
+    """A stage's number on its path, of how many where that is known from the start."""
+    return f"{index + 1}" if trial.ruled else f"{index + 1}/{len(trial.steps)}"
+
+
+def _scored(trial: Trial, number: int, spec: Any) -> str:
+    layers = ",".join(map(str, spec.layers)) or "none"
+    what = {"score": "score of", "distil": "preparation of", "blend": "blend of"}[spec.kind]
+    return f"{trial.name} choice {number}, {what} layers {layers}"
 
 
 def _architecture(spec: ThroughputSpec) -> str:

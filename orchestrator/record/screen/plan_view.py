@@ -17,7 +17,8 @@ from orchestrator.record.task_results import tasks_of
 from orchestrator.run.hardware import accelerators
 from orchestrator.run.limits import cores
 from orchestrator.run.store import Store, tree_bytes
-from orchestrator.study.plan import Plan, Trial, operator_name, stage_memory
+from orchestrator.study.names import operator_name
+from orchestrator.study.plan import Plan, Trial, stage_memory
 from orchestrator.study.spec import ThroughputSpec, short
 
 KINDS = 5  # of stages that a line tells the memory of

@@ -14,6 +14,7 @@ from typing import TextIO
 
 from rich.text import Text
 
+from orchestrator.record.decisions import decided
 from orchestrator.record.screen.costs import Observation
 from orchestrator.record.screen.earlier import earlier_observations
 from orchestrator.record.screen.facts import Facts, Look, Stage, distinct_steps, stage_names
@@ -36,31 +37,41 @@ class Progress:
     def __init__(
         self, plan: Plan, store: Store, speeds: dict[str, ThroughputSpec], cores: int, out: TextIO | None = None
     ):
-        self.plan, self.store, self.cores, self.out = plan, store, cores, out or sys.stdout
+        self.store, self.cores, self.out = store, cores, out or sys.stdout
         self.began = self.summed = time.monotonic()
         self.heard = store.said(0)[1]
-        self.users = plan.users()
-        self.steps = distinct_steps(plan)
-        self.work = Work.of(plan, speeds)
-        self.names = stage_names(plan, speeds)
+        self._learn(plan, speeds)
         self.past: list[Observation] | None = None  # read by the thread that looks: it may be much
         self.looking = Look(store, self.work.specs)
         self.facts: Facts = self.looking.look(self.began)
         self.finished = {key for key, (_, step) in self.steps.items() if self._done(step)}
         self.started: set[str] = set()
-        self.counted = {
-            "probes": ({spec.key for step in plan.steps for spec in step.probed}, "models"),
-            "speed ": ({spec.key for spec in speeds.values()}, "architectures measured"),
-        }
         self.seen = {key for keys, _ in self.counted.values() for key in keys if self.facts[key].state == "done"}
         self.data_told = self.facts[plan.tokens.key].state == "done"
         self.failed: set[tuple[str, int]] = set()  # attempts whose failure was told
         self.terminal: Terminal | None = None
         self.left = UNKNOWN
         if is_drawable(self.out):
-            fancy = (self.out.encoding or "").lower().startswith("utf")
-            self.tree = Tree(plan, speeds, FANCY if fancy else PLAIN)
             self.terminal = Terminal(self.out, self._frame)
+
+    def _learn(self, plan: Plan, speeds: dict[str, ThroughputSpec]) -> None:
+        self.plan, self.users, self.steps = plan, plan.users(), distinct_steps(plan)
+        self.work, self.names = Work.of(plan, speeds), stage_names(plan, speeds)
+        self.counted = {
+            "probes": ({spec.key for step in plan.steps for spec in step.probed}, "models"),
+            "speed ": ({spec.key for spec in speeds.values()}, "architectures measured"),
+        }
+        fancy = (getattr(self.out, "encoding", None) or "").lower().startswith("utf")
+        self.tree = Tree(plan, speeds, FANCY if fancy else PLAIN)
+
+    def replan(self, plan: Plan, speeds: dict[str, ThroughputSpec]) -> None:
+        """Go on with a plan that has grown, and tell what was decided."""
+        before = self.plan
+        self._learn(plan, speeds)
+        self.looking.add(self.work.specs)
+        self.facts = self.looking.look(time.monotonic())
+        for line in decided(before, plan, self.store):
+            self._say(line)
 
     def begin(self) -> None:
         """Say what is there and what will be done."""
@@ -70,10 +81,14 @@ class Progress:
         asked = sum(len(trial.steps) for trial in self.plan.trials)
         tokens = sum(step.own_tokens for key, (_, step) in self.steps.items() if key not in self.finished)
         self._say(
-            f"{len(self.plan.trials)} trials ask for {asked} stages, {len(self.users)} distinct ({shared} shared); "
-            f"with teacher and controls {total}: {len(self.finished)} finished before, "
+            f"{len(self.plan.trials)} trials ask for {asked} stages{self._later()}, {len(self.users)} distinct "
+            f"({shared} shared); with teacher and controls {total}: {len(self.finished)} finished before, "
             f"{total - len(self.finished)} to do, {tokens / 1e6:.2f} M tokens"
         )
+
+    def _later(self) -> str:
+        """Of stages that are not known yet, for results decide them."""
+        return f" and at most {self.plan.rest} that are chosen on the way" if self.plan.rest else ""
 
     def end(self) -> None:
         """Leave the last frame behind; what still runs has been stopped."""
@@ -166,7 +181,8 @@ class Progress:
 
     def _summary(self, now: float) -> None:
         self.summed = now
-        self._say(f"{len(self.finished)} of {len(self.steps)} stages done, {self.left}")
+        later = f" (at most {self.plan.rest} to be chosen)" if self.plan.rest else ""
+        self._say(f"{len(self.finished)} of {len(self.steps)}{later} stages done, {self.left}")
         for key, (name, step) in self.steps.items():
             stage = self.facts[key]
             if stage.state == "running" and stage.points:

@@ -19,7 +19,7 @@ from orchestrator.study.stages import stretches_of
 # Fields that say which stage it is, and not what a token of its training or a measurement costs.
 COSTLESS = {
     "version", "tokens", "parent", "subject", "reference", "layers", "new_layers", "first_sequence", "text_windows",
-    "token_budget", "seed", "architecture", "teacher",
+    "token_budget", "seed", "architecture", "teacher", "prepared", "candidates", "blend",
 }  # fmt: skip
 TRAINING = ("teacher", "distil", "scratch")
 
@@ -91,6 +91,8 @@ def _work(spec: Any) -> float:
     match spec.kind:
         case "evaluate":
             return float(spec.evaluation.tokens)
+        case "score":
+            return float(spec.text)
         case "probes":
             return float(spec.windows * max(spec.lengths))
         case "throughput":

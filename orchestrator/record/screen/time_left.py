@@ -19,9 +19,15 @@ from orchestrator.study.spec import ProbesSpec, Spec, ThroughputSpec
 TURN = 0.1  # seconds from the end of a stage to the beginning of the next on its core
 UNKNOWN = "time left: known once the first steps are measured"
 WORDS = {
-    "evaluate": "evaluations", "probes": "probes", "throughput": "speeds", "beside": "distillation",
-    "layers": "distillation without logits", "alone": "training without a teacher",
-}  # fmt: skip
+    "evaluate": "evaluations",
+    "score": "scores",
+    "blend": "blends",
+    "probes": "probes",
+    "throughput": "speeds",
+    "beside": "distillation",
+    "layers": "distillation without logits",
+    "alone": "training without a teacher",
+}
 
 
 @dataclasses.dataclass(frozen=True)

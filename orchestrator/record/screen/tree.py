@@ -16,7 +16,8 @@ from rich.text import Text
 from orchestrator.record.screen.facts import Facts, Stage, State, stage_names
 from orchestrator.record.screen.plan_view import layer_ranges
 from orchestrator.record.screen.time_left import clock
-from orchestrator.study.plan import Plan, Trial, operator_name
+from orchestrator.study.names import operator_name
+from orchestrator.study.plan import Plan, Trial
 from orchestrator.study.spec import ThroughputSpec
 from orchestrator.study.stages import Step
 

@@ -51,6 +51,10 @@ class Beside:
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._work, daemon=True)
 
+    def replan(self, plan: Plan, speeds: dict[str, ThroughputSpec]) -> None:
+        """Go on with a plan that has grown."""
+        self.plan, self.speeds, self.shown = plan, speeds, shown(plan)
+
     def start(self) -> None:
         """Begin to keep the board in step."""
         self.thread.start()
@@ -71,7 +75,7 @@ class Beside:
                 self._stage(step, sent)
             for path in self.shown.paths:
                 results = path_results(self.store, path, self.speeds)
-                over = all(self.store.finished(step.evaluate.key) for step in path.steps)
+                over = not path.open and all(self.store.finished(step.evaluate.key) for step in path.steps)
                 self._tell(path_entry(path), [], results, "FINISHED" if over else None, sent)
         finally:
             write_json(self.file, sent)

@@ -15,7 +15,7 @@ from orchestrator.record.records import leaves
 from orchestrator.record.tracking.names import Path, Shown
 from orchestrator.run.store import Store
 from orchestrator.study.loader import dump
-from orchestrator.study.plan import operator_name
+from orchestrator.study.names import operator_name
 from orchestrator.study.spec import ThroughputSpec
 from orchestrator.study.stages import Step
 
@@ -55,7 +55,8 @@ def stage_identity(step: Step) -> str:
 
 def path_identity(path: Path) -> str:
     """That of the run of trials of one path."""
-    return f"trial:{path.steps[-1].train.key}:{len(path.steps)}"
+    first = path.trials[0]
+    return f"trial:{first.rule}" if first.ruled else f"trial:{path.steps[-1].train.key}:{len(path.steps)}"
 
 
 def stage_entry(shown: Shown, step: Step) -> Entry:

@@ -10,9 +10,11 @@ import dataclasses
 from typing import Any
 
 from orchestrator.record.records import leaves
+from orchestrator.record.screen.facts import place
 from orchestrator.study.explain import steps_of
 from orchestrator.study.loader import dump
-from orchestrator.study.plan import Plan, Trial, operator_name
+from orchestrator.study.names import operator_name
+from orchestrator.study.plan import Plan, Trial
 from orchestrator.study.stages import Step
 
 LONGEST = 160  # letters of a name, before what tells it from another one
@@ -31,6 +33,11 @@ class Path:
     def steps(self) -> tuple[Step, ...]:
         """Its stages."""
         return self.trials[0].steps
+
+    @property
+    def open(self) -> bool:
+        """Whether results that are not there yet decide how it goes on."""
+        return self.trials[0].open
 
     @property
     def operator(self) -> str:
@@ -64,7 +71,7 @@ def shown(plan: Plan) -> Shown:
     """Group a plan's trials by their paths, and name all runs."""
     groups: dict[str, list[Trial]] = collections.defaultdict(list)
     for trial in plan.trials:
-        groups[trial.steps[-1].train.key].append(trial)
+        groups[trial.rule if trial.ruled else trial.steps[-1].train.key].append(trial)
     told = _words(plan)
     words = [_side_by_side([told[trial.name] for trial in trials]) for trials in groups.values()]
     values = _parameters(plan)
@@ -88,7 +95,8 @@ def _stages(paths: tuple[Path, ...], words: list[Words], taken: set[str]) -> dic
             key = step.train.key
             users[key].append(number)
             layers = ",".join(map(str, getattr(step.train, "layers", ())))
-            places.setdefault(key, f"{index + 1}/{len(path.steps)} {'joint ' * step.joint}layers {layers}")
+            at = place(path.trials[0], index)
+            places.setdefault(key, f"{at} {'joint ' * step.joint}layers {layers}")
     plain = []
     for key, numbers in users.items():
         first = words[numbers[0]]

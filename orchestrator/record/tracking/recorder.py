@@ -66,6 +66,12 @@ class Recorder:
         for board in self.boards:
             board.start()
 
+    def replan(self, plan: Plan, speeds: dict[str, ThroughputSpec]) -> None:
+        """Go on with a plan that has grown."""
+        self.plan, self.speeds = plan, speeds
+        for board in self.boards:
+            board.replan(plan, speeds)
+
     def catch_up(self) -> None:
         """Send what is new now, as far as MLflow answers."""
         self._wait_for(Tracker.sync)
@@ -136,6 +142,7 @@ class Recorder:
                 self.tracker, self.elsewhere = None, False
             if self.tracker is None:
                 self.tracker = Tracker(self.home, self.plan, self.speeds, self.live, self.provenance)
+            self.tracker.replan(self.plan, self.speeds)
             action(self.tracker)
         except Timeout:
             if not self.elsewhere:

@@ -59,6 +59,12 @@ class Tracker:
         self.newest = live or not self.variants or self.variants[0].id == self.variant.id
         self.runs = Runs(home, plan.study.study, live, self.newest, self.source, data_of(plan))
 
+    def replan(self, plan: Plan, speeds: dict[str, ThroughputSpec]) -> None:
+        """Go on with a plan that may have grown."""
+        if plan is not self.plan:
+            self.plan, self.speeds, self.shown = plan, speeds, shown(plan)
+            self.closed.discard("study")
+
     @property
     def heard(self) -> float:
         """When MLflow last answered, in monotonic seconds."""
@@ -126,7 +132,7 @@ class Tracker:
     def _end_path(self, path: TrialPath, stopped: dict[str, int], failures: dict[str, str]) -> bool:
         """Give the run of a path its last status, if there is one; says whether nothing more is wanted of the path."""
         early = [trial.name for trial in path.trials if trial.name in stopped]
-        done = bool(early) or all(self._finished(step) for step in path.steps)
+        done = bool(early) or (not path.open and all(self._finished(step) for step in path.steps))
         run = self.runs.ids.get(path_identity(path))
         if run is None:
             return done
@@ -200,11 +206,11 @@ class Tracker:
         run = self.runs.open(entries.path_entry(path), lambda: self._began(path.steps))
         for step in path.steps:
             self._stage(step)
-        if not all(self.store.finished(step.evaluate.key) for step in path.steps):
+        if path.open or not all(self.store.finished(step.evaluate.key) for step in path.steps):
             self.runs.reopen(run)
         self.runs.tell(run, entries.path_results(self.store, path, self.speeds))
         self.runs.note(run, self._links(path))
-        if all(stage_identity(step) in self.closed for step in path.steps):
+        if not path.open and all(stage_identity(step) in self.closed for step in path.steps):
             self.closed.add(identity)
 
     def _links(self, path: TrialPath) -> str:

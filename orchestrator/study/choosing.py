@@ -1,0 +1,86 @@
+"""The part of a study file that lets measurements decide: which layers are swapped next, and what becomes of a stage.
+
+Place in the flow: `path` asks what is decided and waits for the results that decide it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from orchestrator.study.values import Model, Positive, Rate
+
+AtLeastOne = Annotated[float, Field(ge=1.0, allow_inf_nan=False)]
+
+
+class Probe(Model):
+    """Score: a layer is swapped and distilled on so many tokens, then scored by its divergence."""
+
+    probe: Positive
+
+
+class Joint(Model):
+    """Score: one number a layer that blends attention and operator, all of them trained together on so many tokens."""
+
+    joint: Positive
+
+
+class Local(Model):
+    """Operators of all candidates are trained on the teacher's own activations, on so many tokens, before scoring."""
+
+    local: Positive
+
+
+class Until(Model):
+    """When a path of chosen layers ends; what is reached first where several are given."""
+
+    layers: Positive | None = None  # swapped
+    ratio: AtLeastOne | None = None  # perplexity over the teacher's after a stage: the first stage above it is the last
+    decode: Rate | None = None  # measured decoding speed over the teacher's, at the longest of throughput.lengths
+
+    @model_validator(mode="after")
+    def _some_end(self) -> Until:
+        if (self.layers, self.ratio, self.decode) == (None, None, None):
+            raise ValueError("nothing ends the path: give at least one of layers, ratio and decode")
+        return self
+
+
+class Choice(Model):
+    """Layers in the order of what each costs, measured on held-out text that no report reads.
+
+    Scores are in nats per token, the teacher beside them. `swapped_alone`: a layer goes early where swapping it alone
+    costs little; `restored_alone`: where giving it back to a student that has all candidates swapped gains little.
+    """
+
+    score: Literal["kl", "loss", "hits", "skip"] | Probe | Joint = "kl"
+    scored: Literal["swapped_alone", "restored_alone"] = "swapped_alone"
+    prepared: Literal["init"] | Local = "init"  # the operators that are scored
+    # once: at the teacher. forward: again after every pick, the picked ones swapped and untrained. every_stage: again
+    # at the student of every stage.
+    rerank: Literal["once", "forward", "every_stage"] = "once"
+    take: Positive = 1  # layers a stage
+    until: Until | None = None  # none: until all layers are swapped
+    texts: Positive = 32_768  # tokens of held-out text
+
+    @model_validator(mode="after")
+    def _fits(self) -> Choice:
+        if isinstance(self.score, Joint) and self.scored == "restored_alone":
+            raise ValueError("score joint blends all candidates at once: scored has no part in it, leave it out")
+        if self.score == "skip" and self.prepared != "init":
+            raise ValueError("score skip leaves attention out and has no operator: set prepared to init")
+        if isinstance(self.score, Probe) and self.prepared != "init":
+            raise ValueError("score probe trains its operators itself: set prepared to init")
+        return self
+
+
+class Gate(Model):
+    """What becomes of a stage whose perplexity is more than `ratio` times the teacher's.
+
+    It is trained on as many tokens again, up to `extend` times. If that is not enough, its layers are given back and
+    stay attention (roll_back), the path ends with it (stop), or it goes on all the same (keep).
+    """
+
+    ratio: AtLeastOne
+    extend: Annotated[int, Field(ge=0)] = 0
+    otherwise: Literal["roll_back", "stop", "keep"] = "roll_back"

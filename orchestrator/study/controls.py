@@ -1,0 +1,69 @@
+"""The rows that keep a study honest: attention left out, and operators trained from random weights.
+
+Pure functions. Invariant: a control is a stage like any other, so trials and studies share it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from operators.config import HyenaConfig, SkipConfig, WindowConfig
+from orchestrator.study.names import operator_name
+from orchestrator.study.schema import Study
+from orchestrator.study.sources import Resolved
+from orchestrator.study.spec import DistilSpec, ImportSpec, ScratchSpec
+from orchestrator.study.stages import Roots, Step, alone, evaluation_of, probes_of, text_windows, whole
+from orchestrator.study.trial import Trial
+
+
+def controls_of(study: Study, resolved: Resolved, roots: Roots, trials: Sequence[Trial]) -> Iterator[tuple[str, Step]]:
+    """The controls that a study asks for, by name, of the trials that it has."""
+    tokens, teacher, optimizer = roots.tokens, roots.teacher, study.recipe.optimizer.canonical
+    if study.controls.scratch != "none":
+        names: set[str] = set()
+        longest: dict[HyenaConfig | WindowConfig, Step] = {}
+        open_ = {trial.study.operator for trial in trials if trial.open}  # how long their longest path is, is not known
+        for trial in trials:
+            operator, last = trial.study.operator, trial.end
+            if last is None or operator in open_:
+                continue
+            if study.controls.scratch == "own" and operator != study.operator:
+                continue
+            if not isinstance(operator, SkipConfig):
+                bare = dataclasses.replace(operator, init="random")
+                if bare not in longest or longest[bare].tokens < last.tokens:
+                    longest[bare] = last
+        for operator, last in longest.items():
+            spec = ScratchSpec(
+                tokens=tokens.key,
+                teacher=teacher.key if isinstance(teacher, ImportSpec) else None,
+                architecture=resolved.architecture,
+                operator=operator,
+                layers=last.swapped,
+                token_budget=last.tokens,
+                batch_size=study.recipe.batch_size,
+                sequence_length=study.data.sequence_length,
+                text_windows=text_windows(study),
+                optimizer=optimizer.model_copy(update={"rest_scale": 1.0}),
+                numerics=whole(study.numerics),
+                processor=roots.device,
+                checkpoint_activations=study.recipe.checkpoint_activations,
+                seed=study.seed,
+            )
+            name = f"scratch {operator_name(operator)}"
+            if name in names:
+                name += f" {spec.key[:6]}"
+            names.add(name)
+            yield name, Step(spec, evaluation_of(study, roots, spec.key), last.swapped, last.tokens)
+    if study.controls.skip:
+        for skipped in [*((layer,) for layer in resolved.sites), resolved.sites]:
+            name = f"skip {skipped[0]}" if len(skipped) == 1 else "skip all"
+            skip = DistilSpec(
+                tokens=tokens.key, teacher=teacher.key, parent=teacher.key, layers=skipped, new_layers=skipped,
+                operator=SkipConfig(), phases=(), batch_size=1, sequence_length=study.data.sequence_length,
+                first_sequence=0, freeze=(), optimizer=optimizer, numerics=alone(study.numerics),
+                processor=roots.device, seed=0,
+            )  # fmt: skip
+            probes = probes_of(study, roots, skip.key) if skipped == resolved.sites else None
+            yield name, Step(skip, evaluation_of(study, roots, skip.key), skipped, 0, probes=probes)
