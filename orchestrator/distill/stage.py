@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orchestrator.distill.choosing.blend import blend
+from orchestrator.distill.choosing.choice import choose
+from orchestrator.distill.choosing.score import score
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.data import STUDENT_ORDER, batch, load_tokens, prepare_tokens
 from orchestrator.distill.measuring.evaluate import evaluate
@@ -169,5 +172,8 @@ STAGES: dict[str, Callable[[Any, Workplace], Result]] = {
     "evaluate": evaluate,
     "probes": probe,
     "throughput": measure_throughput,
+    "score": score,
+    "blend": blend,
+    "choice": choose,
     "tasks": measure_task,
 }
