@@ -28,6 +28,7 @@ from orchestrator.study.sources import Location
 from orchestrator.study.spec import SourceIdentity, TokensSpec
 
 END_OF_TEXT = "<|endoftext|>"
+STUDENT_ORDER = 1  # added to the seed: students and their control read the text in another order than the teacher did
 ENCODE_BATCH = 64
 CHARACTERS_PER_TOKEN = 8  # that a tokenizer is trained on: English has 3 to 5 at 2,048 to 65,536 entries, code fewer
 LONGEST = 1000  # characters of a word that the tokenizer is trained on: training is quadratic in the longest
@@ -109,10 +110,41 @@ def spread_windows(tokens: np.ndarray[Any, Any], length: int, budget: int) -> to
 
     Neighbouring windows come from one document and say the same twice; far ones cover more of the text.
     """
-    windows = len(tokens) // length
-    count = min(windows, max(1, budget // length))
-    chosen = np.linspace(0, windows - 1, count).round().astype(np.int64)
-    rows = [np.asarray(tokens[start : start + length], dtype=np.int64) for start in chosen * length]
+    return _rows(tokens, length, _spread(len(tokens) // length, budget // length))
+
+
+def choice_windows(tokens: np.ndarray[Any, Any], length: int, reported: int, budget: int) -> torch.Tensor:
+    """Whole windows of `budget` tokens in all, (B, L) int64, spread evenly over those that `spread_windows` does not
+    give for a budget of `reported`: what is chosen by them is reported on other text.
+
+    Raises `DataError` where the budget is less than two windows, which is too few to tell how sure a mean over windows
+    is, or where fewer are left than it asks for.
+    """
+    windows, count = len(tokens) // length, budget // length
+    if count < 2:
+        raise DataError(
+            f"schedule.choice.texts of {budget} tokens is {count} windows of {length}, and a choice needs at least 2: "
+            f"raise it to {2 * length}"
+        )
+    read = _spread(windows, reported // length)
+    left = np.setdiff1d(np.arange(windows), read)
+    if len(left) < count:
+        raise DataError(
+            f"schedule.choice.texts of {budget} tokens is {count} windows of {length}, but of the {windows} windows "
+            f"of held-out text evaluations read {len(read)} and {len(left)} are left: lower it to "
+            f"{len(left) * length}, lower evaluation.tokens, or hold out more text"
+        )
+    return _rows(tokens, length, left[_spread(len(left), count)])
+
+
+def _spread(windows: int, count: int) -> np.ndarray[Any, Any]:
+    """At most `count` of the windows, at least one, as far from each other as they can be."""
+    return np.linspace(0, windows - 1, min(windows, max(1, count))).round().astype(np.int64)
+
+
+def _rows(tokens: np.ndarray[Any, Any], length: int, windows: np.ndarray[Any, Any]) -> torch.Tensor:
+    """Windows by their numbers, (B, L) int64."""
+    rows = [np.asarray(tokens[start : start + length], dtype=np.int64) for start in windows * length]
     return torch.from_numpy(np.stack(rows))
 
 

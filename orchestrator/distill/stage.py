@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from operators.transfer.attention import AttentionStatistics
+from orchestrator.distill.choosing.blend import blend
+from orchestrator.distill.choosing.choice import choose
+from orchestrator.distill.choosing.score import score
 from orchestrator.distill.context import Workplace
-from orchestrator.distill.data import batch, load_tokens, prepare_tokens
+from orchestrator.distill.data import STUDENT_ORDER, batch, load_tokens, prepare_tokens
 from orchestrator.distill.measuring.evaluate import evaluate
 from orchestrator.distill.measuring.probes import probe
-from orchestrator.distill.measuring.statistics import SEQUENCES, attention_statistics
 from orchestrator.distill.measuring.tasks import measure_task
 from orchestrator.distill.measuring.throughput import measure_throughput
 from orchestrator.distill.models.shards import whole
@@ -34,9 +35,10 @@ from orchestrator.distill.models.student import (
     sharing,
 )
 from orchestrator.distill.models.swap import swap
+from orchestrator.distill.start import swap_layers
 from orchestrator.distill.training.frozen import frozen_teacher
 from orchestrator.distill.training.head import check_output_head
-from orchestrator.distill.training.loop import Parts, Training, autocast, held, prepare, train
+from orchestrator.distill.training.loop import Parts, Training, autocast, prepare, train
 from orchestrator.distill.training.losses import batch_losses, next_token_loss, train_operators_only
 from orchestrator.distill.training.memory import give_back_freed_memory
 from orchestrator.distill.training.optimizers import choose_trained, make_optimizers, trainable_counts
@@ -46,7 +48,6 @@ from orchestrator.distill.training.sharding import Loss, shard
 from orchestrator.study.spec import DistilSpec, ScratchSpec, TeacherSpec
 
 Result = dict[str, Any]
-STUDENT_ORDER = 1  # added to the seed: students and their control read the text in another order than the teacher did
 
 
 def run_stage(spec: Any, place: Workplace) -> Result:
@@ -99,9 +100,7 @@ def distil(spec: DistilSpec, place: Workplace) -> Result:
     prepare(spec.numerics, spec.seed)
     teacher = frozen_teacher(spec, place)
     student = load_student(place.inputs["parent"], sharing(teacher))
-    generator = torch.Generator().manual_seed(spec.seed)
-    statistics = _statistics(spec, student, place)
-    swap(student, spec.new_layers, spec.operator, generator, statistics=statistics, dtype=torch.float32)
+    swap_layers(student, spec.new_layers, spec, place)
     train_operators_only(student)
     result: Result = {"seconds": 0.0, "tokens": 0, "tokens_per_s": None}
     if spec.phases:
@@ -126,20 +125,6 @@ def _sharded(spec: Any, place: Workplace, model: Any, teacher: Any = None) -> Ca
     if teacher is not None:
         own_what_trains(model, teacher)
     return lambda loss: loss
-
-
-def _statistics(spec: DistilSpec, student: Any, place: Workplace) -> dict[int, AttentionStatistics]:
-    """By layer, what the attention that is about to be replaced does on the first text of the path, if it matters.
-
-    Computed on the stage's device, told on the CPU, where operators are set.
-    """
-    if not getattr(spec.operator, "needs_statistics", False):
-        return {}
-    tokens = load_tokens(place.inputs["tokens"], "train")
-    ids_BL = batch(tokens, spec.sequence_length, spec.seed + STUDENT_ORDER, 0, SEQUENCES, spec.text_windows)
-    with held(spec.numerics, place.context.device):
-        near = getattr(spec.operator, "window", None) is not None
-        return attention_statistics(student, spec.new_layers, ids_BL.to(place.context.device), near=near)
 
 
 def _language_modelling(
@@ -187,5 +172,8 @@ STAGES: dict[str, Callable[[Any, Workplace], Result]] = {
     "evaluate": evaluate,
     "probes": probe,
     "throughput": measure_throughput,
+    "score": score,
+    "blend": blend,
+    "choice": choose,
     "tasks": measure_task,
 }

@@ -252,6 +252,8 @@ class ScoreSpec(Spec):
     layers: tuple[int, ...]  # swapped beside those of the subject
     operator: Operator  # of these layers
     sequence_length: int
+    text_windows: TextWindows = None  # as of the stage that is to train the layers: operators may start from text
+    batch_size: int = 16  # windows that are read at a time
     text: int  # tokens of held-out text
     reported: int  # tokens of held-out text that evaluations read: none of them are read here
     numerics: Numerics
@@ -277,6 +279,7 @@ class BlendSpec(Spec):
     batch_size: int
     sequence_length: int
     first_sequence: int
+    text_windows: TextWindows = None
     numerics: Numerics
     processor: Processor = "cpu"
     seed: int

@@ -15,8 +15,7 @@ import torch
 from operators.config import HyenaConfig
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.hits import trigram_hits
-from orchestrator.distill.measuring import evaluate as module
-from orchestrator.distill.measuring import generation
+from orchestrator.distill.measuring import generation, likelihood
 from orchestrator.distill.measuring.evaluate import evaluate
 from orchestrator.distill.measuring.generation import WAYS, compare, continued
 from orchestrator.distill.models.student import load_teacher, parameter_count, save_student
@@ -241,7 +240,7 @@ def test_with_the_teachers_own_evaluation_at_hand_the_teacher_does_not_run_again
     own = place("own", inputs)
     evaluate(spec, own)
     ran: list[int] = []
-    for room, name in ((module, "final_hidden"), (generation, "continued")):
+    for room, name in ((likelihood, "final_hidden"), (generation, "continued")):
         usual = getattr(room, name)
         monkeypatch.setattr(room, name, lambda m, *a, usual=usual: (ran.append(len(swapped(m))), usual(m, *a))[1])
     found = evaluate(spec, place("other", {**inputs, "subject": tmp_path / "student", "reference": own.out}))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from operators.config import HyenaConfig, ImplicitFilterConfig
-from orchestrator.distill import stage
+from orchestrator.distill import start
 from orchestrator.distill.data import batch
 from orchestrator.distill.models.student import WEIGHTS
 from orchestrator.distill.stage import run_stage
@@ -127,13 +127,13 @@ def test_statistics_are_of_the_same_few_windows(
     place: Any, tiny_teacher: Path, tmp_path: Path, text: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[torch.Tensor] = []
-    real = stage.attention_statistics
+    real = start.attention_statistics
 
     def looked(model: Any, layers: Any, ids_BL: torch.Tensor, **more: Any) -> Any:
         seen.append(ids_BL)
         return real(model, layers, ids_BL, **more)
 
-    monkeypatch.setattr(stage, "attention_statistics", looked)
+    monkeypatch.setattr(start, "attention_statistics", looked)
     operator = HyenaConfig(heads=HEADS, filter=ImplicitFilterConfig(positive=True, width=16, features=9))
     inputs = {"tokens": tmp_path / "tokens", "teacher": tiny_teacher, "parent": tiny_teacher}
     run_stage(spec_of(ADAMW).changed(operator=operator, phases=()), place(inputs=inputs))

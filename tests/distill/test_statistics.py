@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from operators.config import HyenaConfig, ImplicitFilterConfig
-from orchestrator.distill import stage
+from orchestrator.distill import stage, start
 from orchestrator.distill.measuring import statistics
 from orchestrator.distill.measuring.statistics import attention_statistics
 from orchestrator.distill.models.sites import attention_of
@@ -108,7 +108,7 @@ def test_a_stage_takes_them_on_its_device_where_the_student_stays_and_tells_them
         raise KeyboardInterrupt
 
     for name, fake in {"attention_statistics": found, "swap": swapping}.items():
-        monkeypatch.setattr(stage, name, fake)
+        monkeypatch.setattr(start, name, fake)
     monkeypatch.setattr(frozen, "check_output_head", lambda _: None)
     write_tokens(tmp_path, train=range(1, 289))
     power = HyenaConfig(

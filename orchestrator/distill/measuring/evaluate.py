@@ -16,7 +16,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,15 +24,13 @@ from orchestrator.distill.context import Workplace
 from orchestrator.distill.data import load_tokens, spread_windows
 from orchestrator.distill.hits import trigram_hits
 from orchestrator.distill.measuring.generation import compare, perplexity, speak
+from orchestrator.distill.measuring.likelihood import hidden_states, token_table
 from orchestrator.distill.models.student import load_student, parameter_count, sharing
 from orchestrator.distill.training.frozen import frozen_teacher
-from orchestrator.distill.training.head import final_hidden, wide_heads
-from orchestrator.distill.training.loop import DIVERGED, autocast, prepare
-from orchestrator.distill.training.losses import chunk_size
+from orchestrator.distill.training.loop import DIVERGED, prepare
 from orchestrator.study.spec import EvaluateSpec
 
 TEACHER = "teacher.safetensors"
-COLUMNS = ("nll", "teacher_nll", "right", "teacher_right", "same", "kl")  # a number for every predicted position
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,36 +82,19 @@ def _teacher_side(teacher: Any, windows_BL: Tensor, spec: EvaluateSpec, place: W
     if "reference" in place.inputs:
         kept = load_file(place.inputs["reference"] / TEACHER)
         return TeacherSide(kept.pop("hidden"), kept)
-    device, hidden = place.context.device, []
-    for ids_BL in windows_BL.split(spec.evaluation.batch_size):
-        with autocast(spec.numerics, device):
-            hidden.append(final_hidden(teacher, ids_BL.to(device)).cpu())
-    side = TeacherSide(torch.cat(hidden), speak(teacher, teacher, windows_BL, spec, device))
+    device = place.context.device
+    hidden_BLD = hidden_states(teacher, windows_BL, spec.evaluation.batch_size, spec.numerics, device)
+    side = TeacherSide(hidden_BLD, speak(teacher, teacher, windows_BL, spec, device))
     save_file({"hidden": side.hidden_BLD, **side.said}, place.out / TEACHER)
     return side
 
 
-@torch.no_grad()
 def _likelihood(
     teacher: Any, subject: Any, side: TeacherSide, windows_BL: Tensor, spec: EvaluateSpec, device: str
 ) -> dict[str, float]:
     hits_N = trigram_hits(windows_BL).flatten()
-    # Made before the logits: small results kept between them would split the memory that the next ones need.
-    table = {name: torch.empty(len(hits_N), dtype=torch.float64, device=device) for name in COLUMNS}
-    heads = wide_heads(subject, teacher)
-    size, done = chunk_size(heads[0], torch.device(device)), 0
-    batches = (rows.split(spec.evaluation.batch_size) for rows in (windows_BL, side.hidden_BLD))
-    for ids_BL, wanted_BLD in zip(*batches, strict=True):
-        ids_BL = ids_BL.to(device)
-        with autocast(spec.numerics, device):
-            own_BLD = final_hidden(subject, ids_BL)
-        for ids_L, own_LD, wanted_LD in zip(ids_BL, own_BLD, wanted_BLD.to(device), strict=True):
-            rows = (own_LD[:-1].float(), wanted_LD[:-1].float(), ids_L[1:])
-            for own_PD, wanted_PD, target_P in zip(*(row.split(size) for row in rows), strict=True):
-                columns = {name: column[done : done + len(target_P)] for name, column in table.items()}
-                _compare(columns, heads[0](own_PD), heads[1](wanted_PD), target_P)
-                done += len(target_P)
-    table = {name: column.cpu() for name, column in table.items()}
+    batch = spec.evaluation.batch_size
+    table = token_table(teacher, subject, side.hidden_BLD, windows_BL, batch, spec.numerics, device)
     own, teachers = (perplexity(table[name]) for name in ("nll", "teacher_nll"))
     return {
         "perplexity": own,
@@ -129,19 +109,6 @@ def _likelihood(
         **_split("teacher_", table["teacher_nll"], hits_N),
         "tokens": float(len(hits_N)),
     }
-
-
-def _compare(columns: dict[str, Tensor], own_PV: Tensor, wanted_PV: Tensor, target_P: Tensor) -> None:
-    """Fill the columns (P,) of some positions."""
-    own_PV, wanted_PV = (F.log_softmax(logits.float(), dim=-1) for logits in (own_PV, wanted_PV))
-    own_top, wanted_top = own_PV.argmax(-1), wanted_PV.argmax(-1)
-    columns["nll"].copy_(-own_PV.gather(1, target_P[:, None])[:, 0])
-    columns["teacher_nll"].copy_(-wanted_PV.gather(1, target_P[:, None])[:, 0])
-    columns["right"].copy_(own_top == target_P)
-    columns["teacher_right"].copy_(wanted_top == target_P)
-    columns["same"].copy_(own_top == wanted_top)
-    apart_PV = torch.sub(wanted_PV, own_PV, out=own_PV)  # in the place of what is not needed any more
-    columns["kl"].copy_(wanted_PV.exp_().mul_(apart_PV).sum(-1))
 
 
 def _split(prefix: str, nll_N: Tensor, hits_N: Tensor) -> dict[str, float]:

@@ -7,12 +7,13 @@ does not change of its teacher is in memory once.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import TypeAdapter
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig
 
@@ -21,7 +22,7 @@ from orchestrator.distill.context import Workplace
 from orchestrator.distill.models.auto import AutoConfig, AutoModelForCausalLM
 from orchestrator.distill.models.origin import origin_in, write_origin
 from orchestrator.distill.models.shards import whole
-from orchestrator.distill.models.swap import swap, swapped
+from orchestrator.distill.models.swap import fitted_config, swap, swapped
 from orchestrator.distill.models.verify import check_reading
 from orchestrator.distill.models.whole import OUTPUTS, Given, load_tokenizer, load_whole
 from orchestrator.files import read_json, write_json
@@ -160,23 +161,49 @@ def load_student(folder: Path, teacher: Any) -> Any:
     for layer in sorted(saved["operators"].keys() - theirs.keys(), key=int):
         operator = _OPERATOR.validate_python(saved["operators"][layer])
         swap(teacher, [int(layer)], operator, torch.Generator(), initialise=False, dtype=torch.float32)
-    tensors = load_file(folder / WEIGHTS)
-    wanted = teacher.state_dict()
+    needed = teacher.state_dict().keys() - (_other_names(teacher) if saved["complete"] else before)
+    _fill(teacher, load_file(folder / WEIGHTS), needed, folder)
+    return teacher
+
+
+def load_operators(folder: Path, student: Any, layers: tuple[int, ...], operator: OperatorConfig) -> None:
+    """Swap layers of `student` (in place) for the trained operators that another student, saved in `folder`, has there.
+
+    Nothing else of that student is taken. Raises `ValueError` where one of the layers is no operator there, or one of
+    another configuration than `operator` has in this place.
+    """
+    saved = read_json(folder / STUDENT)["operators"] if (folder / STUDENT).exists() else {}
+    before = student.state_dict().keys()
+    for layer in layers:
+        if str(layer) not in saved:
+            there = ", ".join(sorted(saved, key=int)) or "none"
+            raise ValueError(f"layer {layer} is not prepared: the student that brings operators has those of {there}")
+        found, wanted = _OPERATOR.validate_python(saved[str(layer)]), fitted_config(student, layer, operator)
+        if found != wanted:
+            raise ValueError(f"layer {layer} was prepared as {found}, and not as {wanted}: prepare that operator")
+        swap(student, [layer], found, torch.Generator(), initialise=False, dtype=torch.float32)
+    needed = student.state_dict().keys() - before
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in sorted(needed & set(file.keys()))}
+    _fill(student, tensors, needed, folder)
+
+
+def _fill(model: Any, tensors: Mapping[str, torch.Tensor], needed: Set[str], folder: Path) -> None:
+    """Put saved tensors into a model; `ValueError` where they are not its own, or do not bring those that it needs."""
+    wanted = model.state_dict()
     unknown = sorted(set(tensors) - set(wanted))
-    needed = wanted.keys() - (_other_names(teacher) if saved["complete"] else before)
     missing = sorted(needed - set(tensors))
     shapes = sorted(name for name in set(tensors) & set(wanted) if tensors[name].shape != wanted[name].shape)
     if unknown or missing or shapes:
         told = f"unknown {unknown[:3]}, missing {missing[:3]}, of another shape {shapes[:3]}"
         raise ValueError(f"{folder / WEIGHTS} does not fit the model: {told}")
-    parameters = dict(teacher.named_parameters())
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in tensors.items():
             if name in parameters:
                 parameters[name].data = tensor.to(wanted[name].device, copy=True)
             else:
                 wanted[name].copy_(tensor)
-    return teacher
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -21,13 +21,14 @@ from operators.decoding.state import State
 from operators.near import fitting
 from operators.registry import build
 from operators.skip import Skip
-from operators.transfer.attention import AttentionStatistics
+from operators.transfer.attention import AttentionStatistics, AttentionWeights
 from orchestrator.distill.models.cache import OperatorCacheLayer, layer_for
 from orchestrator.distill.models.families import Family, on_processor, read, widths
 from orchestrator.distill.models.masks import by_document, packed_documents, pattern_of
 from orchestrator.distill.models.sites import (
     Call,
     Replacement,
+    Site,
     call_of,
     decoder_layers,
     longest_text,
@@ -152,23 +153,40 @@ def swap(
             raise ValueError(f"layer {layer} is swapped already")
         like = _precision_of(attention, layer)
         width, inner = widths(attention, site.family)
-        transfer = initialise and getattr(config, "init", "random") == "transfer"
         seen = (statistics or {}).get(layer)
-        asked = transfer or (initialise and isinstance(config, WindowConfig) and config.heads is None)
-        weights = None
-        # Random weights need no more of it than norms, and which heads share keys and values.
-        with contextlib.nullcontext() if asked else contextlib.suppress(ValueError):
-            if asked or (initialise and getattr(config, "window", None) is not None):
-                weights = on_processor(read(attention, site.family, seen))
+        weights = _read_for(site, config, seen) if initialise else None
         operator: Any = build(fitting(config, weights), width, longest_text(model.config), inner)
         if initialise:
             operator.to(torch.promote_types(like.dtype, torch.float32))
-            operator.initialise(weights if transfer else None, generator)
+            operator.initialise(weights if _transfers(config) else None, generator)
         operator.to(like.device, dtype or like.dtype)
         replacement = SwappedAttention(operator, layer, call_of(site), site.family, told)
         setattr(site.parent, site.name, replacement)
         placed.append(replacement)
     return placed
+
+
+def fitted_config(model: Any, layer: int, config: OperatorConfig) -> OperatorConfig:
+    """The configuration that an operator gets by `swap` in the place of a layer's attention: with what the one given
+    leaves to the attention. Changes nothing; raises as `swap` does."""
+    return fitting(config, _read_for(site_of(model, layer), config, None))
+
+
+def _read_for(site: Site, config: OperatorConfig, seen: AttentionStatistics | None) -> AttentionWeights | None:
+    """What an operator of this configuration needs to know of the attention; None where it needs nothing, or none of it
+    can be read and it starts without.
+
+    Random weights need no more of it than norms, and which heads share keys and values.
+    """
+    asked = _transfers(config) or (isinstance(config, WindowConfig) and config.heads is None)
+    with contextlib.nullcontext() if asked else contextlib.suppress(ValueError):
+        if asked or getattr(config, "window", None) is not None:
+            return on_processor(read(site.attention, site.family, seen))
+    return None
+
+
+def _transfers(config: OperatorConfig) -> bool:
+    return getattr(config, "init", "random") == "transfer"
 
 
 def _attentions_by_layer(trunk: Any, _: Any, output: Any, *, layers: tuple[int, ...]) -> None:
