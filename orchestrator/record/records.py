@@ -12,7 +12,7 @@ from orchestrator.record.probe_results import probe_result
 from orchestrator.record.speeds import speed_of
 from orchestrator.record.task_results import task_results
 from orchestrator.run.store import Store
-from orchestrator.study.names import operator_name
+from orchestrator.study.names import operator_name, schedule_name
 from orchestrator.study.plan import Plan, Trial
 from orchestrator.study.spec import ThroughputSpec
 from orchestrator.study.stages import Step
@@ -133,6 +133,8 @@ def trial_words(plan: Plan) -> dict[str, str]:
         alike.setdefault(operator_name(operator), []).append(leaves(dataclasses.asdict(operator)))
 
     def words(trial: Trial, key: str, value: Any) -> str:
+        if key in ("schedule", "schedule.choice"):
+            return f"schedule={schedule_name(trial.study.schedule).replace(' ', '_')}"
         if key != "operator":
             return f"{key.split('.')[-1]}={_short(value)}"
         name = operator_name(trial.study.operator)

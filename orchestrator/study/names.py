@@ -1,10 +1,12 @@
-"""Short names of operators, for people."""
+"""Short names of operators and schedules, for people."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from operators.config import HyenaConfig, WindowConfig
+from orchestrator.study.choosing import Choice, Joint, Local, Probe
+from orchestrator.study.schema import Schedule
 
 
 def operator_name(operator: Any) -> str:
@@ -18,3 +20,38 @@ def operator_name(operator: Any) -> str:
     features = "" if operator.feature_map == "identity" else f"-{operator.feature_map}"
     kind = "" if operator.filter.kind == "implicit" else f"-{operator.filter.kind}"
     return f"hyena-{shape}{features}{kind}" + ("" if operator.window is None else f"-w{operator.window}")
+
+
+def schedule_name(schedule: Schedule) -> str:
+    """What a schedule swaps when: `bottom_up`, `by kl, until 4 layers`, `3|1,2`, with its gate and kept layers."""
+    if schedule.choice is not None:
+        told = [_choice_name(schedule.choice)]
+    elif isinstance(schedule.layer_order, tuple):
+        told = ["|".join(",".join(map(str, stage)) for stage in schedule.layer_order)]
+    else:
+        told = [schedule.layer_order]
+    told += [f"{schedule.layers_per_stage} a stage"] if schedule.layers_per_stage > 1 else []
+    told += [f"kept {','.join(map(str, schedule.keep))}"] if schedule.keep else []
+    if schedule.gate is not None:
+        extended = f" after {schedule.gate.extend} more" if schedule.gate.extend else ""
+        told.append(f"gate {schedule.gate.ratio:g}{extended}, else {schedule.gate.otherwise.replace('_', ' ')}")
+    return ", ".join(told)
+
+
+def _choice_name(choice: Choice) -> str:
+    match choice.score:
+        case Probe(probe=tokens):
+            told = [f"by kl after {tokens} tokens"]
+        case Joint(joint=tokens):
+            told = [f"by joint scalars of {tokens} tokens"]
+        case score:
+            told = [f"by {score}"]
+    told += ["restored alone"] if choice.scored == "restored_alone" else []
+    told += [f"prepared by {choice.prepared.local} tokens"] if isinstance(choice.prepared, Local) else []
+    told += [choice.rerank.replace("_", " ")] if choice.rerank != "once" else []
+    told += [f"{choice.take} a stage"] if choice.take > 1 else []
+    if choice.until is not None:
+        ends = {"layers": "{:g} layers", "ratio": "ratio {:g}", "decode": "decode {:g}x"}
+        asked = [(text, getattr(choice.until, name)) for name, text in ends.items()]
+        told.append("until " + " or ".join(text.format(end) for text, end in asked if end is not None))
+    return ", ".join(told)

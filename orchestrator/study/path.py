@@ -167,7 +167,8 @@ class _Walk:
     def _good(self, layers: tuple[int, ...]) -> Outcome:
         if self.gate is None:
             return "kept"
-        for self.more in range(self.gate.extend, 0, -1):
+        for left in range(self.gate.extend, 0, -1):
+            self.more = left
             if self._ratio() <= self.gate.ratio:
                 self.more = 0
                 return "kept"

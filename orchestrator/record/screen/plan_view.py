@@ -17,7 +17,7 @@ from orchestrator.record.task_results import tasks_of
 from orchestrator.run.hardware import accelerators
 from orchestrator.run.limits import cores
 from orchestrator.run.store import Store, tree_bytes
-from orchestrator.study.names import operator_name
+from orchestrator.study.names import operator_name, schedule_name
 from orchestrator.study.plan import Plan, Trial, stage_memory
 from orchestrator.study.spec import ThroughputSpec, short
 
@@ -29,7 +29,7 @@ def plan_summary(plan: Plan, store: Store, speeds: dict[str, ThroughputSpec]) ->
     """Counts, costs and the tree, JSON values only. `sharing` compares with each trial computing all its own stages."""
     users = plan.users()
     own = {step.train.key: step.own_tokens for step in plan.steps}
-    asked = [key for path in plan.paths for key in path]  # of trials that are one path once
+    asked = [step.train.key for trials in plan.paths.values() for step in trials[0].steps]  # of one path once
     asked_tokens = sum(own[key] for key in asked)
     distinct_tokens = sum(own[key] for key in users)
     steps = distinct_steps(plan)
@@ -53,6 +53,8 @@ def plan_summary(plan: Plan, store: Store, speeds: dict[str, ThroughputSpec]) ->
             for key, memory in stage_memory(plan, speeds, plan.device).items()
         },
         "notes": plan.notes,
+        "later": {trial.name: later(trial) for trial in plan.trials if trial.open},
+        "most": plan.rest,  # stages that results decide, at most
         "controls": list(plan.controls),
         "values": {trial.name: trial.values for trial in plan.trials},
         "words": trial_words(plan),
@@ -77,9 +79,10 @@ def plan_text(plan: Plan, store: Store, speeds: dict[str, ThroughputSpec]) -> st
     lines += [
         f"controls: {', '.join(controls) or 'none'}",
         *(f"note: {note}" for note in summary["notes"]),
+        *(f"{name} {told}" for name, told in summary["later"].items()),
         "",
-        f"{_trials(summary)} ask for {summary['stages']} stages, {summary['distinct']} distinct: sharing "
-        f"factor {summary['sharing']:.2f} in stages, {summary['sharing_tokens']:.2f} in tokens",
+        f"{_trials(summary)} ask for {summary['stages']} stages{_chosen(summary)}, {summary['distinct']} distinct: "
+        f"sharing factor {summary['sharing']:.2f} in stages, {summary['sharing_tokens']:.2f} in tokens",
         f"in the store: {summary['done']} of them; with teacher and controls {summary['all_done']} of "
         f"{summary['all_stages']}",
         *_memory_lines(
@@ -227,6 +230,21 @@ def _span(ends: tuple[float, ...], say: Callable[[float], str]) -> str:
 def _units(device: str) -> int:
     """How many cores, or GPUs, of this machine work at once; a GPU where it has none, for one elsewhere."""
     return cores() if device == "cpu" else max(1, accelerators())
+
+
+def later(trial: Trial) -> str:
+    """How far a path is known that results decide, and what comes after that at most."""
+    path = trial.path
+    made = sum(decision.spec.key != path.waits for decision in path.decisions)
+    known = [f"{len(path.steps)} stages"] if path.steps else []
+    known += [f"{made} choices"] if made else []
+    told = f"{' and '.join(known)} known, " if known else ""
+    more = f"at most {path.rest} stages {'more, ' if known else ''}chosen at run time"
+    return f"{schedule_name(trial.study.schedule)}: {told}{more}"
+
+
+def _chosen(summary: dict[str, Any]) -> str:
+    return f" and at most {summary['most']} chosen at run time" if summary["most"] else ""
 
 
 def _trials(summary: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from orchestrator.record.records import leaves
 from orchestrator.record.screen.facts import place
 from orchestrator.study.explain import steps_of
 from orchestrator.study.loader import dump
-from orchestrator.study.names import operator_name
+from orchestrator.study.names import operator_name, schedule_name
 from orchestrator.study.plan import Plan, Trial
 from orchestrator.study.stages import Step
 
@@ -123,6 +123,9 @@ def _words(plan: Plan) -> dict[str, Words]:
             if key == "operator":
                 own = {f"{key}.{leaf}": said for leaf, said in leaves(value).items() if _differs(operators[name], leaf)}
                 words[key] = " ".join([name, *(f"{labels[leaf]} {_brief(said)}" for leaf, said in own.items())])
+                continue
+            if key in ("schedule", "schedule.choice"):
+                words[key] = schedule_name(trial.study.schedule)
                 continue
             own = leaves({key: value})
             telling = [leaf for leaf in own if len({told[leaf] for told in values.values()}) > 1]
