@@ -28,7 +28,7 @@ from orchestrator.run.mirror import Mirror
 from orchestrator.run.request import read_request
 from orchestrator.run.store import FAILURE, Store
 from orchestrator.run.turns import Turns
-from orchestrator.study.plan import Plan, Trial, stage_memory
+from orchestrator.study.plan import Plan, Trial
 from orchestrator.study.spec import Spec
 
 POLL_SECONDS = 0.5
@@ -107,13 +107,11 @@ class Broker:
 
     def _learn(self) -> None:
         """Take in the stages that are known now."""
-        device = self.context.device
         for key, spec in self.growing.specs.items():
             if key not in self.specs:
                 self.specs[key] = spec
                 self.places[key] = (int(trains(spec)), len(self.places))
-        found = stage_memory(self.growing.plan, self.growing.speeds, device)
-        self.memory |= {key: memory.bytes for key, memory in found.items()}
+        self.memory |= self.growing.planner.memory(self.growing.plan, self.context.device)
 
     def _begin(self) -> None:
         for key in from_the_start(self.growing.plan):

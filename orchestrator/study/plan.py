@@ -189,6 +189,10 @@ class Planner:
         """By the key of each trained stage of such a plan the measurement of its speed."""
         return throughput_specs(plan, self.hardware)
 
+    def memory(self, plan: Plan, device: str) -> dict[str, int]:
+        """By key, the bytes that a process takes at most of each stage of such a plan that holds a model."""
+        return {key: memory.bytes for key, memory in stage_memory(plan, self.speeds(plan), device).items()}
+
 
 def throughput_specs(plan: Plan, hardware: str) -> dict[str, ThroughputSpec]:
     """Train key of each step -> the speed measurement of its architecture; equal architectures share one."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+import dataclasses
+import json
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from operators.config import SkipConfig
@@ -12,8 +15,10 @@ from orchestrator.run.broker import Broker
 from orchestrator.run.cluster import Node
 from orchestrator.run.request import Request
 from orchestrator.run.store import Store
+from orchestrator.study.halving import Rung
 from orchestrator.study.recipe import Numerics, Optimizer
 from orchestrator.study.schema import Evaluation, Throughput
+from orchestrator.study.space import Halving
 from orchestrator.study.spec import (
     Architecture,
     DistilSpec,
@@ -26,6 +31,7 @@ from orchestrator.study.spec import (
 )
 
 HERE = "1f" * 28  # a node's id as Ray writes it
+NODES = (Node(HERE, 2, 0, ""), Node("there", 4, 1, ""))
 SOURCE = SourceIdentity(source="text", fingerprint="f")
 TOKENS = TokensSpec(
     train=SOURCE, validation=None, validation_share=0.1, sequence_length=8, vocabulary=300, teacher=None
@@ -61,15 +67,46 @@ SPEED = ThroughputSpec(
 SPECS: dict[str, Spec] = {spec.key: spec for spec in [TOKENS, *TEACHERS, *STUDENTS, *EVALUATIONS, *JUDGED]}
 
 
+@dataclasses.dataclass(frozen=True)
+class FakePlan:
+    """Stages without trials."""
+
+    specs: dict[str, Spec]
+    rungs: tuple[Rung, ...]
+    study: Any
+    trials: tuple[Any, ...] = ()
+    waits: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class FakePlanner:
+    """Plans that are always the same."""
+
+    rungs: tuple[Rung, ...] = ()
+    reduction_factor: int = 2
+    taken: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, results: Any) -> FakePlan:
+        stopping = Halving(reduction_factor=self.reduction_factor) if self.rungs else None
+        return FakePlan(SPECS, self.rungs, SimpleNamespace(search=SimpleNamespace(early_stopping=stopping)))
+
+    def speeds(self, plan: FakePlan) -> dict[str, ThroughputSpec]:
+        return {}
+
+    def memory(self, plan: FakePlan, device: str) -> dict[str, int]:
+        return self.taken
+
+
 class Fake(Broker):
     """A broker whose stages are computed by the test: `act(key)` may wait, fail, or publish."""
 
     def __init__(
         self, context: RunContext, act: Callable[[str], Coroutine[Any, Any, None]] | None = None, **asked: Any
     ) -> None:
-        request = Request({key: spec.model_dump_json() for key, spec in SPECS.items()}, **asked)
-        file = request.write(Path(f"{context.store}-request.json"))
-        super().__init__(file, context, (Node(HERE, 2, 0, ""), Node("there", 4, 1, "")))
+        free, taken = asked.pop("free", None), asked.pop("memory", {})
+        request = Request(FakePlanner(taken=taken, **asked), free)  # type: ignore[arg-type]
+        file = request.write(Path(f"{context.store}-request"))
+        super().__init__(file, context, NODES)
         self.act = act
         self.computed: list[str] = []
 
@@ -80,9 +117,11 @@ class Fake(Broker):
         publish(self.store, key)
 
 
-def publish(store: Store, key: str) -> None:
+def publish(store: Store, key: str, result: Mapping[str, Any] | None = None) -> None:
     folder = store.folder(key)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "artefacts").mkdir(exist_ok=True)
-    (folder / "spec.json").write_text(SPECS[key].model_dump_json())
-    (folder / "DONE.json").write_text(f'{{"key": "{key}", "result": {{"key": "{key}"}}, "files": {{}}}}')
+    if key in SPECS:
+        (folder / "spec.json").write_text(SPECS[key].model_dump_json())
+    done = {"key": key, "result": {"key": key} if result is None else dict(result), "files": {}}
+    (folder / "DONE.json").write_text(json.dumps(done))

@@ -186,7 +186,6 @@ def test_a_student_is_judged_before_the_next_one_trains(context: RunContext) -> 
         broker = Fake(context)
         broker.turns = Turns(1, 0)
         keys = [TEACHERS[0].key, STUDENTS[0].key, STUDENTS[1].key, *(spec.key for spec in JUDGED)]
-        await broker.begin(keys)
         await asyncio.gather(*(broker.want(key) for key in keys))
         return broker.computed
 
@@ -236,7 +235,6 @@ def test_a_stage_that_is_gone_is_computed_again_when_it_is_wanted_again(context:
         await broker.want(TOKENS.key)
         assert broker.computed == [TOKENS.key]
         (broker.store.folder(TOKENS.key) / "DONE.json").unlink()
-        await broker.begin([TOKENS.key])
         assert (await broker.want(TOKENS.key))["key"] == TOKENS.key
         assert broker.computed == [TOKENS.key] * 2
 

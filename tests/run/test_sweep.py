@@ -14,11 +14,13 @@ from ray import tune
 
 from orchestrator.distill.context import RunContext
 from orchestrator.run import sweep as module
+from orchestrator.run.broker import from_the_start
 from orchestrator.run.cluster import Cluster, Node
+from orchestrator.run.growing import Growing
 from orchestrator.run.preflight import free_for_stages
-from orchestrator.run.request import Request, read_request, request_of
+from orchestrator.run.request import Request, read_request
 from orchestrator.run.sweep import Outcome, missing, run_plan
-from orchestrator.study.plan import Plan, stage_memory
+from orchestrator.study.plan import Plan
 from tests.record.handmade import RATIOS, Hand
 
 NODES = (Node("a", 2, 0, "node:a"), Node("b", 3, 0, "node:b"))
@@ -40,13 +42,26 @@ class Broker:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
-        self.begun: list[str] = []
+        self.begun = 0
+        self.plan: Plan | None = None
         self.settled = 0
         self.want = SimpleNamespace(remote=lambda key: self.asked.append(key) or key)
-        self.begin = SimpleNamespace(remote=self.begun.extend)
+        self.begin = SimpleNamespace(remote=self._begin)
+        self.step = SimpleNamespace(remote=self._step)
         self.settle = SimpleNamespace(remote=self._settle)
         self.goes_on = SimpleNamespace(remote=lambda trial, evaluation: (trial, evaluation) not in self.stops)
         self.stops: list[tuple[str, str]] = []  # trial and evaluation after which it does not go on
+
+    def _begin(self) -> None:
+        self.begun += 1
+
+    def _step(self, trial: str, index: int) -> tuple[str, str, int, int] | None:
+        assert self.plan is not None
+        steps = next(each.steps for each in self.plan.trials if each.name == trial)
+        if index == len(steps):
+            return None
+        step = steps[index]
+        return step.train.key, step.evaluate.key, len(step.swapped), step.tokens
 
     def _settle(self) -> str:
         self.settled += 1
@@ -79,13 +94,13 @@ def test_what_is_missing_is_what_the_plan_wants_and_the_store_lacks(hand: Hand) 
 
 def test_without_early_stopping_all_of_every_path_is_begun(hand: Hand) -> None:
     names = ["two 0", "two 1", "two joint", "two mixed", "heads 0", "heads 1", "heads joint"]
-    assert module._from_the_start(hand.plan) == stages(hand, *names)
+    assert from_the_start(hand.plan) == stages(hand, *names)
 
 
 @pytest.mark.parametrize(("grace", "names"), [(1, ["two 0", "heads 0"]), (2, ["two 0", "two 1", "heads 0", "heads 1"])])
 def test_with_it_each_path_is_begun_up_to_its_first_judgement(tmp_path: Path, grace: int, names: list[str]) -> None:
     hand = Hand(tmp_path, f"search.early_stopping={{grace_layers: {grace}}}")
-    assert module._from_the_start(hand.plan) == stages(hand, *names)
+    assert from_the_start(hand.plan) == stages(hand, *names)
 
 
 def test_controls_are_wanted_with_their_evaluations(hand: Hand) -> None:
@@ -146,6 +161,7 @@ def tuner(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_trial_wants_its_stages_in_turn_and_reports_after_each(hand: Hand, tuner: None) -> None:
     broker, outcome = Broker(), Outcome()
+    broker.plan = hand.plan
     module._run_trials(hand.plan, broker, outcome, NODES)
     assert broker.asked == [key for names in PATHS.values() for key in stages(hand, *names)]
     assert Tuner.made.reports == {
@@ -165,8 +181,9 @@ def test_a_trial_whose_process_dies_before_its_first_report_is_told_by_its_name(
     hand: Hand, tuner: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Tuner, "die", {"trial-01": RuntimeError("The actor died: the node was low on memory")})
-    outcome = Outcome()
-    module._run_trials(hand.plan, Broker(), outcome, NODES)
+    outcome, broker = Outcome(), Broker()
+    broker.plan = hand.plan
+    module._run_trials(hand.plan, broker, outcome, NODES)
     assert outcome == Outcome({}, {"trial-01": "The actor died: the node was low on memory"})
 
 
@@ -180,8 +197,9 @@ def test_a_trial_of_which_tune_says_nothing_never_began(
 
 
 def test_a_trial_that_does_not_go_on_is_stopped_after_that_stage(hand: Hand, tuner: None) -> None:
-    """Nobody is asked after the last stage, where there is nothing left to stop."""
+    """After the last stage there is nothing left to stop."""
     broker, outcome = Broker(), Outcome()
+    broker.plan = hand.plan
     broker.stops = [("trial-00", stages(hand, "two 1")[1]), ("trial-02", stages(hand, "heads joint")[1])]
     module._run_trials(hand.plan, broker, outcome, NODES)
     assert outcome == Outcome({"trial-00": 2}, {})
@@ -257,7 +275,7 @@ class Machine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, trials: Any) -> None:
         self.broker = Broker()
-        self.request = Request({})
+        self.request: Request | None = None
         self.checked: list[str] = []
         self.got: list[Any] = []
 
@@ -283,36 +301,32 @@ def test_a_plan_is_run_controls_first_and_speeds_last(hand: Hand, monkeypatch: p
 
     def trials(plan: Plan, broker: Broker, outcome: Outcome, nodes: tuple[Node, ...]) -> None:
         asked.extend(broker.asked)
-        assert broker.begun == module._from_the_start(plan) and nodes == NODES
+        assert broker.begun == 1 and nodes == NODES
         hand.train("two 0")  # what is finished by now is measured
         outcome.stopped["trial-00"] = 1
 
     machine = Machine(monkeypatch, trials)
-    outcome = run_plan(hand.plan, RunContext(store=str(hand.home.store)), hand.speeds, Cluster(cpus=2, gpus=0))
+    growing = growing_of(hand)
+    outcome = run_plan(growing, RunContext(store=str(hand.home.store)), Cluster(cpus=2, gpus=0))
     assert outcome == Outcome({"trial-00": 1}, {})
-    every = {*hand.plan.specs, *(spec.key for spec in hand.speeds.values())}
-    asked_for = machine.request
-    assert list(asked_for.specs) == machine.checked  # in the plan's order, which decides who is next
-    assert set(machine.checked) == every
-    assert asked_for.specs[hand.key("two 0")] == hand.steps["two 0"].train.model_dump_json()
-    memory = stage_memory(hand.plan, hand.speeds, "cpu")
-    assert asked_for.memory == {key: told.bytes for key, told in memory.items()}
-    assert asked_for.rungs == () and 0 < (asked_for.free or 0) < 2**50
+    assert set(machine.checked) == {*hand.plan.specs, *(spec.key for spec in hand.speeds.values())}
+    assert machine.request is not None and machine.request.planner == growing.planner
+    assert 0 < (machine.request.free or 0) < 2**50
     controls = [hand.plan.tokens.key, *stages(hand, "teacher", "scratch", "skip 0", "skip 1", "skip all")]
     measured = hand.speeds[hand.key("two 0")].key
     assert sorted(asked) == sorted(controls)
-    assert machine.broker.asked == [*asked, measured]
+    assert machine.broker.asked == [*asked, *asked, measured]  # what has become known meanwhile is asked for too
     assert [key for keys in machine.got for key in keys] == [*controls, measured]
 
 
-def test_rungs_reach_the_broker_and_memory_of_other_machines_is_not_counted(tmp_path: Path) -> None:
-    hand = Hand(tmp_path, "search.early_stopping={reduction_factor: 3}")
+def growing_of(hand: Hand) -> Growing:
+    return hand.asked.growing(hand.store)
+
+
+def test_memory_of_other_machines_is_not_counted() -> None:
     context = RunContext(store="s")
     assert free_for_stages(context, Cluster("10.0.0.1:6379", cpus=1, gpus=0)) is None
     assert free_for_stages(RunContext(store="s", device="cuda"), Cluster(cpus=1, gpus=1)) is None
-    made = request_of(hand.plan, hand.speeds, hand.plan.specs, "cpu", None)
-    there = read_request(made.write(tmp_path / "request.json"))
-    assert there == made and there.rungs == hand.plan.rungs != () and there.reduction_factor == 3
 
 
 @pytest.mark.parametrize("asked_to_stop", [True, False])
@@ -327,7 +341,7 @@ def test_stages_that_train_are_waited_for_when_a_run_is_asked_to_stop(
     if asked_to_stop:
         (tmp_path / "stop").touch()
     with pytest.raises(KeyboardInterrupt):
-        run_plan(hand.plan, context, hand.speeds, Cluster(cpus=2, gpus=0))
+        run_plan(growing_of(hand), context, Cluster(cpus=2, gpus=0))
     assert machine.broker.settled == asked_to_stop
     assert machine.got == (["settled"] if asked_to_stop else [])
 
@@ -361,12 +375,12 @@ def test_probes_come_between_trials_and_speeds_of_models_that_are_evaluated(
     def trials(plan: Plan, broker: Broker, outcome: Outcome, nodes: tuple[Node, ...]) -> None:
         hand.finish("teacher", "two 0")
         hand.train("two 1")  # not evaluated, for the run was stopped
-        asked.extend([*broker.asked, *broker.begun])
+        asked.extend([*broker.asked, *from_the_start(plan)])
 
     machine = Machine(monkeypatch, trials)
-    run_plan(hand.plan, RunContext(store=str(hand.home.store)), hand.speeds, Cluster(cpus=2, gpus=0))
+    run_plan(growing_of(hand), RunContext(store=str(hand.home.store)), Cluster(cpus=2, gpus=0))
     every = probes(hand, *hand.steps)
-    assert not set(every) & set(asked) and set(every) <= machine.request.specs.keys()
+    assert not set(every) & set(asked) and set(every) <= set(machine.checked)
     measured = [key for keys in machine.got for key in keys][-5:]
     assert measured[:2] == probes(hand, "teacher", "two 0")
     assert sorted(measured[2:]) == sorted(hand.speeds[hand.key(name)].key for name in ("teacher", "two 0", "two 1"))
