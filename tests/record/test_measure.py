@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from typer.testing import CliRunner, Result
 from orchestrator.cli import app
 from orchestrator.record import driver
 from orchestrator.run import preflight, sweep
+from orchestrator.run.growing import Growing
 from orchestrator.run.sweep import Outcome
-from orchestrator.study.plan import Plan
 from orchestrator.study.spec import ThroughputSpec
 from tests.record.handmade import Hand, speed
 from tests.record.test_remembered import remembered
@@ -28,10 +29,11 @@ class Asked:
         self.rounds: list[dict[str, ThroughputSpec]] = []
         self.failures: dict[str, str] = {}
 
-    def run_plan(self, plan: Plan, context: Any, speeds: dict[str, ThroughputSpec], cluster: Any) -> Outcome:
-        assert (plan.trials, plan.controls) == ((), {})  # nothing is trained
-        self.rounds.append(speeds)
-        for spec in speeds.values():
+    def run_plan(self, growing: Growing, context: Any, cluster: Any) -> Outcome:
+        assert (growing.plan.trials, growing.plan.controls) == ((), {})  # nothing is trained
+        assert pickle.loads(pickle.dumps(growing.planner)) == growing.planner  # on its way to the broker
+        self.rounds.append(growing.speeds)
+        for spec in growing.speeds.values():
             self.hand.write(spec, {**speed(1.7, 2.0), **TURNS})
         return Outcome(failures=self.failures)
 

@@ -200,6 +200,8 @@ def test_the_summary_for_scripts(measured: Hand, two_cores: None) -> None:
             "trial-00": "losses=kl:1.0", "trial-01": "losses=kl:1.0,ce:0.5", "trial-02": "operator=hyena-2h",
         },
         "teacher": {"key": measured.key("teacher"), "tokens": 1_600, "state": "done"},
+        "later": {},
+        "most": 0,
     }  # fmt: skip
 
     def node(name: str, layers: list[int], tokens: int, state: str, trials: int, *children: Any) -> dict[str, Any]:

@@ -40,6 +40,9 @@ class Quiet:
 
     def start(self) -> None: ...
 
+    def replan(self, *given: Any) -> None:
+        self.given.append(given)
+
     def catch_up(self) -> None: ...
 
     def finish(self, *given: Any) -> None:
@@ -57,7 +60,7 @@ class Scene:
 
     def __init__(self, hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
         self.hand = hand
-        self.job = Job(hand.plan, hand.home, hand.speeds, COMMANDS, hand.asked)
+        self.job = Job(hand.asked.growing(hand.store), hand.home, COMMANDS, hand.asked)
         self.interrupt = Interrupt.__new__(Interrupt)
         self.interrupt.number = 0
         self.computed = 0
@@ -274,7 +277,7 @@ def test_trials_that_were_stopped_stay_so_for_the_same_plan(scene: Scene, tmp_pa
     assert [run["stopped"] for run in scene.runs] == [{"trial-02": 2}] * 2
     (tmp_path / "other").mkdir()
     other = Hand(tmp_path / "other", "search.early_stopping={grace_layers: 1}")
-    assert Job(other.plan, hand.home, other.speeds, COMMANDS, other.asked).variant.stopped() == {}
+    assert Job(other.asked.growing(other.store), hand.home, COMMANDS, other.asked).variant.stopped() == {}
 
 
 @pytest.mark.parametrize("name", ["write_text", "write_json", "holding"])
@@ -380,7 +383,7 @@ def test_a_look_that_fails_stops_neither_the_watch_nor_the_weighing(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with scene.job.variant.running(Provenance.of("run")) as run:
-        watch = driver._Watch(scene.job, scene.hand.store, 2, run)
+        watch = driver._Watch(scene.job, scene.hand.store, 2, run, Quiet())  # type: ignore[arg-type]
     weights = iter([3.0, 8.0, 5.0])
     monkeypatch.setattr(driver, "_tree_rss_mb", lambda: next(weights))
 
