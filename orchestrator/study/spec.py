@@ -254,7 +254,7 @@ class ScoreSpec(Spec):
     sequence_length: int
     text_windows: TextWindows = None  # as of the stage that is to train the layers: operators may start from text
     batch_size: int = 16  # windows that are read at a time
-    text: int  # tokens of held-out text
+    text: int  # tokens of held-out text, at least two windows of them
     reported: int  # tokens of held-out text that evaluations read: none of them are read here
     numerics: Numerics
     processor: Processor = "cpu"
@@ -299,7 +299,7 @@ class ChoiceSpec(Spec):
     subject: str  # the student whose layers are chosen
     reference: str | None = None  # the teacher's own score
     candidates: tuple[Candidate, ...] = ()
-    blend: Prepared = None  # in the place of candidates
+    blend: Prepared = None  # in the place of candidates: the highest gate first, whatever is measured
     measure: Literal["kl", "loss", "hits"] = "kl"
     ascending: bool = True  # the lowest score first: of swapped layers; of restored ones the highest
     seed: int

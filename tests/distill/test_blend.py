@@ -15,6 +15,7 @@ from orchestrator.distill.data import batch, load_tokens
 from orchestrator.distill.models.student import load_student, load_teacher, sharing
 from orchestrator.distill.stage import run_stage
 from orchestrator.distill.training.journal import read_journal
+from orchestrator.distill.training.loop import autocast
 from orchestrator.files import read_json
 from orchestrator.study.recipe import Numerics, Optimizer
 from orchestrator.study.spec import BlendSpec, DistilSpec
@@ -60,9 +61,10 @@ def distilled(place: Any, inputs: dict[str, Path], layers: tuple[int, ...], oper
     return made.out  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("operator", [BLEND.operator, SkipConfig()], ids=["hyena", "skip"])
 def test_shut_it_is_the_teacher_and_open_the_swapped_student(
-    place: Any, folder: Path, tmp_path: Path, ids: torch.Tensor, operator: Any
+    place: Any, folder: Path, tmp_path: Path, ids: torch.Tensor, operator: Any, dtype: Any
 ) -> None:
     inputs, spec, layers = inputs_of(folder, tmp_path), BLEND.changed(operator=operator), (0, 2)
     teacher = load_teacher(folder)
@@ -70,7 +72,7 @@ def test_shut_it_is_the_teacher_and_open_the_swapped_student(
     blends = blend_layers(made, spec.changed(layers=layers), place("blend", inputs))
     student = load_student(distilled(place, inputs, layers, operator), sharing(teacher)).eval()
     wanted = {0.0: teacher, 1.0: student}
-    with torch.no_grad():
+    with torch.no_grad(), autocast(Numerics(dtype=dtype), "cpu"):
         logits = {gate: model(ids, use_cache=False).logits for gate, model in wanted.items()}
         for gate, theirs in logits.items():
             for each in blends.values():
@@ -151,19 +153,30 @@ def test_the_first_step_goes_down_the_gradient_of_the_divergence_on_the_text_of_
     place: Any, inputs: dict[str, Path], teacher: Any
 ) -> None:
     """Adam's first step is the rate times the signs of the gradient, which is taken here from all logits."""
-    found = run_stage(BLEND.changed(steps=1), place("blend", inputs))["gates"]
+    at = place("blend", inputs)
+    found = run_stage(BLEND.changed(steps=1), at)
     made = sharing(teacher)
     blends = blend_layers(made, BLEND, place("other", inputs))
-    ids_BL = batch(load_tokens(inputs["tokens"], "train"), LENGTH, SEED + 1, 4, 2)
-    set_gates(blends)
-    with torch.no_grad():
-        wanted = teacher(ids_BL).logits[:, :-1].log_softmax(-1)
-    own = made(ids_BL, use_cache=False).logits[:, :-1].log_softmax(-1)
     numbers = [each.number for each in blends.values()]
-    (wanted.exp() * (wanted - own)).sum(-1).mean().backward()
+
+    def divergence(first: int) -> torch.Tensor:
+        ids_BL = batch(load_tokens(inputs["tokens"], "train"), LENGTH, SEED + 1, first, 2)
+        set_gates(blends)
+        with torch.no_grad():
+            wanted = teacher(ids_BL).logits[:, :-1].log_softmax(-1)
+        own = made(ids_BL, use_cache=False).logits[:, :-1].log_softmax(-1)
+        return (wanted.exp() * (wanted - own)).sum(-1).mean()
+
+    before = divergence(4)
+    before.backward()
+    assert read_journal(at.journal)[0]["metrics"]["loss/kl"] == pytest.approx(before.item(), rel=1e-4)
     moved = torch.stack([-0.05 * number.grad.sign() for number in numbers])  # type: ignore[union-attr]
-    assert list(found.values()) == pytest.approx(gates(moved).tolist(), abs=1e-5)
+    assert list(found["gates"].values()) == pytest.approx(gates(moved).tolist(), abs=1e-5)
     assert len(set(moved.tolist())) == 2, "some open and some shut"
+    with torch.no_grad():
+        for number, value in zip(numbers, moved, strict=True):
+            number.copy_(value)
+        assert found["kl"] == pytest.approx(divergence(4 + 2).item(), rel=1e-4)
 
 
 def test_killed_and_resumed_is_uninterrupted_to_the_bit(

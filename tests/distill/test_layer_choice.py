@@ -146,6 +146,16 @@ def test_tau_tells_how_sure_the_order_is(place: Any, inputs: dict[str, Path]) ->
     assert run_stage(spec_of([7, 0], ascending=False), place("first", sure))["tau"]["mean"] == 1.0
 
 
+def test_the_interval_has_19_of_20_draws(place: Any, tmp_path: Path) -> None:
+    sums = np.random.default_rng(5).normal(size=(9, 12)) + 0.15 * np.arange(9)[:, None]
+    inputs = {f"layer {n}": written(tmp_path / f"{n}", hits=[1.0] * 12, kl=list(row)) for n, row in enumerate(sums)}
+    found = run_stage(spec_of(range(9)), place(inputs=inputs))
+    taus = np.sort(kendall(drawn_means(sums[found["order"]], np.full(12, TOKENS), 3)))
+    assert found["tau"]["mean"] == pytest.approx(taus.mean())
+    assert taus[24] <= found["tau"]["low"] <= taus[25] < found["tau"]["mean"] < taus[974]
+    assert taus[974] <= found["tau"]["high"] <= taus[975] < 1.0
+
+
 def test_draws_are_seeded(place: Any, inputs: dict[str, Path]) -> None:
     first, again, other = (
         run_stage(spec_of(KL, seed=seed), place(f"{n}", inputs))["tau"] for n, seed in enumerate((3, 3, 4))

@@ -85,14 +85,29 @@ def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     assert found["tokens"] == wanted["tokens"] == CHOSEN * (LENGTH - 1)
 
 
-@pytest.mark.parametrize("operator", [HYENA, TEXT_MATTERS, WindowConfig(window=4), SkipConfig()], ids=str)
+@pytest.mark.parametrize(
+    "operator", [HYENA, TEXT_MATTERS, WindowConfig(window=4), SkipConfig()], ids=["hyena", "text", "window", "skip"]
+)
 def test_a_score_is_of_the_student_that_distil_begins_with(
     place: Any, inputs: dict[str, Path], tmp_path: Path, operator: Any
 ) -> None:
-    found = scored(place, inputs, operator=operator, text_windows=17)
-    student = distilled(place, inputs, operator=operator, text_windows=17)
+    found = scored(place, inputs, operator=operator, text_windows=7)
+    student = distilled(place, inputs, operator=operator, text_windows=7)
     assert_same(found, evaluated(place, inputs, student, tmp_path))
     assert found["kl"] > 0
+
+
+def test_the_seed_and_the_first_text_of_the_path_matter_where_operators_start_from_them(
+    place: Any, inputs: dict[str, Path]
+) -> None:
+    found = [
+        scored(place, inputs, f"{n}", seed=seed, text_windows=limit, operator=operator)["kl"]
+        for n, (seed, limit, operator) in enumerate(
+            [(3, None, TEXT_MATTERS), (3, 7, TEXT_MATTERS), (3, None, HYENA), (4, None, HYENA)]
+        )
+    ]
+    assert not HYENA.needs_statistics
+    assert len(set(found)) == 4
 
 
 def test_layers_are_swapped_beside_those_of_the_subject(place: Any, inputs: dict[str, Path], tmp_path: Path) -> None:
@@ -131,6 +146,7 @@ def test_with_the_teachers_own_score_at_hand_the_teacher_does_not_run_again(
     made = place("other", {**inputs, "reference": own.out})
     assert run_stage(SCORE, made) == wanted
     assert len(ran) == math.ceil(CHOSEN / 2)
+    assert not any(each.training for model in ran for each in model.modules())
     assert not (made.out / module.TEACHER).exists()
 
 
