@@ -16,6 +16,7 @@ from torch import Tensor
 
 from orchestrator.distill.choosing.blend import blend
 from orchestrator.distill.choosing.choice import choose
+from orchestrator.distill.choosing.draw import draw
 from orchestrator.distill.choosing.score import score
 from orchestrator.distill.context import Workplace
 from orchestrator.distill.data import STUDENT_ORDER, batch, load_tokens, prepare_tokens
@@ -175,5 +176,6 @@ STAGES: dict[str, Callable[[Any, Workplace], Result]] = {
     "score": score,
     "blend": blend,
     "choice": choose,
+    "draw": draw,
     "tasks": measure_task,
 }

@@ -36,6 +36,7 @@ from orchestrator.study.path import nothing_known
 from orchestrator.study.plan import Plan, Planner
 from orchestrator.study.sources import Resolved
 from orchestrator.study.spec import Device
+from orchestrator.study.trial import DECIDES
 
 NEWEST, ASKED, ALIVE, RUNS = "newest", "asked.json", "alive", "runs"
 SHOWN = ("question", "report", "record")  # keys of a study that tell how it is shown: they make no other variant
@@ -208,15 +209,18 @@ def identity(plan: Plan) -> str:
     def keys(steps: Any) -> list[list[str]]:
         return [[step.train.key, step.evaluate.key, *(spec.key for spec in step.probed)] for step in steps]
 
-    ruled = any(trial.ruled for trial in plan.trials)  # controls of some operators come when their paths are known
+    drawn = [spec.key for spec in plan.drawing.rounds[:1]]  # all that comes later hangs on the first round
+    ruled = bool(drawn) or any(trial.ruled for trial in plan.trials)  # then some controls come later
     controls = {name: keys([step]) for name, step in plan.controls.items()}
     asked = {
         "teacher": keys([plan.teacher]),
-        "trials": [[trial.rule] if trial.ruled else keys(trial.steps) for trial in plan.trials],
+        "trials": [[trial.rule] if trial.ruled else keys(trial.steps) for trial in plan.trials if not drawn],
         "controls": plan.study.controls.model_dump(mode="json") if ruled else controls,
         "search": plan.study.search.model_dump(mode="json", exclude={"space"}),
         "throughput": plan.study.throughput.model_dump(mode="json"),
     }
+    if drawn:
+        asked["drawn"] = [*drawn, plan.study.model_dump(mode="json", include=DECIDES)]
     return hashlib.sha256(canonical_json(asked).encode()).hexdigest()[:DIGITS]
 
 

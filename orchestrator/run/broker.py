@@ -28,7 +28,7 @@ from orchestrator.run.mirror import Mirror
 from orchestrator.run.request import read_request
 from orchestrator.run.store import FAILURE, Store
 from orchestrator.run.turns import Turns
-from orchestrator.study.plan import Plan, Trial
+from orchestrator.study.plan import Plan
 from orchestrator.study.spec import Spec
 
 POLL_SECONDS = 0.5
@@ -59,7 +59,7 @@ class Broker:
         stopping = self.growing.plan.study.search.early_stopping
         factor = 2 if stopping is None else stopping.reduction_factor
         self.judge = Judge(self.growing.plan.rungs, factor, self.want)
-        self.following: set[asyncio.Task[None]] = set()
+        self.followed: dict[str, asyncio.Future[None]] = {}  # by what lets the plan grow
         self.mirror = Mirror(context.mirror) if context.mirror else None
         self.futures: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self.disturbed: Counter[str] = Counter()  # key -> how often it was
@@ -71,34 +71,32 @@ class Broker:
         """Have what is needed however trials go computed as cores come free, whether or not somebody waits for it yet,
         and what becomes known later as well."""
         self._begin()
-        for trial in self.growing.plan.trials:
-            if trial.open:
-                task = asyncio.ensure_future(self._follow(trial.name))
-                self.following.add(task)
-                task.add_done_callback(self.following.discard)
 
     async def step(self, trial: str, index: int) -> tuple[str, str, int, int] | None:
-        """The stage of a trial at this place of its path, once results decide it; None where the path has ended.
+        """The stage of a trial at this place of its path, once results decide it; None where the path has ended, or
+        the search has no such trial.
 
         Returns the keys of the trained stage and its evaluation, how many layers are swapped, and tokens so far.
         Raises `StageFailed` where what decides it cannot be computed.
         """
         while True:
-            path = self._trial(trial).path
-            if index < len(path.steps):
-                found = path.steps[index]
-                return found.train.key, found.evaluate.key, len(found.swapped), found.tokens
-            if path.waits is None:
+            plan = self.growing.plan
+            found = next((each for each in plan.trials if each.name == trial), None)
+            if found is not None and index < len(found.steps):
+                step = found.steps[index]
+                return step.train.key, step.evaluate.key, len(step.swapped), step.tokens
+            waits = plan.drawing.waits if found is None else (found.path.waits,)
+            wanted = [key for key in waits if key is not None]
+            if not wanted:
                 return None
-            await self.want(path.waits)
+            await asyncio.gather(*map(self.want, wanted))
             self._grow()
 
-    async def _follow(self, trial: str) -> None:
-        """Keep a path growing; why it cannot is told to whoever asks for its steps."""
+    async def _follow(self, key: str) -> None:
+        """Let the plan grow when this is there; why it cannot is told to whoever asks for steps."""
         with contextlib.suppress(StageFailed):
-            while (key := self._trial(trial).path.waits) is not None:
-                await self.want(key)
-                self._grow()
+            await self.want(key)
+            self._grow()
 
     def _grow(self) -> None:
         if self.growing.grow():
@@ -114,11 +112,12 @@ class Broker:
         self.memory |= self.growing.planner.memory(self.growing.plan, self.context.device)
 
     def _begin(self) -> None:
-        for key in from_the_start(self.growing.plan):
+        plan = self.growing.plan
+        for key in from_the_start(plan):
             self._future(key)
-
-    def _trial(self, name: str) -> Trial:
-        return next(trial for trial in self.growing.plan.trials if trial.name == name)
+        for key in plan.waits:
+            if key not in self.followed:
+                self.followed[key] = asyncio.ensure_future(self._follow(key))
 
     async def want(self, key: str) -> dict[str, Any]:
         """The result of a stage, computed now, being computed, or found in the store. Raises `StageFailed`.
@@ -246,8 +245,7 @@ def from_the_start(plan: Plan) -> list[str]:
             wanted += [step.train.key, step.evaluate.key]
             if (trial.name, step.evaluate.key) in judged:
                 break
-        wanted += [trial.path.waits] if trial.path.waits is not None else []
-    return list(dict.fromkeys(wanted))
+    return list(dict.fromkeys([*wanted, *plan.waits]))
 
 
 def trains(spec: Any) -> bool:

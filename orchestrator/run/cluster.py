@@ -41,7 +41,7 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 OBJECT_STORE_BYTES = 100 * 1024 * 1024
-READS_FILES = ("tokens", "import", "choice")  # kinds that compute with no model, on the driver's machine
+READS_FILES = ("tokens", "import", "choice", "draw")  # kinds that compute with no model, on the driver's machine
 
 
 class ClusterError(ValueError):

@@ -40,6 +40,7 @@ def missing(plan: Plan, store: Store, speeds: dict[str, ThroughputSpec], stopped
     wanted = [plan.tokens.key, *(spec.key for step in steps for spec in (step.train, step.evaluate))]
     wanted += [spec.key for step in steps for spec in step.probed]
     wanted += [spec.key for trial in plan.trials for spec in trial.path.specs]
+    wanted += [spec.key for spec in (*plan.drawing.rounds, *plan.drawing.measured)]
     wanted += [speeds[step.train.key].key for step in steps if step.train.key in speeds]
     return [key for key in dict.fromkeys(wanted) if not store.finished(key)]
 
@@ -63,8 +64,7 @@ def run_plan(growing: Growing, context: RunContext, cluster: Cluster) -> Outcome
         try:
             controls = _start_controls(growing.plan, broker)
             broker.begin.remote()
-            _run_trials(growing.plan, broker, outcome, nodes)
-            growing.grow()
+            _run_trials(growing, broker, outcome, nodes)
             controls |= _start_controls(growing.plan, broker)
             _collect(controls, outcome)
             probes = _probeable(growing.store, growing.plan)
@@ -98,12 +98,13 @@ def _want(broker: Any, train: str, evaluate: str) -> list[Any]:
     return [broker.want.remote(train), broker.want.remote(evaluate)]
 
 
-def _run_trials(plan: Plan, broker: Any, outcome: Outcome, nodes: tuple[Node, ...]) -> None:
+def _run_trials(growing: Growing, broker: Any, outcome: Outcome, nodes: tuple[Node, ...]) -> None:
     from ray import tune
 
-    if not plan.trials:
+    plan = growing.plan
+    names = plan.names
+    if not names:
         return
-    names = [trial.name for trial in plan.trials]
 
     def coordinate(config: dict[str, Any]) -> None:
         import ray
@@ -141,8 +142,10 @@ def _run_trials(plan: Plan, broker: Any, outcome: Outcome, nodes: tuple[Node, ..
         results = tuner.fit()
     # A trial whose process died before its first report has a result without its configuration.
     ended = {Path(result.path).name: result for result in (results[index] for index in range(len(results)))}
-    for trial in plan.trials:
-        _judge(trial, ended.get(trial.name), outcome)
+    growing.grow()
+    trials = {trial.name: trial for trial in growing.plan.trials}
+    for name in names:
+        _judge(name, trials.get(name), ended.get(name), outcome)
 
 
 def _at_once(plan: Plan, nodes: tuple[Node, ...]) -> int:
@@ -153,14 +156,15 @@ def _at_once(plan: Plan, nodes: tuple[Node, ...]) -> int:
     return 1 if plan.study.search.early_stopping is None else max(2, int(2 * sum(node.cpus for node in nodes)))
 
 
-def _judge(trial: Trial, result: Any, outcome: Outcome) -> None:
+def _judge(name: str, trial: Trial | None, result: Any, outcome: Outcome) -> None:
+    """How a trial ended; of one that was never drawn, why."""
     if result is None or result.error is not None:
-        outcome.failures[trial.name] = _reason(result.error) if result else "it never began"
+        outcome.failures[name] = _reason(result.error) if result else "it never began"
         return
     finished = int((result.metrics or {}).get("steps_done", 0))
-    outcome.stopped.pop(trial.name, None)
-    if not trial.ruled and finished < len(trial.steps):
-        outcome.stopped[trial.name] = finished
+    outcome.stopped.pop(name, None)
+    if trial is not None and not trial.ruled and finished < len(trial.steps):
+        outcome.stopped[name] = finished
 
 
 def _probeable(store: Store, plan: Plan) -> dict[str, str]:

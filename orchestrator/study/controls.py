@@ -17,10 +17,13 @@ from orchestrator.study.stages import Roots, Step, alone, evaluation_of, probes_
 from orchestrator.study.trial import Trial
 
 
-def controls_of(study: Study, resolved: Resolved, roots: Roots, trials: Sequence[Trial]) -> Iterator[tuple[str, Step]]:
-    """The controls that a study asks for, by name, of the trials that it has."""
+def controls_of(
+    study: Study, resolved: Resolved, roots: Roots, trials: Sequence[Trial], complete: bool
+) -> Iterator[tuple[str, Step]]:
+    """The controls that a study asks for, by name, of the trials that it has; of a search that is not `complete`, none
+    that hang on the longest path."""
     tokens, teacher, optimizer = roots.tokens, roots.teacher, study.recipe.optimizer.canonical
-    if study.controls.scratch != "none":
+    if study.controls.scratch != "none" and complete:
         names: set[str] = set()
         longest: dict[HyenaConfig | WindowConfig, Step] = {}
         open_ = {trial.study.operator for trial in trials if trial.open}  # how long their longest path is, is not known

@@ -107,6 +107,7 @@ class Chooser:
             sequence_length=study.data.sequence_length,
             text=self.choice.texts,
             reported=study.evaluation.tokens,
+            batch_size=study.evaluation.batch_size,
             numerics=alone(study.numerics),
             processor=self.roots.device,
             seed=0,
@@ -116,7 +117,10 @@ class Chooser:
         operator: Any = SkipConfig() if self.choice.score == "skip" or not layers else self.study.operator
         seed = self.study.seed if layers and not isinstance(operator, SkipConfig) else 0
         reference = self._reference.key
-        return self._reference.of(subject, layers, reference, operator=operator, seed=seed, prepared=prepared)
+        own = operator is self.study.operator
+        more = {"operator": operator, "seed": seed, "prepared": prepared if layers else None}
+        more["text_windows"] = text_windows(self.study) if own else None  # operators may start from training text
+        return self._reference.of(subject, layers, reference, **more)
 
     def _distilled(self, subject: str, layers: tuple[int, ...], tokens: int, losses: Losses, read: int) -> DistilSpec:
         """A student that is trained to be scored: its operators alone, by the recipe's optimizer."""
@@ -156,6 +160,7 @@ class Chooser:
             batch_size=study.recipe.batch_size,
             sequence_length=study.data.sequence_length,
             first_sequence=read,
+            text_windows=text_windows(study),
             numerics=study.numerics,
             processor=self.roots.device,
             seed=study.seed,

@@ -92,6 +92,8 @@ def range_remedy(key: str, axis: Any) -> str:
         return f"{key} takes no number: list its values"
     if kind == "integer" and not axis.whole:
         return f"{key} takes whole numbers: write both bounds so, not {axis.low} and {axis.high}"
+    if kind == "integer" and isinstance(axis.step, float):
+        return f"{key} takes whole numbers: write step so, not {axis.step}"
     return ""
 
 

@@ -11,10 +11,12 @@ import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 from operators.config import SkipConfig
 from orchestrator.study.checks import check_lengths, check_operator, check_swept_rates
 from orchestrator.study.controls import controls_of
+from orchestrator.study.drawing import Drawing, drawing_of
 from orchestrator.study.explain import steps_of
 from orchestrator.study.halving import Rung, rungs_of
 from orchestrator.study.loader import Document, StudyError, with_values
@@ -65,6 +67,7 @@ class Plan:
     total_layers: int
     sizes: Sizes
     device: Device = "cpu"
+    drawing: Drawing = dataclasses.field(default_factory=Drawing)
 
     @property
     def steps(self) -> Iterator[Step]:
@@ -83,7 +86,8 @@ class Plan:
         rest = [
             (step.evaluate.of(step.evaluate.teacher), step.train, step.evaluate, *step.probed) for step in self.steps
         ]
-        decided = [spec for trial in self.trials for spec in trial.path.specs]
+        decided: list[Spec] = [spec for trial in self.trials for spec in trial.path.specs]
+        decided += [*self.drawing.rounds, *self.drawing.measured]
         return parents_first([*first, *(spec for several in rest for spec in several), *decided])
 
     @property
@@ -93,7 +97,14 @@ class Plan:
         for trial in self.trials:
             if trial.path.waits is not None:
                 found.setdefault(trial.path.waits, []).append(trial.name)
+        for key in self.drawing.waits:
+            found.setdefault(key, []).append(f"trial-{len(self.trials):02d}")
         return found
+
+    @property
+    def names(self) -> list[str]:
+        """Of all trials, those that are to be drawn yet among them."""
+        return [f"trial-{number:02d}" for number in range(len(self.trials) + self.drawing.left)]
 
     @property
     def rest(self) -> int:
@@ -114,6 +125,7 @@ class Plan:
         """What of the search is otherwise than it looks: fewer points than asked for, trials that are one path."""
         asked, there = self.study.search.trials, len(self.trials)
         fewer = [f"search.trials is {asked} and the space has {there} points: each is tried once"]
+        there += self.drawing.left
         equal = [[trial.name for trial in several] for several in self.paths.values() if several[1:]]
         same = [f"{', '.join(names)} are one path, whose values mean the same: it is computed once" for names in equal]
         return (fewer if asked is not None and there < asked else []) + same
@@ -151,22 +163,26 @@ def make_plan(
     check_lengths(document, study, resolved)
     with _placed(document):
         roots = roots_of(study, resolved, device)
-    layers = resolved.architecture.layers
-    trials = []
-    for index, values in enumerate(sample(study)):
+    layers, teacher = resolved.architecture.layers, roots.teacher.key
+
+    def made_of(index: int, values: dict[str, Any]) -> Trial:
         point, at = with_values(document, values)
         check_operator(at, point, resolved)
         with _placed(at):
             check_rule(point)
-            speed = partial(throughput_of, study=point, teacher=roots.teacher.key, hardware=hardware)
+            speed = partial(throughput_of, study=point, teacher=teacher, hardware=hardware)
             first, path = (path_of(point, roots, resolved, known, speed) for known in (nothing_known, results))
-        trials.append(Trial(f"trial-{index:02d}", values, point, path, first))
+        return Trial(f"trial-{index:02d}", values, point, path, first)
+
+    speed = partial(throughput_of, study=study, teacher=teacher, hardware=hardware)
+    drawing = drawing_of(study, results, speed, made_of)
+    trials = [*(made_of(index, values) for index, values in enumerate(sample(study))), *drawing.trials]
     check_swept_rates(document, [(trial.study, trial.values) for trial in trials])
-    teacher, probes = roots.teacher, probes_of(study, roots, roots.teacher.key)
-    root = Step(teacher, evaluation_of(study, roots, teacher.key), (), 0, probes=probes)
-    controls = dict(controls_of(study, resolved, roots, trials))
+    evaluated, probes = evaluation_of(study, roots, teacher), probes_of(study, roots, teacher)
+    root = Step(roots.teacher, evaluated, (), 0, probes=probes)
+    controls = dict(controls_of(study, resolved, roots, trials, complete=not drawing.left))
     known = resolved.sizes or sizes_of(resolved.architecture)
-    made = Plan(study, roots.tokens, root, controls, tuple(trials), layers, known, device)
+    made = Plan(study, roots.tokens, root, controls, tuple(trials), layers, known, device, drawing)
     _check_stopping(document, made)
     return made
 

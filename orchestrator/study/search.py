@@ -22,10 +22,13 @@ Point = dict[str, Any]
 def sample(study: Study) -> list[Point]:
     """The points to try: the product of each space's axes, or seeded draws; each point once, in a fixed order.
 
-    A random search has as many as it asks for, or all there are where its spaces have fewer.
+    A random search has as many as it asks for, or all there are where its spaces have fewer. One that learns has none:
+    they are drawn as it goes, see `drawing`.
     """
     spaces = study.search.spaces
-    points = _product(spaces) if study.search.method == "grid" else _draws(spaces, random.Random(study.seed))
+    if study.search.method == "optuna":
+        return []
+    points = _product(spaces) if study.search.method == "grid" else drawn_at_random(spaces, random.Random(study.seed))
     return list(itertools.islice(_new(points), study.search.trials))
 
 
@@ -35,7 +38,7 @@ def _product(spaces: tuple[Space, ...]) -> Iterator[Point]:
         yield from (dict(zip(space, choice, strict=True)) for choice in itertools.product(*axes))
 
 
-def _draws(spaces: tuple[Space, ...], generator: random.Random) -> Iterator[Point]:
+def drawn_at_random(spaces: tuple[Space, ...], generator: random.Random) -> Iterator[Point]:
     """Points of the spaces in turn, until every one of all spaces was drawn."""
     drawn: list[set[str]] = [set() for _ in spaces]
     sizes = [math.prod(_size(key, axis) for key, axis in space.items()) for space in spaces]
@@ -51,6 +54,8 @@ def _draws(spaces: tuple[Space, ...], generator: random.Random) -> Iterator[Poin
 def _draw(key: str, axis: Axis, generator: random.Random) -> Any:
     if not isinstance(axis, Uniform):
         return generator.choice(list(axis))
+    if axis.step is not None:
+        return axis.low + axis.step * generator.randrange(_steps(axis))
     if takes(key) != "integer":
         if axis.log:
             return axis.low * (axis.high / axis.low) ** generator.random()
@@ -66,7 +71,14 @@ def _size(key: str, axis: Axis) -> float:
     """How many values an axis has."""
     if not isinstance(axis, Uniform):
         return len({_text(value) for value in axis})
+    if axis.step is not None:
+        return _steps(axis)
     return int(axis.high) - int(axis.low) + 1 if takes(key) == "integer" else math.inf
+
+
+def _steps(axis: Uniform) -> int:
+    """How many values lie in steps from the lower bound to the upper one."""
+    return int((axis.high - axis.low) / (axis.step or 1) + 1e-9) + 1
 
 
 def _new(points: Iterator[Point]) -> Iterator[Point]:

@@ -43,7 +43,7 @@ class Spec(Model):
     @property
     def parents(self) -> dict[str, str]:
         """Role -> key of the stages that must be finished before this one."""
-        roles = ("tokens", "teacher", "parent", "subject", "reference", "prepared", "blend")
+        roles = ("tokens", "teacher", "parent", "subject", "reference", "prepared", "blend", "previous")
         found = {role: getattr(self, role, None) for role in roles}
         return {role: key for role, key in found.items() if key is not None}
 
@@ -310,6 +310,20 @@ class ChoiceSpec(Spec):
         return {**super().parents, **{f"layer {each.layer}": each.score for each in self.candidates}}
 
 
+class DrawSpec(Spec):
+    """Points of a search space to try next, by what trials of the points before came to: Optuna's."""
+
+    kind: Literal["draw"] = "draw"
+    previous: str | None = None  # the draw before, whose storage it goes on with
+    told: tuple[tuple[float, ...], ...] = ()  # for each of that one's points, what its trial came to
+    spaces: tuple[dict[str, Any], ...]  # as a study file has them
+    whole: tuple[str, ...]  # keys that take whole numbers
+    sampler: Literal["tpe", "nsga2", "qmc"]
+    directions: tuple[Literal["minimize", "maximize"], ...]
+    count: int  # points to draw
+    seed: int
+
+
 class TasksSpec(Spec):
     """A task of lm-eval asked of a finished stage, or of the model in a folder.
 
@@ -349,6 +363,7 @@ StageSpec = Annotated[
     | ScoreSpec
     | BlendSpec
     | ChoiceSpec
+    | DrawSpec
     | TasksSpec,
     Field(discriminator="kind"),
 ]

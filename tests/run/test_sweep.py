@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -162,7 +163,7 @@ def tuner(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_trial_wants_its_stages_in_turn_and_reports_after_each(hand: Hand, tuner: None) -> None:
     broker, outcome = Broker(), Outcome()
     broker.plan = hand.plan
-    module._run_trials(hand.plan, broker, outcome, NODES)
+    module._run_trials(growing_of(hand), broker, outcome, NODES)
     assert broker.asked == [key for names in PATHS.values() for key in stages(hand, *names)]
     assert Tuner.made.reports == {
         trial: [
@@ -183,7 +184,7 @@ def test_a_trial_whose_process_dies_before_its_first_report_is_told_by_its_name(
     monkeypatch.setattr(Tuner, "die", {"trial-01": RuntimeError("The actor died: the node was low on memory")})
     outcome, broker = Outcome(), Broker()
     broker.plan = hand.plan
-    module._run_trials(hand.plan, broker, outcome, NODES)
+    module._run_trials(growing_of(hand), broker, outcome, NODES)
     assert outcome == Outcome({}, {"trial-01": "The actor died: the node was low on memory"})
 
 
@@ -192,7 +193,7 @@ def test_a_trial_of_which_tune_says_nothing_never_began(
 ) -> None:
     monkeypatch.setattr(Tuner, "fit", lambda self: [Result("trial-00", 3), Result("trial-02", 3)])
     outcome = Outcome()
-    module._run_trials(hand.plan, Broker(), outcome, NODES)
+    module._run_trials(growing_of(hand), Broker(), outcome, NODES)
     assert outcome == Outcome({}, {"trial-01": "it never began"})
 
 
@@ -201,7 +202,7 @@ def test_a_trial_that_does_not_go_on_is_stopped_after_that_stage(hand: Hand, tun
     broker, outcome = Broker(), Outcome()
     broker.plan = hand.plan
     broker.stops = [("trial-00", stages(hand, "two 1")[1]), ("trial-02", stages(hand, "heads joint")[1])]
-    module._run_trials(hand.plan, broker, outcome, NODES)
+    module._run_trials(growing_of(hand), broker, outcome, NODES)
     assert outcome == Outcome({"trial-00": 2}, {})
     assert [report["steps_done"] for report in Tuner.made.reports["trial-00"]] == [1, 2]
     assert hand.key("two joint") not in broker.asked and hand.key("two mixed") in broker.asked
@@ -209,7 +210,8 @@ def test_a_trial_that_does_not_go_on_is_stopped_after_that_stage(hand: Hand, tun
 
 def test_a_plan_without_trials_starts_no_tuner(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "Tuner", None)
-    empty = Plan(hand.plan.study, hand.plan.tokens, hand.plan.teacher, {}, (), 2, hand.plan.sizes)
+    empty = growing_of(hand)
+    empty.plan = dataclasses.replace(empty.plan, trials=())
     module._run_trials(empty, Broker(), Outcome(), NODES)
 
 
@@ -232,7 +234,7 @@ def test_how_a_trial_ended(
     hand: Hand, steps: int | None, error: Exception | None, stopped: dict[str, int], failures: dict[str, str]
 ) -> None:
     outcome = Outcome({"trial-01": 7})
-    module._judge(hand.plan.trials[1], Result("trial-01", steps, error), outcome)
+    module._judge("trial-01", hand.plan.trials[1], Result("trial-01", steps, error), outcome)
     assert outcome == Outcome(stopped, failures)
 
 
@@ -299,7 +301,7 @@ class Machine:
 def test_a_plan_is_run_controls_first_and_speeds_last(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def trials(plan: Plan, broker: Broker, outcome: Outcome, nodes: tuple[Node, ...]) -> None:
+    def trials(growing: Growing, broker: Broker, outcome: Outcome, nodes: tuple[Node, ...]) -> None:
         asked.extend(broker.asked)
         assert broker.begun == 1 and nodes == NODES
         hand.train("two 0")  # what is finished by now is measured
@@ -372,10 +374,10 @@ def test_probes_come_between_trials_and_speeds_of_models_that_are_evaluated(
     hand = Hand(tmp_path, PROBES)
     asked: list[str] = []
 
-    def trials(plan: Plan, broker: Broker, outcome: Outcome, nodes: tuple[Node, ...]) -> None:
+    def trials(growing: Growing, broker: Broker, outcome: Outcome, nodes: tuple[Node, ...]) -> None:
         hand.finish("teacher", "two 0")
         hand.train("two 1")  # not evaluated, for the run was stopped
-        asked.extend([*broker.asked, *from_the_start(plan)])
+        asked.extend([*broker.asked, *from_the_start(growing.plan)])
 
     machine = Machine(monkeypatch, trials)
     run_plan(growing_of(hand), RunContext(store=str(hand.home.store)), Cluster(cpus=2, gpus=0))

@@ -110,7 +110,7 @@ def _middle(values: list[float]) -> float:
 def expected(spec: Spec, stage: Stage, models: Models, costs: Costs) -> Cost | None:
     """The seconds of a stage without the tokens that it has trained; None where nothing is known to tell them from."""
     name, stretches = kind_name(spec), stretches_of(spec)
-    if name in ("tokens", "import", "choice"):
+    if name in ("tokens", "import", "choice", "draw"):
         return Cost(TEXT)
     if not hasattr(spec, "optimizer"):
         found = costs.unit(kind_of(name, spec, models))
