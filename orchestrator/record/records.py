@@ -166,4 +166,4 @@ def _short(value: Any) -> str:
         return ",".join(f"{key}:{_short(inner)}" for key, inner in value.items() if key != "kind")
     if isinstance(value, list | tuple):
         return "[" + ",".join(_short(inner) for inner in value) + "]"
-    return str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -27,6 +27,7 @@ from orchestrator.study.path import Results, check_rule, nothing_known, path_of
 from orchestrator.study.schema import Study
 from orchestrator.study.search import sample
 from orchestrator.study.sources import Resolved
+from orchestrator.study.space import Decode, Objective
 from orchestrator.study.spec import (
     Device,
     DistilSpec,
@@ -128,7 +129,10 @@ class Plan:
         there += self.drawing.left
         equal = [[trial.name for trial in several] for several in self.paths.values() if several[1:]]
         same = [f"{', '.join(names)} are one path, whose values mean the same: it is computed once" for names in equal]
-        return (fewer if asked is not None and there < asked else []) + same
+        how = self.study.search.learning
+        goals = " and ".join(map(_goal, how.objectives))
+        later = [f"{self.drawing.left} trials are drawn at run time: {how.sampler}, {how.batch} at a time, by {goals}"]
+        return (fewer if asked is not None and there < asked else []) + (later if self.drawing.left else []) + same
 
     @property
     def rungs(self) -> tuple[Rung, ...]:
@@ -208,6 +212,10 @@ class Planner:
     def memory(self, plan: Plan, device: str) -> dict[str, int]:
         """By key, the bytes that a process takes at most of each stage of such a plan that holds a model."""
         return {key: memory.bytes for key, memory in stage_memory(plan, self.speeds(plan), device).items()}
+
+
+def _goal(objective: Objective) -> str:
+    return f"decode at {objective.decode}" if isinstance(objective, Decode) else objective
 
 
 def throughput_specs(plan: Plan, hardware: str) -> dict[str, ThroughputSpec]:

@@ -19,7 +19,7 @@ from tests.chaos.checks import Expected, problems, remember
 from tests.chaos.faults import FAULTS, Fault
 from tests.chaos.scene import HUNG, Run, Scene, can_mount
 
-STUDY = Path(__file__).with_name("study.yaml")
+USUAL = "study"
 MOST_RUNS = 6  # of the command, until it ends by itself
 BEHIND = ("MLflow is behind", "MLflow lacks")  # what a run says that leaves records to the next one
 
@@ -47,17 +47,27 @@ def main(words: list[str] | None = None) -> int:
     if not can_mount():
         kinds = [kind for kind in kinds if not FAULTS[kind].small_disk]
         print("no right to mount a small file system: faults that need one are left out", flush=True)
-    expected = undisturbed(options.study)
-    stages, seconds = len(expected.results), expected.seconds
-    print(f"undisturbed: {stages} stages, {len(expected.points)} MLflow runs, {seconds:.0f} s", flush=True)
+    known: dict[Path, Expected] = {}
     events: list[Event] = []
     for seed in _seeds(options.seeds):
-        events += disturbed(seed, options.study, expected, kinds, options.keep_logs)
+        study = options.study or study_of(seed, kinds)
+        if study not in known:
+            known[study] = found = undisturbed(study)
+            stages, runs = len(found.results), len(found.points)
+            print(f"{study.name} undisturbed: {stages} stages, {runs} MLflow runs, {found.seconds:.0f} s", flush=True)
+        events += disturbed(seed, study, known[study], kinds, options.keep_logs)
     text = summary(events)
     print(f"\n{text}", flush=True)
     if options.summary:
         options.summary.write_text(text + "\n")
     return 1 if any(event.failures for event in events) else 0
+
+
+def study_of(seed: int, kinds: list[str]) -> Path:
+    """The study that a seed's faults are thrown at: that of the first kind which has one of its own."""
+    named = [FAULTS[kind].study for kind in chosen_kinds(random.Random(seed), seed, kinds)]
+    own = next((name for name in named if name != USUAL), USUAL)
+    return Path(__file__).with_name(f"{own}.yaml")
 
 
 def undisturbed(study: Path) -> Expected:
@@ -202,7 +212,7 @@ def _seeds(text: str) -> list[int]:
 def _options(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--seeds", default="0-49", help="one seed, or the first and last of a range: 0-49")
-    parser.add_argument("--study", type=Path, default=STUDY, help="the study to disturb")
+    parser.add_argument("--study", type=Path, help="the study to disturb; default: that of the faults")
     parser.add_argument("--kinds", default="", help=f"only these, by comma: {', '.join(FAULTS)}")
     parser.add_argument("--summary", type=Path, help="write the table to this Markdown file")
     parser.add_argument("--keep-logs", type=Path, help="keep what every run printed in this folder")

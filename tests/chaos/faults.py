@@ -26,6 +26,7 @@ class Fault:
     readers: bool = False  # stages that read what it harms notice, and begin again
     any_code: bool = False  # Ray itself is hit: its client decides how the driver ends
     words: tuple[str, ...] = ()  # that every run of its scene is given; {root} is the scene's own folder
+    study: str = "study"  # the one of this folder that it is thrown at
 
     @property
     def interrupts(self) -> bool:
@@ -67,6 +68,9 @@ FAULTS: dict[str, Fault] = {
     "mirror-altered": Fault(files.alter_mirror, (0, 1, -9), readers=True, words=MIRRORED),
     "mirror-escapes": Fault(files.lead_out_of_mirror, (0, 1, -9), readers=True, words=MIRRORED),
     "mirror-away": Fault(files.hide_mirror, (0, 1), words=MIRRORED),
+    "choice-kill": Fault(processes.kill_in_choice, (-9,), study="chosen"),
+    "gate-kill": Fault(processes.kill_at_gate, (-9,), study="chosen"),
+    "draw-kill": Fault(processes.kill_in_draw, (-9,), study="drawn"),
     "memory-full": Fault(processes.press_memory, (0, 1, -9)),
     "disk-full": Fault(files.fill_disk, (0, 1, 2), small_disk=True),  # 2 where there is no room for a store
     "records-locked": Fault(files.lock_records),

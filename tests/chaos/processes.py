@@ -26,6 +26,34 @@ def kill_any_stage(scene: Scene) -> Hit:
     return None if stage is None else kill(scene, stage)
 
 
+def kill_in_choice(scene: Scene) -> Hit:
+    return _kill_one_or_all(scene, ("score", "blend", "choice"))
+
+
+def kill_in_draw(scene: Scene) -> Hit:
+    return _kill_one_or_all(scene, ("draw",))
+
+
+def _kill_one_or_all(scene: Scene, kinds: tuple[str, ...]) -> Hit:
+    """Kill a stage of these kinds that is being computed, or the driver meanwhile."""
+    stage = scene.wait(lambda: scene.running(kinds=kinds), pause=0.002)
+    if stage is None:
+        return None
+    if scene.random.random() < 0.5:
+        return kill(scene, stage)
+    return f"{kill_driver(scene)} in {stage}"
+
+
+def kill_at_gate(scene: Scene) -> Hit:
+    """Kill the driver while a student is judged, or is trained on since a gate wants it."""
+
+    def look() -> Stage | None:
+        return scene.running(kinds=("evaluate",)) or scene.running(extended=True)
+
+    stage = scene.wait(look, pause=0.002)
+    return None if stage is None else f"{kill_driver(scene)} in {stage}"
+
+
 def kill_broker(scene: Scene) -> Hit:
     broker = scene.wait(lambda: scene.named("ray::Broker"))
     if not broker:

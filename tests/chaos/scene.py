@@ -208,13 +208,20 @@ class Scene:
         number = int(attempt.get("number", 0))
         return Stage(key, self.kinds[key], folder, (folder / "DONE.json").is_file(), number, attempt.get("pid"))
 
-    def running(self, *, trained: bool = False, checkpoints: int = 0) -> Stage | None:
-        """A stage that is being computed: any, one that trains, or one that has so many checkpoints."""
+    def running(
+        self, *, trained: bool = False, checkpoints: int = 0, kinds: tuple[str, ...] = (), extended: bool = False
+    ) -> Stage | None:
+        """A stage that is being computed: any, one that trains, one that has so many checkpoints, one of these kinds,
+        or one that trains what was swapped before."""
         found = []
         for stage in self.stages():
             if stage.done or stage.pid is None or not self.ours(stage.pid):
                 continue
             if (trained or checkpoints) and stage.kind not in ("teacher", "distil", "scratch"):
+                continue
+            if kinds and stage.kind not in kinds:
+                continue
+            if extended and (read(stage.folder / "spec.json") or {}).get("new_layers") != []:
                 continue
             if len(newest_checkpoints(stage)) >= checkpoints:
                 found.append(stage)
