@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from operators.config import HyenaConfig, SkipConfig, WindowConfig
 from orchestrator.study.names import operator_name
@@ -26,18 +27,21 @@ def controls_of(
     if study.controls.scratch != "none" and complete:
         names: set[str] = set()
         longest: dict[HyenaConfig | WindowConfig, Step] = {}
-        open_ = {trial.study.operator for trial in trials if trial.open}  # how long their longest path is, is not known
         for trial in trials:
             operator, last = trial.study.operator, trial.end
-            if last is None or operator in open_:
+            if last is None or trial.open:
                 continue
             if study.controls.scratch == "own" and operator != study.operator:
                 continue
             if not isinstance(operator, SkipConfig):
-                bare = dataclasses.replace(operator, init="random")
+                bare = _bare(operator)
                 if bare not in longest or longest[bare].tokens < last.tokens:
                     longest[bare] = last
+        may_be_longer = [trial for trial in trials if trial.open]
         for operator, last in longest.items():
+            mine = [trial for trial in may_be_longer if _bare(trial.study.operator) == operator]
+            if any(trial.path.most > last.tokens for trial in mine):
+                continue  # until that is known
             spec = ScratchSpec(
                 tokens=tokens.key,
                 teacher=teacher.key if isinstance(teacher, ImportSpec) else None,
@@ -70,3 +74,8 @@ def controls_of(
             )  # fmt: skip
             probes = probes_of(study, roots, skip.key) if skipped == resolved.sites else None
             yield name, Step(skip, evaluation_of(study, roots, skip.key), skipped, 0, probes=probes)
+
+
+def _bare(operator: Any) -> Any:
+    """As it is trained from random weights."""
+    return operator if isinstance(operator, SkipConfig) else dataclasses.replace(operator, init="random")

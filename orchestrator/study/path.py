@@ -47,6 +47,7 @@ class Path:
     measured: tuple[ThroughputSpec, ...] = ()  # speeds that it rests on
     waits: str | None = None  # key of the stage whose result says how it goes on; none: it is whole
     rest: int = 0  # stages that may still come, at most
+    most: int = 0  # tokens that it trains on in all, at most
 
     @property
     def specs(self) -> Iterator[Spec]:
@@ -108,7 +109,10 @@ class _Walk:
         except _NotKnown as unknown:
             waits = unknown.key
         decisions = () if self.chooser is None else tuple(self.chooser.decisions)
-        return Path(tuple(self.steps), decisions, tuple(self.measured), waits, 0 if waits is None else self._rest())
+        rest = [] if waits is None else self._rest()
+        read = self.steps[-1].tokens if self.steps else 0
+        most = read + sum(self._tokens(phases, layers) for phases, layers in rest)
+        return Path(tuple(self.steps), decisions, tuple(self.measured), waits, len(rest), most)
 
     def _stages(self) -> None:
         recipe = self.study.recipe
@@ -216,18 +220,29 @@ class _Walk:
         tokens = read * study.data.sequence_length
         self.steps.append(Step(spec, evaluation_of(*asked), self.at.swapped, tokens, joint, probes_of(*asked)))
 
-    def _rest(self) -> int:
-        """Stages that may still come, at most: rounds of layers, each as often as its gate may extend it."""
+    def _rest(self) -> list[tuple[tuple[Phase, ...], int]]:
+        """Stages that may still come, at most: their phases and how many layers they train."""
+        recipe = self.study.recipe
         if self.chooser is None:
             assert self.fixed is not None
-            rounds = sum(bool(set(stage) - self.kept - set(self.at.swapped)) for stage in self.fixed)
+            sizes = [len(set(stage) - self.kept - set(self.at.swapped)) for stage in self.fixed]
         else:
             left = len([layer for layer in self.free if layer not in self.kept and layer not in self.at.swapped])
             if self.until is not None and self.until.layers is not None:
                 left = min(left, max(0, self.until.layers - len(self.at.swapped)))
-            rounds = -(-left // self.chooser.choice.take)
+            take = self.chooser.choice.take
+            sizes = [min(take, left - start) for start in range(0, left, take)]
         each = 1 + (0 if self.gate is None else self.gate.extend)
-        return self.more + (rounds * each if self.study.recipe.phases else 0) + bool(self.study.recipe.joint)
+        last = len(getattr(self.steps[-1].train, "layers", ())) if self.steps else 0
+        again = [(recipe.phases, last)] * self.more
+        stages = [(recipe.phases, size) for size in sizes if size and recipe.phases for _ in range(each)]
+        joint = [(recipe.joint, len(self.at.swapped) + sum(sizes))] if recipe.joint else []
+        return [*again, *stages, *joint]
+
+    def _tokens(self, phases: tuple[Phase, ...], layers: int) -> int:
+        """That a stage with these phases trains on."""
+        planned = [phase_of(phase, layers, self.study, "recipe") for phase in phases]
+        return self.study.recipe.batch_size * self.study.data.sequence_length * sum(phase.steps for phase in planned)
 
 
 def check_rule(study: Study) -> None:

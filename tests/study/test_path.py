@@ -339,3 +339,23 @@ def test_scratch_controls_wait_until_the_longest_path_is_known(tmp_path: Path) -
     assert not any(name.startswith("scratch") for name in world.plan().controls)
     found = world.whole().controls["scratch hyena-2"]
     assert (found.swapped, found.tokens) == ((1, 3), 1024)
+
+
+def test_scratch_controls_do_not_wait_for_a_path_that_cannot_become_the_longest(tmp_path: Path) -> None:
+    space = "search.space={schedule: [{choice: {until: {layers: 2}}}, {layer_order: [[0], [1]]}]}"
+    plan = World(tmp_path, "keep: []", costs(), space).plan()
+    assert plan.trials[0].open and plan.trials[0].path.most == 2 * 512
+    assert plan.controls["scratch hyena-2"].swapped == (0, 1)
+    longer = "search.space={schedule: [{choice: {until: {layers: 3}}}, {layer_order: [[0], [1]]}]}"
+    assert "scratch hyena-2" not in World(tmp_path, "keep: []", costs(), longer).plan().controls
+
+
+def test_how_much_a_path_may_come_to(tmp_path: Path) -> None:
+    losses = "losses: {kl: 1.0}"
+    phases = f"phases: [{{tokens_per_layer: 256, {losses}}}], joint: [{{tokens: 640, {losses}}}]"
+    phases = f"recipe={{batch_size: 2, {phases}}}"
+    schedule = "choice: {take: 2, until: {layers: 3}}, gate: {ratio: 1.2, extend: 1}"
+    world = World(tmp_path, schedule, ratios(costs(3.0, 1.0, 4.0, 2.0), 1.5, 1.1, 1.0), phases)
+    path = world.plan().trials[0].path
+    assert (path.rest, path.most) == (5, 2 * 512 + 2 * 256 + 640)  # two layers, one, each stage once more, and joint
+    assert world.trial().path.most == world.trial().steps[-1].tokens == 2 * 512 + 256 + 640
