@@ -50,6 +50,9 @@ def override(section: Section, example: str) -> str:
     whole = f"{{{', '.join([*beside, example])}}}"
     if section.path == "search.space.KEY":
         return f"search={{method: random, trials: 2, space: {{recipe.optimizer.lr: {whole}}}}}"
+    if section.path.startswith("search.optuna"):
+        own = f"{{objective: {whole}}}" if section.path.endswith("objective.0") else whole
+        return f"search={{method: optuna, trials: 2, space: {{seed: [0, 1]}}, optuna: {own}}}"
     return f"{section.path}={whole}"
 
 
@@ -80,7 +83,7 @@ def test_the_studies_of_the_page_can_be_planned(block: str) -> None:
     document = read_document(Path("study.yaml"))
     plan = make_plan(document, validate(document), RESOLVED)
     if plan.study.search.space:
-        assert len(plan.trials) == {"grid": 4, "union": 4, "random": 8}[plan.study.study]
+        assert len(plan.trials) == {"grid": 4, "union": 4, "random": 8, "learned": 0}[plan.study.study]
 
 
 @pytest.mark.parametrize("words", COMMANDS)
