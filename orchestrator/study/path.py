@@ -133,16 +133,18 @@ class _Walk:
             assert self.fixed is not None
             left = [tuple(layer for layer in stage if layer not in self.kept) for stage in self.fixed]
             return next((stage for stage in left if stage and not set(stage) & set(picked)), ())
-        left_ = [layer for layer in self.free if layer not in self.kept and layer not in picked]
+        free = [layer for layer in self.free if layer not in self.kept and layer not in picked]
         until = self.until
         there = len(picked) - len(self.kept.intersection(picked))
-        most = len(left_) if until is None or until.layers is None else min(len(left_), until.layers - there)
+        most = len(free) if until is None or until.layers is None else min(len(free), until.layers - there)
         if most <= 0 or (until is not None and until.decode is not None and self._fast(until.decode)):
             return ()
+        if len(free) <= min(most, self.chooser.choice.take):  # nothing to choose
+            return tuple(free)
         swapped = tuple(layer for layer in picked if layer not in self.kept)
-        decision = self.chooser.decide(self.at.parent, swapped, tuple(left_), self.at.sequences)
+        decision = self.chooser.decide(self.at.parent, swapped, tuple(free), self.at.sequences)
         order = [int(layer) for layer in self._known(decision.spec.key)["order"]]
-        return tuple(sorted([layer for layer in order if layer in left_][: min(most, self.chooser.choice.take)]))
+        return tuple(sorted([layer for layer in order if layer in free][: min(most, self.chooser.choice.take)]))
 
     def _fast(self, ratio: float) -> bool:
         """Whether the student so far decodes so much faster than its teacher."""

@@ -144,6 +144,13 @@ def test_forward_scores_again_beside_the_picked_and_before_any_training(tmp_path
     assert {spec.subject for each in (first, second) for spec in each.needs} == {teacher}
 
 
+def test_where_all_that_is_left_goes_there_is_nothing_to_choose(tmp_path: Path) -> None:
+    world = World(tmp_path, "choice: {rerank: every_stage, take: 3}", costs(3.0, 1.0, 4.0, 2.0))
+    assert layers(world.trial()) == [(0, 1, 3), (2,)] and [spec.kind for spec in world.asked] == ["choice"]
+    whole = World(tmp_path, "choice: {take: 4}", costs(3.0, 1.0, 4.0, 2.0)).plan()
+    assert layers(whole.trials[0]) == [(0, 1, 2, 3)] and not whole.waits
+
+
 def test_every_stage_scores_again_at_the_student_so_far(tmp_path: Path) -> None:
     world = World(tmp_path, "choice: {rerank: every_stage, until: {layers: 2}}", costs(3.0, 1.0, 4.0, 2.0))
     trial = world.trial()

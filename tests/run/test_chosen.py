@@ -1,0 +1,59 @@
+"""Choices, gates and searches that learn, as commands: run, looked at, and run again without a stage more."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def layerswap(home: Path, *words: str) -> str:
+    """What a command prints, which must succeed."""
+    command = [sys.executable, "-m", "orchestrator.cli", *words, "--home", str(home)]
+    environment = {**os.environ, "TMPDIR": str(home.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def finished(home: Path) -> dict[str, Any]:
+    """By key what every stage of the home published."""
+    return {path.parent.name: json.loads(path.read_text()) for path in home.glob("store/??/*/DONE.json")}
+
+
+def test_choices_and_gates_decide_what_runs_and_are_made_once(tmp_path: Path) -> None:
+    home, study = tmp_path / "home", str(ROOT / "tests/chaos/chosen.yaml")
+    before = json.loads(layerswap(home, "plan", study, "--json"))
+    assert before["most"] == 9 and before["later"].keys() == {f"trial-0{n}" for n in range(6)}
+    told = layerswap(home, "run", study)
+    assert "chosen for trial-00: layers by cost" in told and "trained on, for its gate wants more" in told
+    after = json.loads(layerswap(home, "plan", study, "--json"))
+    assert (after["later"], after["done"], after["all_done"]) == ({}, after["distinct"], after["all_stages"])
+    done = finished(home)
+    choices = [manifest["result"] for manifest in done.values() if manifest["kind"] == "choice"]
+    assert len(choices) == 4  # that at the teacher is one for two trials
+    first = after["tree"]
+    shared = [node for node in first if node["trials"] > 1]
+    assert shared and any(set(node["ends"]) == {"trial-01"} for node in shared)
+    again = layerswap(home, "run", study)
+    assert "0 to do" in again and finished(home) == done
+
+
+def test_a_search_that_learns_goes_on_where_it_was(tmp_path: Path) -> None:
+    home, study = tmp_path / "home", str(ROOT / "tests/chaos/drawn.yaml")
+    assert "6 trials are drawn at run time: tpe, 2 at a time, by ratio" in layerswap(home, "plan", study)
+    layerswap(home, "run", study)
+    done = finished(home)
+    draws = [manifest["result"]["points"] for manifest in done.values() if manifest["kind"] == "draw"]
+    assert sorted(map(len, draws)) == [2, 2, 2]
+    assert len({json.dumps(point, sort_keys=True) for points in draws for point in points}) == 6
+    again = layerswap(home, "run", study)
+    assert "0 to do" in again and finished(home) == done
