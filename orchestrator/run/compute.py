@@ -137,7 +137,8 @@ def _tell_failure(spec: Any, store: Store, folder: Path, error: Exception) -> No
     told = error if trouble is None else StoreError(trouble)
     text = "".join(traceback.format_exception(error))
     with contextlib.suppress(OSError):
-        write_json(folder / FAILURE, {"error": f"{type(told).__name__}: {told}", "traceback": text})
+        told_as = f"{type(told).__name__}: {told}"
+        write_json(folder / FAILURE, {"error": told_as, "traceback": text, "time": time.time()})
     if told is not error:
         raise told from error
 
