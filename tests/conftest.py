@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.texts import save_tokenizer
+
+# As the command has it: threads that wait sleep. On a busy machine a stage of two threads otherwise waits most of the
+# time: a killed and resumed one took 29 s of a processor, and so 10. Read when torch is loaded, which comes later.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 TEXT = [f"def f{i}(x):\n    return x + {i}\n\n\nprint(f{i}({i}))\n" for i in range(60)]
 
