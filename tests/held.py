@@ -15,7 +15,8 @@ def held_bytes() -> int:
     """Of every tensor that Python knows, its gradient too; what only an unfinished backward pass holds is not seen.
 
     Tensors of no memory, on the meta device or as the compiler traces them, hold nothing; of those that are spread over
-    ranks, what this one has counts.
+    ranks, what this one has counts. What was there when the collector was last told to pass over it (`gc.freeze`: at
+    the end of the collection of tests, and at the first stage that `compute` computes) is not seen either.
     """
     gc.collect()
     found: dict[int, int] = {}

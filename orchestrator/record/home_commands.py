@@ -1,4 +1,4 @@
-"""Commands over all that a home remembers: list, show and compare studies, drop weights, forget a study."""
+"""Commands that keep a home: list, show and compare its studies, drop weights, forget, tidy up."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrator.record.given import bad_input, home_of, look_at, store_of
-from orchestrator.record.options import HomeDirectory, Kept, StudyName
+from orchestrator.record.given import bad_input, home_of, look_at, needed_of_all, store_of
+from orchestrator.record.options import HomeDirectory, Kept, Overrides, StudyName
 
 NAMED = Path("study")  # what a home is looked for from where no study is given
 Yes = Annotated[bool, typer.Option("--yes", help="do it; without it what would go is only listed")]
@@ -95,6 +95,45 @@ def delete(command: typer.Context, study: StudyName, home: HomeDirectory = None,
     print(
         "\n".join([*told, f"{job.variant.title}, {len(room.stages)} stages, {room.bytes / 2**20:.1f} MB {verb}{stays}"])
     )
+
+
+def gc(
+    command: typer.Context,
+    studies: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[STUDY...]", help="studies to keep beside all that the home remembers"),
+    ] = None,
+    overrides: Overrides = None,
+    home: HomeDirectory = None,
+    delete: Annotated[bool, typer.Option("--delete", help="delete them; without it they are only listed")] = False,
+) -> None:
+    """List, or delete, the stages that no study needs: none that was run in this home, and none of those given."""
+    from orchestrator.record.screen.plan_view import gc_text
+
+    first = studies[0] if studies else Path("study")
+    store = store_of(first, home, write=delete, must_exist=True)
+    kept = needed_of_all(home_of(first, home))
+    for study in studies or []:
+        kept |= look_at(command, study, overrides, home).keys
+    print(gc_text(store, kept, delete))
+
+
+def doctor(
+    command: typer.Context,
+    study: Annotated[Path | None, typer.Argument(metavar="[STUDY]", help="say of each stage if it needs it")] = None,
+    overrides: Overrides = None,
+    home: HomeDirectory = None,
+    fix: Annotated[bool, typer.Option("--fix", help="remove what is surely safe to remove")] = False,
+) -> None:
+    """Name what interrupted runs left behind, and what to do about it; exit code 1 where something needs attention."""
+    needed = None if study is None else look_at(command, study, overrides, home).keys
+    place = home_of(study or Path("study"), home)
+    store_of(study or Path("study"), home)
+    from orchestrator.record.doctor import doctor_text, examine
+
+    text, code = doctor_text(examine(place, needed), fix)
+    print(text)
+    raise typer.Exit(code)
 
 
 def _drop(command: typer.Context, study: Path, home: Path | None, keep: Any, budget: int | None, yes: bool) -> None:

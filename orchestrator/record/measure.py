@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from orchestrator.record.given import bad_input, look_at, store_of
-from orchestrator.record.options import HomeDirectory, Overrides, StudyName, TrackingUri
+from orchestrator.record.options import HomeDirectory, Overrides, RayAddress, StudyName, TrackingUri
 from orchestrator.run.hardware import hardware
 
 
@@ -22,9 +22,7 @@ def measure(
     study: StudyName,
     overrides: Overrides = None,
     home: HomeDirectory = None,
-    ray_address: Annotated[
-        str | None, typer.Option(help="a Ray cluster to run on; default: one on this machine")
-    ] = None,
+    ray_address: RayAddress = None,
     tracking_uri: TrackingUri = None,
 ) -> None:
     """Measure the speed of finished students once more: intervals then hold what measurements differ by, too."""

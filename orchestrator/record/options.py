@@ -27,7 +27,9 @@ TrackingUri = Annotated[
         help="MLflow server or database, or home for the one in the home; default: that one",
     ),
 ]
-
+RayAddress = Annotated[
+    str | None, typer.Option("--ray-address", help="a Ray cluster to run on; default: one on this machine")
+]
 Cpus = Annotated[
     int | None,
     typer.Option("--cpus", min=1, help="cores of this machine to use; default: all that it gives this process"),

@@ -101,8 +101,13 @@ class Store:
         return self.finished(key) or self.attempt(key) is not None
 
     def failure(self, key: str) -> dict[str, Any] | None:
-        """Why the last attempt failed, if it ended by an error."""
-        return _maybe(self.folder(key) / FAILURE)
+        """Why the last attempt failed, and when in seconds since 1970, if it ended by an error."""
+        path = self.folder(key) / FAILURE
+        failure = _maybe(path)
+        if failure is not None and "time" not in failure:  # of an earlier version
+            with contextlib.suppress(OSError):
+                failure["time"] = path.stat().st_mtime
+        return failure
 
     def locked(self, key: str) -> bool:
         """Whether somebody computes the stage at this moment."""

@@ -19,7 +19,6 @@ from orchestrator.distill.models.bundle import bundle
 from orchestrator.distill.models.exported_model import CODE
 from tests.operators.cases import CASES, D, draw, make
 
-FILES = bundle()
 TEXTS = {"layerswap_operators": "operators", "layerswap_kernels": "operators/gpu", "modeling_layerswap": "orchestrator"}
 
 
@@ -28,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files, in a package called `travelled`."""
     made = tmp_path_factory.mktemp("code") / "travelled"
     made.mkdir()
-    for name, text in {**FILES, "__init__.py": ""}.items():
+    for name, text in {**bundle(), "__init__.py": ""}.items():
         (made / name).write_text(text, encoding="utf-8")
     return made
 
@@ -41,11 +40,11 @@ def travelled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_there_are_three_files_that_import_each_other_and_packages_only() -> None:
-    assert sorted(FILES) == sorted(CODE)
-    for name, text in FILES.items():
+    assert sorted(bundle()) == sorted(CODE)
+    for name, text in bundle().items():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ImportFrom) and node.level:
-                assert (node.level, f"{node.module}.py" in FILES) == (1, True), f"{name} imports {node.module}"
+                assert (node.level, f"{node.module}.py" in bundle()) == (1, True), f"{name} imports {node.module}"
             elif isinstance(node, ast.ImportFrom | ast.Import):
                 modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
                 assert not [m for m in modules if m.split(".")[0] in ("operators", "orchestrator")], name
@@ -58,9 +57,9 @@ def test_every_name_is_defined_once(folder: Path) -> None:
 
 
 def test_comments_and_docstrings_stay() -> None:
-    sections = re.findall(r"^# (operators|orchestrator)([\w.]+) -+$", "".join(FILES.values()), flags=re.MULTILINE)
+    sections = re.findall(r"^# (operators|orchestrator)([\w.]+) -+$", "".join(bundle().values()), flags=re.MULTILINE)
     assert len(sections) == len({*sections}) > 40
-    whole = "".join(FILES.values())
+    whole = "".join(bundle().values())
     for first, rest in sections:
         path = bundle_module.ROOT / f"{first}{rest}".replace(".", "/")
         text = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from orchestrator.record.answer import redrawn, report
 from orchestrator.record.answer.frames import table
 from orchestrator.record.answer.markdown import pipe_table
 from orchestrator.record.answer.report import write_report
@@ -103,6 +105,38 @@ def test_report_files_hold_the_same_numbers(plan: Plan, rows: list[dict[str, Any
     page = paths["report.md"].read_text()
     assert "1.400" in page and "peak memory of all processes 2.00 GB, disk 0.50 GB" in page
     assert paths["pareto.png"].stat().st_size > 10_000
+
+
+def test_a_picture_is_drawn_where_the_one_that_is_there_shows_something_else(
+    plan: Plan, rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    usual = report.draw_pareto
+
+    def told(plan: Plan, records: list[dict[str, Any]], path: Path) -> bool:
+        drawn.append(path.suffix)
+        return usual(plan, records, path)
+
+    monkeypatch.setattr(report, "draw_pareto", told)
+
+    def again(rows: list[dict[str, Any]]) -> int:
+        """How often it was drawn by now."""
+        path = write_report(plan, Store(tmp_path / "store"), rows, RUN, tmp_path)["pareto.png"]
+        with Image.open(path) as picture:
+            picture.load()  # whole, its checksums too
+        return len(drawn)
+
+    assert again(rows) == again(rows) == 1
+    assert again([{**row, "run_id": "another", "reused": True} for row in rows]) == 1
+    better = [{**row, "metrics": {**row["metrics"], "perplexity_ratio": 1.01}} for row in rows]
+    assert again(better) == again(better) == 2
+    (tmp_path / "pareto.png").write_bytes((tmp_path / "pareto.png").read_bytes()[:50])  # as a full disk may leave it
+    assert again(better) == 3
+    (tmp_path / "pareto.png").unlink()
+    assert again(better) == 4
+    monkeypatch.setattr(redrawn, "_drawn_by", lambda: "another version")
+    assert again(better) == 5
+    assert [path.name for path in tmp_path.glob("*.png")] == ["pareto.png"] and not list(tmp_path.glob(".*"))
 
 
 def test_answer_ends_with_the_commands_that_come_next(plan: Plan, rows: list[dict[str, Any]]) -> None:

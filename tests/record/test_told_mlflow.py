@@ -326,6 +326,24 @@ def test_status_of_trials_that_were_stopped_failed_or_are_not_over(tracked: Hand
         assert told[name].info.end_time > FIRST + 12_000
 
 
+def test_a_failure_that_is_told_late_was_when_it_was(tracked: Hand) -> None:
+    """A run that MLflow did not answer, and a report days later."""
+    tracked.finish("teacher", "scratch", "skip 0", "skip 1", "skip all", "two 0", "two 1", "heads 0", "heads 1")
+    for number, name in enumerate(("two joint", "heads joint")):
+        failure = {"error": "NonFiniteLoss: step 4", "time": START + 1_000 * (number + 1)}
+        tracked.attempt(tracked.key(name))
+        put(tracked.store.folder(tracked.key(name)) / "failure.json", failure)
+    Tracker(tracked.home, tracked.plan, tracked.speeds, live=False).finish({}, {}, {})
+    told = Told(tracked)
+    ended = {name: (told[name].info.status, told[name].info.end_time - FIRST) for name in (*TRIALS, "study")}
+    assert ended == {
+        "trial-00": ("FAILED", 1_000_000), "trial-01": ("KILLED", ended["trial-01"][1]),
+        "trial-02": ("FAILED", 2_000_000), "study": ("FAILED", 2_000_000),
+    }  # fmt: skip
+    assert [told[name].info.end_time - FIRST for name in ("two joint", "heads joint")] == [1_000_000, 2_000_000]
+    assert ended["trial-01"][1] > 2_000_000
+
+
 def test_a_study_is_finished_once_all_that_was_not_stopped_is(tracked: Hand) -> None:
     tracked.finish("teacher", "scratch", "skip 0", "skip 1", "skip all", "heads 0", "two 0", "two 1", "two joint")
     stopped = {"trial-02": 1, "trial-01": 2}

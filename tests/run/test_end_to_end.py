@@ -173,6 +173,7 @@ def test_mlflow_nests_study_trial_and_stage_without_doubled_points(finished: Pat
             assert steps == sorted(set(steps)) and steps
 
 
+@pytest.mark.usefixtures("on_cluster")
 def test_kills_in_the_middle_of_a_stage_end_in_the_same_bits(finished: Path, tmp_path: Path) -> None:
     """The teacher's worker is killed after a checkpoint, and after a later one the driver; the rest follows from it."""
     often = ("run", "--checkpoint-seconds", "0.2", "--set", "controls={skip: false, scratch: none}")
@@ -184,7 +185,7 @@ def test_kills_in_the_middle_of_a_stage_end_in_the_same_bits(finished: Path, tmp
     run.kill()
     assert not (stage / "DONE.json").exists(), "killed too late to prove anything"
     run.wait(timeout=200)
-    layerswap(tmp_path, *often)
+    here(tmp_path, *often)
     assert json.loads((stage / "DONE.json").read_text())["result"]["resumed_at"] >= later > step
     assert json.loads((stage / "attempt.json").read_text())["number"] == 3
     assert quality(tmp_path) == {key: value for key, value in quality(finished).items() if key in quality(tmp_path)}

@@ -141,14 +141,15 @@ class Tracker:
         self.runs.renew(run, {"layerswap.stopped_early": str(bool(early)).lower()})
         self._mark_failed(run, None if done or not told else str(told[0]))
         status = "FINISHED" if done else "FAILED" if told else "KILLED"
-        self.runs.close(run, status, self._ended(path.steps) if done else None)
+        over = done or self._failed(path.steps) is not None
+        self.runs.close(run, status, self._ended(path.steps) if over else None)
         return done
 
     def _end_stage(self, step: Step, run: str) -> None:
         failure = self._failure(step)
         self._mark_failed(run, None if failure is None else str(failure["error"]))
         if not self.store.finished(step.evaluate.key):
-            self.runs.close(run, "KILLED" if failure is None else "FAILED")
+            self.runs.close(run, "KILLED" if failure is None else "FAILED", self._failed((step,)))
 
     def _mark_failed(self, run: str, why: str | None) -> None:
         if why is None:
@@ -262,9 +263,16 @@ class Tracker:
         return min((int(1000 * began) for began in times), default=None)
 
     def _ended(self, steps: tuple[Step, ...]) -> int | None:
-        """When the last evaluation of stages ended, in milliseconds since 1970; None before the first one."""
+        """When the last of stages was evaluated or failed, in milliseconds since 1970; None before the first one."""
         finished = [key for step in steps if self.store.finished(key := step.evaluate.key)]
-        return max((int(1000 * self.store.done(key)["finished"]) for key in finished), default=None)
+        times = [int(1000 * self.store.done(key)["finished"]) for key in finished]
+        failed = self._failed(steps)
+        return max(times if failed is None else [*times, failed], default=None)
+
+    def _failed(self, steps: tuple[Step, ...]) -> int | None:
+        """When the last of stages failed, in milliseconds since 1970; None where none did."""
+        times = [failure["time"] for step in steps if (failure := self._failure(step)) and "time" in failure]
+        return max((int(1000 * time) for time in times), default=None)
 
     def _last(self, key: str) -> int:
         """The last step in the journal of a finished stage, which writes no more; 0 of one that trains nothing."""
