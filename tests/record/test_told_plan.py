@@ -186,7 +186,7 @@ def test_the_summary_for_scripts(measured: Hand, two_cores: None) -> None:
     tree, memory = told.pop("tree"), told.pop("memory")
     assert memory[measured.key("two 1")] == {"kind": "distil", "name": "hyena-2 in layers 0, 1", "megabytes": 661}
     assert told == {
-        "study": "handmade", "trials": 3, "paths": 3, "notes": [],
+        "study": "handmade", "trials": 3, "paths": 3, "notes": [], "later": {}, "most": 0,
         "stages": 9, "distinct": 7, "done": 2, "sharing": 9 / 7, "tokens": 1_920,
         "distinct_tokens": 1_600, "sharing_tokens": 1.2, "all_stages": 12, "all_done": 4, "tokens_to_train": 1_920,
         "estimate": estimate(measured.plan, measured.store, measured.speeds, 2),

@@ -45,6 +45,11 @@ def decided_lines(decided: Decided) -> list[str]:
     return [*lines, *(line for gated in told for line in _broken(gate_text(gated)))]
 
 
+def choice_line(chosen: Chosen) -> str:
+    """A decision as an item of a list."""
+    return f"- choice {chosen.number}, at {_at(chosen)}, {_by(chosen)}: {_order(chosen)}"
+
+
 def gate_text(gated: Gated) -> str:
     """`trial-04 stage 2, layers 1: 1.032 above 1.01, trained on, then 1.028: given back`."""
     first, *others = gated.ratios

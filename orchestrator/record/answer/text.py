@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import Any
 
 import pandas as pd
@@ -17,7 +16,7 @@ from orchestrator.record.answer.task_table import LEGEND as TASK_LEGEND
 from orchestrator.record.answer.task_table import asked_rows, task_table
 from orchestrator.record.answer.verdict import knee_line, legend, resources, tied
 from orchestrator.record.choices import Decided
-from orchestrator.record.columns import WIDE, aligned, broken
+from orchestrator.record.columns import aligned, broken
 from orchestrator.record.groups import Record
 from orchestrator.record.records import best_path, ends
 from orchestrator.study.plan import Plan
@@ -35,7 +34,7 @@ def answer(
     if len(lead) > 1:
         knee = knee_line(records, length)
         lines += ["the best student for every number of swapped layers", text_table(lead), *tied(records)]
-        lines += [*_wrapped(knee or ""), ""]
+        lines += [*([knee] if knee else []), ""]
     controls = [row for row in records if row["kind"] in ("teacher", "control")]
     lines += ["teacher and controls", text_table(table(controls, length, columns=asked(report, [], NARROW))), ""]
     last = in_order(ends(records), report, length)
@@ -43,22 +42,18 @@ def answer(
         shown = table(last, length, "trial", asked(report, last, NARROW))
         lines += ["every trial at its last stage", text_table(shown)]
     path = best_path(records)
-    lines += _wrapped(f"best path: {path[-1]['label']} {path[-1]['words']}") if path else []
+    lines += [f"best path: {path[-1]['label']} {path[-1]['words']}"] if path else []
     lines += [""] if last else []
     told = decided_lines(decided)
     lines += ["what was decided", *told, ""] if told else []
     best = dict([*measured_rows(records).items()][:1]) if path else {}
-    lines += [text_table(speed_table(best)), SPEED_LEGEND, *_wrapped(crossovers(best)), ""] if best else []
+    lines += [text_table(speed_table(best)), SPEED_LEGEND, crossovers(best), ""] if best else []
     probed = probed_rows(records, every=False)
     lines += [text_table(probe_table(probed)), PROBE_LEGEND, ""] if probed else []
     tasks = asked_rows(records)
     lines += [text_table(task_table(tasks)), TASK_LEGEND, ""] if tasks else []
     lines += [legend(records, length), "", resources(run), "", *commands]
     return "\n".join(lines)
-
-
-def _wrapped(text: str) -> list[str]:
-    return [part for line in text.splitlines() for part in textwrap.wrap(line, WIDE, subsequent_indent="  ")]
 
 
 def text_table(frame: pd.DataFrame) -> str:
