@@ -26,6 +26,7 @@ from orchestrator.record.options import (
     TrackingUri,
     TrialName,
 )
+from orchestrator.record.regretting import regret
 from orchestrator.run.environment import own_process
 from orchestrator.study.spec import short
 
@@ -121,6 +122,7 @@ def run(
 
 
 app.command()(measure)
+app.command()(regret)
 
 
 @app.command()
