@@ -92,7 +92,8 @@ def judged(plan: Plan, truth: Truth, store: Store, name: str) -> tuple[list[Judg
     """The ways of a study's trials and those that need no stages, with notes of what the truth lacks."""
     ways = [*ways_of(plan, store), *usual_ways(truth.layers, _single_costs(plan, store))]
     found = [judge(way, truth) for way in ways]
-    missing = sorted({layers for each in found for layers in each.missing}, key=lambda each: (len(each), each))
+    asked = [each for each in found if each.way.cost is not None]  # the study's own
+    missing = sorted({layers for each in asked for layers in each.missing}, key=lambda each: (len(each), each))
     notes = [
         f"{name} lacks layers {', '.join(map(str, layers))}: add [[{', '.join(map(str, layers))}]] to its "
         "schedule.layer_order, and run it"

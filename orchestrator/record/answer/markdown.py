@@ -95,4 +95,5 @@ def pipe_table(frame: pd.DataFrame) -> str:
     """A Markdown table."""
     head = "| " + " | ".join(frame.columns) + " |"
     rule = "|---" + "|---:" * (len(frame.columns) - 1) + "|"
-    return "\n".join([head, rule, *("| " + " | ".join(row) + " |" for row in frame.to_numpy().tolist())])
+    rows = ([cell.replace("|", "\\|") for cell in row] for row in frame.to_numpy().tolist())
+    return "\n".join([head, rule, *("| " + " | ".join(row) + " |" for row in rows)])

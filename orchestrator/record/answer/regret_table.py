@@ -23,6 +23,7 @@ from orchestrator.record.answer.text import text_table
 from orchestrator.record.regret import Error, Judged, Row, Truth
 from orchestrator.record.screen.plan_view import layer_ranges
 
+COST = ["scores", "trained", "read", "seconds"]
 LEGEND = (
     "regret: perplexity ratio less that of the best set of as many layers, a mean over numbers of layers, ± a\n"
     "standard error paired over seeds. held out: against the set that is best on the other seeds; it may be below\n"
@@ -52,7 +53,7 @@ def way_table(ways: Sequence[Judged]) -> pd.DataFrame:
                 "seconds": "-" if cost is None else f"{cost.seconds:.0f}",
             }
         )
-    columns = ["way", "regret", "held out", "hits", "of", "tau", "scores", "trained", "read", "seconds"]
+    columns = ["way", "regret", "held out", "hits", "of", "tau", *COST]
     return pd.DataFrame(lines, columns=columns, dtype=str)
 
 
@@ -73,7 +74,7 @@ def row_table(ways: Sequence[Judged]) -> pd.DataFrame:
         {
             "way": each.way.name,
             "swapped": str(row.count),
-            "layers": " | ".join(layer_ranges(layers) for layers in row.sets).replace(" | ", " or "),
+            "layers": " or ".join(layer_ranges(layers) for layers in row.sets),
             "ratio": error_text(row.ratio),
             "regret": error_text(row.regret) + (" ~" if row.tie else ""),
             "held out": error_text(row.held_out),
@@ -100,7 +101,10 @@ def error_text(told: Error | None) -> str:
 
 def regret_text(title: str, ways: Sequence[Judged]) -> str:
     """What a terminal shows."""
-    return "\n\n".join([title, text_table(way_table(ways)), text_table(count_table(ways)), LEGEND])
+    frame = way_table(ways)
+    costs = frame[frame["scores"] != "-"][["way", *COST]]
+    tables = [frame.drop(columns=COST), count_table(ways), costs]
+    return "\n\n".join([title, *map(text_table, tables), LEGEND])
 
 
 def regret_markdown(title: str, ways: Sequence[Judged], notes: Sequence[str]) -> str:
