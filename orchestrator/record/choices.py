@@ -172,7 +172,7 @@ def gates_of(plan: Plan, store: Store) -> list[Gated]:
             outcome = None if waits or len(known) < len(steps) else steps[-1].outcome
             layers = tuple(getattr(steps[-1].train, "layers", ()))
             told = Gated((trial.name,), index, layers, known, limit, outcome)
-            key = f"{steps[-1].train.key} {limit} {outcome}"
+            key = f"{steps[-1].train.key} {index} {limit} {outcome}"
             before = found.get(key)
             found[key] = told if before is None else dataclasses.replace(before, trials=(*before.trials, trial.name))
     return list(found.values())

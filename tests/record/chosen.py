@@ -2,7 +2,8 @@
 
 trial-00  by hits, every stage, until two layers: layer 2, then layer 0
 trial-01  layers 0 and 1 at once, then 2, with a gate: 0 and 1 are trained on and given back
-trial-02  by joint scalars, until one layer: layer 3
+    trial-02  by joint scalars, until one layer: layer 3
+trial-03  the stages of trial-01 the other way around: the last two are given back
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from tests.record.handmade import Hand, asked, quality, speed
 SPACE = (
     "search.space=[{schedule: [{choice: {score: hits, texts: 64, rerank: every_stage, until: {layers: 2}}}, "
     "{layer_order: [[0, 1], [2]], gate: {ratio: 1.1, extend: 1}}, "
-    "{choice: {score: {joint: 160}, texts: 64, until: {layers: 1}}}]}]"
+    "{choice: {score: {joint: 160}, texts: 64, until: {layers: 1}}}, "
+    "{layer_order: [[2], [0, 1]], gate: {ratio: 1.1, extend: 1}}]}]"
 )
 FOUR = ("teacher.layers=4", "recipe.joint=[]", "controls={skip: false, scratch: none}")
 HITS = {  # by what is swapped already: layer -> hit loss more than the teacher's, its error, order of the choice
@@ -29,7 +31,7 @@ HITS = {  # by what is swapped already: layer -> hit loss more than the teacher'
     (2,): ({0: (0.03, 0.004), 1: (0.6, 0.1), 3: (0.7, 0.05)}, [0, 1, 3]),
 }
 GATES = {"0": 0.25, "1": 0.5, "2": 0.125, "3": 0.75}
-RATIOS = {(2,): 1.02, (0, 2): 1.04, (0, 1): 1.3, (3,): 1.06}
+RATIOS = {(2,): 1.02, (0, 2): 1.04, (0, 1): 1.3, (3,): 1.06, (0, 1, 2): 1.25}
 SECONDS = 0.5
 
 

@@ -141,7 +141,7 @@ def hand(tmp_path: Path) -> Truthful:
 
 
 def test_the_ways_of_a_study_are_what_its_trials_came_to(hand: Truthful) -> None:
-    first, gated, joint = ways_of(hand.plan, hand.store)
+    first, gated, joint, _ = ways_of(hand.plan, hand.store)
     assert first.name == "by hits, every stage, until 2 layers"
     assert first.sets == {1: ((2,),), 2: ((0, 2),)} and first.tau == (0.75, 0.5, 1.0)
     assert first.cost == Cost(scores=7, trained=0, read=8 * 64, seconds=10 * 0.5)  # the teacher is read once

@@ -43,6 +43,7 @@ def test_the_paths_are_as_the_head_of_the_home_says(hand: Chosen) -> None:
         [((2,), "kept"), ((0,), "kept")],
         [((0, 1), "given_back"), ((0, 1), "given_back"), ((2,), "kept")],
         [((3,), "kept")],
+        [((2,), "kept"), ((0, 1), "given_back"), ((0, 1), "given_back")],
     ]
 
 
@@ -52,6 +53,8 @@ def test_stages_that_were_given_back_are_told_and_never_ranked(hand: Chosen) -> 
         ("trial-00 stage 1", "kept", False), ("trial-00 stage 2", "kept", True),
         ("trial-01 stage 1", "given_back", False), ("trial-01 stage 2", "given_back", False),
         ("trial-01 stage 3", "kept", True), ("trial-02 stage 1", "kept", True),
+        ("trial-03 stage 1", "kept", True), ("trial-03 stage 2", "given_back", False),
+        ("trial-03 stage 3", "given_back", False),
     ]  # fmt: skip
     given_back = {row["stage_key"] for row in rows if row["outcome"] == "given_back"}
     fast = [
@@ -61,7 +64,9 @@ def test_stages_that_were_given_back_are_told_and_never_ranked(hand: Chosen) -> 
     ranked = [*students(fast), *best_by_layers(students(fast)), *pareto_front(fast, "prefill_ratio", "32"), *ends(fast)]
     assert not given_back & {row["stage_key"] for row in [*ranked, *best_path(fast)]}
     assert [row["name"] for row in best_path(rows)] == ["trial-00 stage 1", "trial-00 stage 2"]
-    assert [row["name"] for row in ends(rows)] == ["trial-00 stage 2", "trial-01 stage 3", "trial-02 stage 1"]
+    assert [row["name"] for row in ends(rows)] == [
+        "trial-00 stage 2", "trial-01 stage 3", "trial-03 stage 1", "trial-02 stage 1",
+    ]  # fmt: skip
     text = markdown(hand.plan, rows, {}, (), decided_of(hand.plan, hand.store))
     assert "| trial-01 stage 2, given back | 2/4 |" in text
 
@@ -124,6 +129,7 @@ def test_the_lines_for_a_terminal(hand: Chosen) -> None:
         "trial-02 choice 1, at the teacher, by joint scalars: 3 (0.75), 1 (0.5), 0 (0.25), 2 (0.125)",
         "  160 tokens trained, 1.0 s",
         "trial-01 stage 1, layers 0-1: 1.300 above 1.1, trained on, then 1.200: given back",
+        "trial-03 stage 2, layers 0-1: 1.250 above 1.1, trained on, then 1.150: given back",
     ]
     text = answer(hand.plan, records_of(hand), {}, [], decided_of(hand.plan, hand.store))
     assert "what was decided\ntrial-00 choice 1, at the teacher" in text
@@ -147,6 +153,8 @@ def test_the_tables_of_the_report(hand: Chosen) -> None:
     assert gate_table(decided).to_numpy().tolist() == [
         ["trial-01 stage 1", "0-1", "1.300, then 1.200", "1.1", "given back"],
         ["trial-01 stage 3", "2", "1.020", "1.1", "kept"],
+        ["trial-03 stage 1", "2", "1.020", "1.1", "kept"],
+        ["trial-03 stage 2", "0-1", "1.250, then 1.150", "1.1", "given back"],
     ]
     html = page(hand.plan, records_of(hand), {}, [], decided)
     assert "What was decided" in html and "1.300, then 1.200" in html and "+0.700 ± 0.050" in html
