@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+from mlflow.entities import Run
 
+from orchestrator.distill.models.origin import Origin
 from orchestrator.record.answer.decided import (
     choice_table,
     decided_lines,
@@ -16,13 +20,15 @@ from orchestrator.record.answer.decided import (
 from orchestrator.record.answer.markdown import markdown
 from orchestrator.record.answer.page import page
 from orchestrator.record.answer.text import answer, text_table
+from orchestrator.record.card import model_card
 from orchestrator.record.choice import exported_stage
 from orchestrator.record.choices import Cost, choices_of, decided_of
 from orchestrator.record.groups import best_by_layers, students
 from orchestrator.record.records import Record, best_path, ends, make_records, pareto_front, trial_words
 from orchestrator.record.screen.logs import log_text
-from orchestrator.record.tracking.entry import choice_results, outcome_of
+from orchestrator.record.tracking.entry import choice_results, outcome_of, path_identity, stage_identity
 from orchestrator.record.tracking.names import shown
+from orchestrator.record.tracking.tracker import Tracker
 from tests.record.chosen import Chosen
 
 
@@ -196,3 +202,66 @@ def test_mlflow_is_sent_scores_by_the_number_of_the_decision(hand: Chosen) -> No
     assert [first, second] == [decision.spec.key for decision in hand.plan.trials[0].path.decisions]
     names = shown(hand.plan)
     assert [outcome_of(names, step) for step in hand.plan.trials[1].steps] == ["given_back", "given_back", "kept"]
+
+
+def test_mlflow_learns_what_became_of_a_stage_after_it_was_sent(tmp_path: Path, empty_database: Path) -> None:
+    hand = Chosen(tmp_path)
+    hand.home.root.mkdir(parents=True, exist_ok=True)
+    shutil.copy(empty_database, hand.home.root / "mlflow.db")
+    hand.teach()
+    before, speeds = hand.plan, hand.speeds
+    hand.grow()
+    tracker = Tracker(hand.home, before, speeds, live=False)
+    tracker.sync()
+    first = before.trials[1].steps[0]
+
+    def run(identity: str) -> Run:
+        return tracker.runs.client.get_run(tracker.runs.ids[identity])
+
+    assert run(stage_identity(first)).data.tags["layerswap.outcome"] == "kept"
+    for outcome in ("extended", "given_back"):
+        tracker.replan(hand.plan, hand.speeds)
+        tracker.sync()
+        assert run(stage_identity(first)).data.tags["layerswap.outcome"] == outcome
+        hand.grow()
+    tracker.replan(hand.plan, hand.speeds)
+    tracker.sync()
+    trial = run(path_identity(tracker.shown.paths[0]))
+    scores = {layer: trial.data.metrics[f"score/layer_{layer}"] for layer in range(4)}
+    assert scores == {0: 0.03, 1: 0.6, 2: 0.01, 3: 0.7}
+    assert "- choice 2, at stage 1, by hits: 0 (+0.03)" in trial.data.tags["mlflow.note.content"]
+    told = json.loads(Path(tracker.runs.client.download_artifacts(trial.info.run_id, "choices.json")).read_text())
+    assert [each["order"] for each in told] == [[2, 0, 3, 1], [0, 1, 3]] and told[0]["cost"]["read"] == 320
+
+
+def test_the_card_of_a_student_leaves_out_what_was_given_back(hand: Chosen) -> None:
+    trial = hand.plan.trials[1]
+    first, second, third = (step.train.key for step in trial.steps)
+    records = records_of(hand)
+    text = model_card(hand.plan, records, third, "trial-01", (2,), Origin())
+    assert f"| trial-01 stage 3 | 2 | 160 | `{third}` |" in text and first not in text and second not in text
+    assert "| trial-01 stage 3 | 1/4 |" in text and "given back" not in text
+    given_back = model_card(hand.plan, records, second, "trial-01", (0, 1), Origin())
+    assert first in given_back and second in given_back and third not in given_back
+
+
+def test_seeds_that_came_to_other_layers_are_other_students() -> None:
+    def row(seed: int, index: int, layers: list[int], ratio: float, last: bool) -> Record:
+        trial = f"trial-{seed:02d}"
+        place = {"kind": "stage", "name": f"{trial} stage {index + 1}", "trial": trial, "group": "trial-00"}
+        place |= {"stage_index": index, "last": last, "outcome": "kept", "words": f"seed={seed}; by kl, 2 a stage"}
+        return place | {
+            "seed": seed, "stage_key": f"{trial} {index}", "swapped_layers": layers,
+            "metrics": {"perplexity_ratio": ratio},
+        }  # fmt: skip
+
+    rows = [row(0, 0, [1], 1.0, False), row(0, 1, [1, 2], 1.2, True)]
+    rows += [row(1, 0, [1], 1.1, False), row(1, 1, [0, 1], 1.1, True)]
+    assert [(each["name"], each["members"]) for each in students(rows)] == [
+        ("trial-00 ×2 stage 1", ["trial-00", "trial-01"]),
+        ("trial-00 stage 2", ["trial-00"]),
+        ("trial-01 stage 2", ["trial-01"]),
+    ]
+    assert students(rows)[0]["words"] == "by kl, 2 a stage"
+    assert [each["name"] for each in ends(rows)] == ["trial-01 stage 2", "trial-00 stage 2"]
+    assert [each["name"] for each in best_path(rows)] == ["trial-00 ×2 stage 1", "trial-01 stage 2"]
