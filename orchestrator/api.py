@@ -113,9 +113,10 @@ class StudyHandle:
     def records(self) -> pd.DataFrame:
         """A row for the teacher, each control and each finished stage of each trial, as the report has them.
 
-        Columns: kind, name, trial, stage_index, stage_count, operator, words (the trial's values), stage_key, swapped
-        (layers replaced), layers (of all), and a number for every metric, of speeds `prefill_ratio.256` and so on. What
-        was not measured is missing (`pd.NA`).
+        Columns: kind, name, trial, stage_index, stage_count, outcome (of a stage: kept, extended, given_back or last),
+        last (its trial ends with it), operator, words (the trial's values), stage_key, swapped (layers replaced),
+        layers (of all), and a number for every metric, of speeds `prefill_ratio.256` and so on. What was not measured
+        is missing (`pd.NA`).
         """
         import pandas as pd
 
@@ -125,11 +126,12 @@ class StudyHandle:
         job = self.job
         rows = make_records(job.plan, Store(self.place.store, write=False), job.speeds)
         frame = pd.json_normalize([_flat(row) for row in rows])
-        numbers = [name for name in frame.columns if pd.api.types.is_numeric_dtype(frame[name])]
+        frame["last"] = frame["last"].astype("boolean")
+        numbers = [name for name in frame.columns if name != "last" and pd.api.types.is_numeric_dtype(frame[name])]
         return frame.astype({name: "Int64" if name in WHOLE else "Float64" for name in {*numbers, *WHOLE}})
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    told = ("kind", "name", "trial", "stage_index", "stage_count", "operator", "words", "stage_key")
+    told = ("kind", "name", "trial", "stage_index", "stage_count", "outcome", "last", "operator", "words", "stage_key")
     counts = {"swapped": len(row["swapped_layers"]), "layers": row["total_layers"]}
     return {**{name: row[name] for name in told}, **counts, **row["metrics"]}

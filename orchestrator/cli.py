@@ -11,6 +11,7 @@ import typer
 
 from orchestrator.record import home_commands, look_commands, run_commands
 from orchestrator.record.measure import measure
+from orchestrator.record.regretting import regret
 from orchestrator.run.environment import own_process
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -47,6 +48,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plan": look_commands.plan,
     "run": run_commands.run,
     "measure": measure,
+    "regret": regret,
     "status": look_commands.status,
     "log": look_commands.log,
     "report": look_commands.report,

@@ -45,7 +45,7 @@ def model_card(
     `layers` are all that have no attention, those of a teacher that was a student already among them.
     """
     path = next(each for each in plan.trials if trial in (None, each.name) and key in _keys(each))
-    steps = path.steps[: _keys(path).index(key) + 1]
+    steps = _way(path, key)
     before = sorted({*layers} - {*steps[-1].swapped})
     teacher = _teacher(plan.study.teacher, origin)
     teacher += f", which had such in {layer_ranges(before)} already" if before else ""
@@ -88,7 +88,8 @@ def _metadata(origin: Origin) -> str:
 def _results(plan: Plan, records: list[Record], path: Trial, steps: Sequence[Step], origin: Origin) -> Iterator[str]:
     """The rows of teacher, controls and path, and what has to be known to read them."""
     length = str(max(plan.study.throughput.lengths))
-    mine = [row for row in records if row["trial"] == path.name and row["stage_index"] < len(steps)]
+    keys = {step.train.key for step in steps}
+    mine = [row for row in records if row["trial"] == path.name and row["stage_key"] in keys]
     rows = [*(row for row in records if row["kind"] in ("teacher", "control")), *mine]
     yield pipe_table(table(rows, length))
     yield legend(rows, length)
@@ -108,8 +109,8 @@ def _lineage(plan: Plan, path: Trial, steps: Sequence[Step]) -> str:
     lines = ["| stage | layers | tokens | key |", "|---|---|---:|---|"]
     lines.append(f"| text | | | `{plan.tokens.key}` |")
     lines.append(f"| teacher | | {plan.teacher.own_tokens:,} | `{plan.teacher.train.key}` |")
-    for index, step in enumerate(steps, 1):
-        name = "joint" if step.joint else f"stage {index}"
+    for step in steps:
+        name = "joint" if step.joint else f"stage {path.steps.index(step) + 1}"
         layers = layer_ranges(getattr(step.train, "layers", ()))
         lines.append(f"| {path.name} {name} | {layers} | {step.own_tokens:,} | `{step.train.key}` |")
     texts = {"training": plan.tokens.train, "validation": plan.tokens.validation}
@@ -121,6 +122,16 @@ def _lineage(plan: Plan, path: Trial, steps: Sequence[Step]) -> str:
 
 def _source(source: SourceIdentity) -> str:
     return f"{source.source}, fingerprint `{source.fingerprint}`"
+
+
+def _way(path: Trial, key: str) -> list[Step]:
+    """The stages from the teacher to a student: what was given back before it is none of them."""
+    wanted, found = key, []
+    for step in reversed(path.steps):
+        if step.train.key == wanted:
+            found.append(step)
+            wanted = str(getattr(step.train, "parent", ""))
+    return found[::-1]
 
 
 def _keys(trial: Trial) -> list[str]:

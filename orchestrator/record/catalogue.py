@@ -12,6 +12,7 @@ from typing import Any
 
 from orchestrator.files import canonical_json, read_json, write_json
 from orchestrator.record.columns import aligned
+from orchestrator.record.groups import GIVEN_BACK
 from orchestrator.record.home import Home
 from orchestrator.record.records import Record, best_path, leaves
 from orchestrator.record.remembered import Variant, variants
@@ -106,7 +107,7 @@ def shared_stages(first: Variant, second: Variant) -> tuple[int, int, int]:
 
 
 def _best_by_layers(records: Sequence[Record]) -> dict[int, dict[str, Any]]:
-    students = [row for row in records if row["kind"] == "stage"]
+    students = [row for row in records if row["kind"] == "stage" and row["outcome"] != GIVEN_BACK]
     worst_first = sorted(students, key=lambda row: -row["metrics"]["perplexity_ratio"])
     return {len(row["swapped_layers"]): row["metrics"] for row in worst_first}
 

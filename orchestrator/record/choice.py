@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
-from orchestrator.record.groups import Record, ratio_of, students, ties
+from orchestrator.record.groups import GIVEN_BACK, Record, ratio_of, students, ties
 from orchestrator.record.records import best_path, ends, pareto_front
 from orchestrator.run.store import Store
 from orchestrator.study.plan import Plan, Trial
+from orchestrator.study.stages import Step
 
 SPEED = "prefill_ratio"  # that of the report's front
 SHORTEST_START = 4  # digits of a key; of a trial, fewer are the number of a stage
@@ -32,12 +33,9 @@ def _named(plan: Plan, store: Store, trial: str | None, stage: str) -> str:
     """The key that begins so, or that of the stage of a trial by its number, from 1, or by the word joint."""
     trials = plan.trials if trial is None else (_trial(plan, trial),)
     if trial is not None and (stage == "joint" or (stage.isdecimal() and len(stage) < SHORTEST_START)):
-        steps = trials[0].steps
-        places = {str(index): step for index, step in enumerate(steps, 1)}
-        places |= {"joint": steps[-1]} if steps[-1].joint else {}
+        places = stages_of(trials[0])
         if stage not in places:
-            told = ", the last of them joint" if steps[-1].joint else ""
-            raise ValueError(f"--stage {stage}: {trial} has the stages 1 to {len(steps)}{told}")
+            raise ValueError(f"--stage {stage}: {trial} has {stages_text(trials[0])}")
         key = places[stage].train.key
         if not store.finished(key):
             raise ValueError(f"--stage {stage}: this stage of {trial} is not finished yet: run the study first")
@@ -49,6 +47,20 @@ def _named(plan: Plan, store: Store, trial: str | None, stage: str) -> str:
     return found[0]
 
 
+def stages_of(trial: Trial) -> dict[str, Step]:
+    """The stages of a trial by what names them: a number, from 1, and the word joint."""
+    places = {str(index): step for index, step in enumerate(trial.steps, 1)}
+    return places | ({"joint": trial.steps[-1]} if trial.steps and trial.steps[-1].joint else {})
+
+
+def stages_text(trial: Trial) -> str:
+    """Which there are, for people."""
+    if not trial.steps:
+        return "no stages yet: results decide them"
+    joint = ", the last of them joint" if trial.steps[-1].joint else ""
+    return f"the stages 1 to {len(trial.steps)}{joint}"
+
+
 def _chosen(plan: Plan, records: list[Record], trial: str | None, best: str | None) -> str:
     """The key of the best of all students, or of the trial's; without `best` that of the end of the best path, or of
     the trial."""
@@ -57,7 +69,8 @@ def _chosen(plan: Plan, records: list[Record], trial: str | None, best: str | No
     rows = [row for row in records if row["kind"] == "stage" and trial in (None, row["trial"])]
     length = str(max(plan.study.throughput.lengths))
     if best is None:
-        found = rows[-1:] if trial is not None else best_path(records)[-1:]
+        good = [row for row in rows if row["outcome"] != GIVEN_BACK]
+        found = good[-1:] if trial is not None else best_path(records)[-1:]
     elif best == "quality":
         found = sorted(students(rows), key=lambda row: (ratio_of(row), -len(row["swapped_layers"])))[:1]
     else:

@@ -23,6 +23,7 @@ from orchestrator.distill.training.journal import read_journal
 from orchestrator.record.answer.report import write_report
 from orchestrator.record.answer.text import answer
 from orchestrator.record.catalogue import summarise
+from orchestrator.record.choices import decided_of
 from orchestrator.record.job import Job
 from orchestrator.record.provenance import Provenance
 from orchestrator.record.records import Record, best_path, make_records
@@ -118,7 +119,7 @@ def report(job: Job, recorder: Recorder | None, outcome: Outcome | None = None) 
         f"export:   {job.commands['export']} --to student",
         f"browse:   {job.commands['ui']}",
     ]
-    return records, answer(job.plan, records, cost, commands)
+    return records, answer(job.plan, records, cost, commands, decided_of(job.plan, store))
 
 
 def _write(

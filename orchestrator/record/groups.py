@@ -15,20 +15,22 @@ from typing import Any
 Record = dict[str, Any]
 OWN = "the study's own values"  # of a trial that sets none
 ERRORS = 2.0  # standard errors that two means differ by unless they are a tie
+GIVEN_BACK = "given_back"  # outcome of a stage whose layers are attention again
 RATIO = "perplexity_ratio"  # what students are ranked by
 
 
 def students(records: Iterable[Record]) -> list[Record]:
     """A row for every stage of every group of trials that differ in `seed` alone, in the order of their first.
 
-    `metrics` are means over seeds; `spread` has their standard deviations, `ratios` the perplexity ratio of every seed,
-    `seeds` and `members` say whose they are. All else, speeds, probes and tasks too, is that of the member whose
-    perplexity ratio is nearest to the mean, the one that is exported.
+    Stages that were given back are no students. Seeds that came to different layers are different ones. `metrics` are
+    means over seeds; `spread` has their standard deviations, `ratios` the perplexity ratio of every seed, `seeds` and
+    `members` say whose they are. All else, speeds, probes and tasks too, is that of the member whose perplexity ratio
+    is nearest to the mean, the one that is exported.
     """
-    groups: dict[tuple[str, int], dict[str, Record]] = {}
+    groups: dict[tuple[str, int, tuple[int, ...]], dict[str, Record]] = {}
     for row in records:
-        if row["kind"] == "stage":
-            place = (row["group"], row["stage_index"])
+        if row["kind"] == "stage" and row["outcome"] != GIVEN_BACK:
+            place = (row["group"], row["stage_index"], tuple(row["swapped_layers"]))
             groups.setdefault(place, {}).setdefault(row["stage_key"], row)
     return [_together(list(members.values())) for members in groups.values()]
 
@@ -42,6 +44,7 @@ def _together(members: list[Record]) -> Record:
         "seeds": [row["seed"] for row in members],
         "members": [row["trial"] for row in members],
         "label": nearest["trial"],
+        "last": any(row["last"] for row in members),
         "spread": {},
     }
     if len(members) == 1:
@@ -53,13 +56,13 @@ def _together(members: list[Record]) -> Record:
     }
     means = {name: each[0] if len(set(each)) == 1 else statistics.fmean(each) for name, each in numbers.items()}
     label = f"{nearest['group']} ×{len(members)}"
-    words = [word for word in nearest["words"].split(" ") if word != f"seed={nearest['seed']}"]
+    words = joined(word for word in separate(nearest["words"]) if word != f"seed={nearest['seed']}")
     return {
         **nearest,
         **known,
         "label": label,
         "name": f"{label}{nearest['name'].removeprefix(nearest['trial'])}",
-        "words": " ".join(words) or OWN,
+        "words": words or OWN,
         "metrics": {**nearest["metrics"], **means},
         "spread": {name: _deviation(each) for name, each in numbers.items()},
     }
@@ -69,6 +72,17 @@ def _deviation(numbers: Sequence[float]) -> float:
     """The standard deviation of a sample; `statistics.stdev` is exact, and fifty times slower."""
     middle = statistics.fmean(numbers)
     return math.sqrt(math.fsum((number - middle) ** 2 for number in numbers) / (len(numbers) - 1))
+
+
+def joined(words: Iterable[str]) -> str:
+    """What is told of a trial's values as one text: with semicolons where any is of several words."""
+    told = list(words)
+    return ("; " if any(" " in word for word in told) else " ").join(told)
+
+
+def separate(words: str) -> list[str]:
+    """What `joined` made one text."""
+    return words.split("; ") if "; " in words else words.split(" ")
 
 
 def ratio_of(row: Record) -> float:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from orchestrator.record.groups import OWN, ratio_of, students
+from orchestrator.record.groups import OWN, joined, ratio_of, students
 from orchestrator.record.groups import Record as Record
 from orchestrator.record.probe_results import probe_result
 from orchestrator.record.speeds import speed_of
@@ -28,7 +28,8 @@ def make_records(
     """The rows of every finished step; `trained` holds the keys that its runs trained themselves.
 
     A metric that was not measured has no entry; nothing is filled in. `tasks` has what students were asked beside it,
-    `probes` what perplexity hides.
+    `probes` what perplexity hides. Of a stage `outcome` says what became of it, and `last` that its trial ends with it
+    and is whole; both are None elsewhere.
     """
     asked = task_results(store)
 
@@ -52,6 +53,8 @@ def make_records(
             "seed": None,
             "stage_index": None,
             "stage_count": None,
+            "outcome": None,
+            "last": None,
             "operator": None if operator is None else operator_name(operator),
             "swapped_layers": list(step.swapped),
             "total_layers": plan.total_layers,
@@ -75,6 +78,7 @@ def make_records(
     for trial in plan.trials:
         for index, step in enumerate(trial.steps):
             place = {"trial": trial.name, "stage_index": index, "stage_count": len(trial.steps)}
+            place |= {"outcome": step.outcome, "last": not trial.open and step is trial.end}
             place |= {"values": trial.values, "words": words[trial.name]}
             place |= {"group": groups[trial.name], "seed": trial.study.seed}
             label = "joint" if step.joint else f"stage {index + 1}"
@@ -95,17 +99,24 @@ def seed_groups(plan: Plan) -> dict[str, str]:
 def best_path(records: list[Record]) -> list[Record]:
     """The stages of the trials that swap most layers at the lowest mean perplexity ratio; none before one ends."""
     rows = students(records)
-    last = [row for row in rows if row["stage_index"] == row["stage_count"] - 1]
+    last = [row for row in rows if row["last"]]
     if not last:
         return []
     best = min(last, key=_most_layers_first)
-    return [row for row in rows if row["group"] == best["group"]]
+    return [row for row in rows if row["group"] == best["group"] and {*best["members"]} <= {*row["members"]}]
 
 
 def ends(records: list[Record]) -> list[Record]:
-    """The last finished stage of every student, most swapped layers and lowest mean perplexity ratio first."""
-    last = {row["group"]: row for row in sorted(students(records), key=lambda row: row["stage_index"])}
-    return sorted(last.values(), key=_most_layers_first)
+    """The last finished stage of every student, most swapped layers and lowest mean perplexity ratio first.
+
+    Where seeds of a student came to different layers, the last one of each way.
+    """
+    found: dict[str, list[Record]] = {}
+    for row in sorted(students(records), key=lambda row: -row["stage_index"]):
+        later = found.setdefault(row["group"], [])
+        if not any({*row["members"]} & {*other["members"]} for other in later):
+            later.append(row)
+    return sorted((row for several in found.values() for row in several), key=_most_layers_first)
 
 
 def _most_layers_first(row: Record) -> tuple[int, float]:
@@ -123,7 +134,7 @@ def pareto_front(records: list[Record], speed: str, length: str) -> list[Record]
 
 
 def trial_words(plan: Plan) -> dict[str, str]:
-    """By trial its point of the search space in a few words: `losses=kl:1.0,ce:0.5`.
+    """By trial its point of the search space in a few words: `losses=kl:1.0,ce:0.5`, or `seed=1; by kl, 2 a stage`.
 
     An operator is told by its name and, where others of that name are tried, by the values in which these differ.
     """
@@ -134,7 +145,7 @@ def trial_words(plan: Plan) -> dict[str, str]:
 
     def words(trial: Trial, key: str, value: Any) -> str:
         if key in ("schedule", "schedule.choice"):
-            return f"schedule={schedule_name(trial.study.schedule).replace(' ', '_')}"
+            return schedule_name(trial.study.schedule)
         if key != "operator":
             return f"{key.split('.')[-1]}={_short(value)}"
         name = operator_name(trial.study.operator)
@@ -142,7 +153,7 @@ def trial_words(plan: Plan) -> dict[str, str]:
         return f"operator={name}" + (f"({','.join(f'{leaf}:{said}' for leaf, said in own.items())})" if own else "")
 
     return {
-        trial.name: " ".join(words(trial, key, value) for key, value in trial.values.items()) or OWN
+        trial.name: joined(words(trial, key, value) for key, value in trial.values.items()) or OWN
         for trial in plan.trials
     }
 

@@ -37,7 +37,7 @@ def row(kind: str, name: str, swapped: int, ratio: float, **more: Any) -> dict[s
     base = {
         "kind": kind, "name": name, "swapped_layers": list(range(swapped)), "total_layers": 3, "metrics": metrics,
         "values": {}, "words": "", "operator": "hyena-2", "trial": None, "stage_index": None, "stage_count": None,
-        "group": None, "seed": None, "stage_key": name,
+        "group": None, "seed": None, "stage_key": name, "outcome": None, "last": None,
     }  # fmt: skip
     return base | more
 
@@ -53,7 +53,7 @@ def plan() -> Plan:
 def rows() -> list[dict[str, Any]]:
     def stage(trial: str, index: int, swapped: int, ratio: float, speed: float) -> dict[str, Any]:
         place = {"trial": trial, "stage_index": index, "stage_count": 2, "values": {"seed": 1}, "words": "seed=1"}
-        place |= {"group": trial, "seed": 1}
+        place |= {"group": trial, "seed": 1, "outcome": "kept", "last": index == 1}
         return row("stage", f"{trial} stage {index + 1}", swapped, ratio, speed=speed, **place)
 
     return [

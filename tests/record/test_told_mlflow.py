@@ -202,7 +202,7 @@ def test_tags_say_what_a_run_is(told: Told) -> None:
         assert tags(told, name) == {
             "layerswap.id": f"stage:{key(name)}", "layerswap.role": "stage", "layerswap.stage": key(name),
             "layerswap.layers": layers, "layerswap.told": "2", "layerswap.trials": trials,
-            "layerswap.operator": operator,
+            "layerswap.operator": operator, "layerswap.outcome": "kept",
         }  # fmt: skip
     assert tags(told, "trial-02") == {
         "layerswap.id": f"trial:{key('heads joint')}:3", "layerswap.role": "trial", "layerswap.trial": "trial-02",

@@ -186,7 +186,7 @@ def test_the_summary_for_scripts(measured: Hand, two_cores: None) -> None:
     tree, memory = told.pop("tree"), told.pop("memory")
     assert memory[measured.key("two 1")] == {"kind": "distil", "name": "hyena-2 in layers 0, 1", "megabytes": 661}
     assert told == {
-        "study": "handmade", "trials": 3, "paths": 3, "notes": [],
+        "study": "handmade", "trials": 3, "paths": 3, "notes": [], "later": {}, "most": 0,
         "stages": 9, "distinct": 7, "done": 2, "sharing": 9 / 7, "tokens": 1_920,
         "distinct_tokens": 1_600, "sharing_tokens": 1.2, "all_stages": 12, "all_done": 4, "tokens_to_train": 1_920,
         "estimate": estimate(measured.plan, measured.store, measured.speeds, 2),
@@ -200,8 +200,6 @@ def test_the_summary_for_scripts(measured: Hand, two_cores: None) -> None:
             "trial-00": "losses=kl:1.0", "trial-01": "losses=kl:1.0,ce:0.5", "trial-02": "operator=hyena-2h",
         },
         "teacher": {"key": measured.key("teacher"), "tokens": 1_600, "state": "done"},
-        "later": {},
-        "most": 0,
     }  # fmt: skip
 
     def node(name: str, layers: list[int], tokens: int, state: str, trials: int, *children: Any) -> dict[str, Any]:

@@ -42,6 +42,7 @@ def expected(hand: Hand, step: str, tokens: int, own: int, **more: Any) -> Recor
         metrics |= {"stage_tokens_per_s": 40.0, "stage_seconds": own / 40}
     row = {
         "kind": "control", "name": step, "trial": None, "stage_index": None, "stage_count": None, "operator": "skip",
+        "outcome": None, "last": None,
         "swapped_layers": [], "total_layers": 2, "values": {}, "words": "", "stage_key": hand.key(step),
         "run_id": f"run of {hand.key(step)}", "reused": True, "metrics": metrics, "group": None, "seed": None,
         "tasks": {}, "probes": {},
@@ -63,8 +64,9 @@ def test_every_field_of_every_row(hand: Hand) -> None:
         operator, values, words = TRIALS[trial]
         assert row == expected(
             hand, name, tokens, own, kind="stage", name=f"{trial} {'joint' if index == 2 else f'stage {index + 1}'}",
-            trial=trial, stage_index=index, stage_count=3, operator=operator, swapped_layers=layers, values=values,
-            words=words, joint=index == 2, group=trial, seed=0, reused=name not in ("two 0", "two joint"),
+            trial=trial, stage_index=index, stage_count=3, outcome="kept", last=index == 2, operator=operator,
+            swapped_layers=layers, values=values, words=words, joint=index == 2, group=trial, seed=0,
+            reused=name not in ("two 0", "two joint"),
         )  # fmt: skip
 
 
@@ -122,7 +124,8 @@ def test_the_front_holds_the_students_that_no_other_beats(
 
 def test_of_equals_one_stands_on_the_front() -> None:
     def row(name: str, x: float, y: float) -> Record:
-        place = {"kind": "stage", "name": name, "trial": name, "group": name, "seed": 0, "stage_index": 0}
+        place = {"kind": "stage", "name": name, "trial": name, "group": name, "seed": 0, "stage_index": 0, "last": True}
+        place |= {"outcome": "kept", "swapped_layers": [0]}
         return {**place, "stage_key": name, "metrics": {"prefill_ratio": {"8": x}, "perplexity_ratio": y}}
 
     rows = [row("a", 1.0, 2.0), row("b", 1.0, 2.0), row("slow", 0.9, 2.0), row("poor", 1.0, 2.5), row("good", 0.5, 1.5)]

@@ -264,7 +264,7 @@ def test_files_have_every_number(hand: Hand, rows: list[Record], tmp_path: Path)
     frame = pd.read_csv(paths["records.csv"])
     assert list(frame.columns) == [
         "kind", "name", "trial", "group", "seed",
-        "stage_index", "stage_count", "operator", "swapped_layers", "total_layers", "words",
+        "stage_index", "stage_count", "outcome", "last", "operator", "swapped_layers", "total_layers", "words",
         "stage_key", "run_id", "reused", "metrics.accuracy", "metrics.agreement", "metrics.generation_agreement",
         "metrics.greedy_generation_perplexity", "metrics.hit_nll", "metrics.kl", "metrics.miss_nll",
         "metrics.parameters", "metrics.perplexity", "metrics.perplexity_ratio",
@@ -278,6 +278,7 @@ def test_files_have_every_number(hand: Hand, rows: list[Record], tmp_path: Path)
     known = {column: value for column, value in last.items() if value == value}  # what is not NaN
     assert known == pytest.approx({
         "kind": "stage", "name": "trial-01 joint", "trial": "trial-01", "stage_index": 2.0, "stage_count": 3.0,
+        "outcome": "kept", "last": True,
         "operator": "hyena-2", "swapped_layers": "[0, 1]", "total_layers": 2, "words": "losses=kl:1.0,ce:0.5",
         "stage_key": hand.key("two mixed"), "run_id": "run", "reused": True, "metrics.accuracy": 0.375,
         "metrics.agreement": 0.75 / 1.15, "metrics.generation_agreement": 0.5 / 1.15, "metrics.hit_nll": 1.725,

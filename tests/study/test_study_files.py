@@ -21,6 +21,7 @@ BARE = "study: s\noperator: {kind: hyena}\nrecipe: {phases: [{tokens: 4096, loss
 NEEDED: dict[str, dict[str, str]] = {  # what a mapping has to have beside the key that is shown
     "recipe": {"phases": "[{tokens: 4096, losses: {kl: 1.0}}]"},
     "recipe.phases.0": {"losses": "{kl: 1.0}"},
+    "schedule.gate": {"ratio": "1.05"},
     "data.train of text": {"files": "[a.txt]"},
     "data.train of hub": {"name": "a/b", "max_tokens": "9"},
 }

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from orchestrator.record.groups import Record, best_by_layers, students
+from orchestrator.record.groups import GIVEN_BACK, Record, best_by_layers, students
 from orchestrator.record.screen.plan_view import layer_ranges
 from orchestrator.study.plan import Plan
 from orchestrator.study.reported import Report
@@ -67,7 +67,9 @@ def lead_table(records: list[Record], length: str, report: Report) -> pd.DataFra
 
 
 def _called(row: Record, name: str) -> str:
-    return f"{row['label']} {row['words']}" if name == "trial" else str(row[name])
+    if name == "trial":
+        return f"{row['label']} {row['words']}"
+    return f"{row[name]}{', given back' if row['outcome'] == GIVEN_BACK else ''}"
 
 
 def value(row: Record, column: str, length: str) -> Any:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from orchestrator.record.answer.decided import LEGEND as DECIDED_LEGEND
+from orchestrator.record.answer.decided import NOTHING, choice_table, gate_table, score_table
 from orchestrator.record.answer.frames import COLUMNS, asked, in_order, lead_table, longest, table
 from orchestrator.record.answer.probe_table import LEGEND as PROBE_LEGEND
 from orchestrator.record.answer.probe_table import drawn, probe_table, probed_rows
@@ -16,18 +18,26 @@ from orchestrator.record.answer.task_table import LEGEND as TASK_LEGEND
 from orchestrator.record.answer.task_table import asked_rows, task_table
 from orchestrator.record.answer.verdict import knee_line, legend, resources, tied, verdict
 from orchestrator.record.choice import SPEED
+from orchestrator.record.choices import Decided
 from orchestrator.record.groups import Record
 from orchestrator.record.records import best_path, ends, pareto_front
 from orchestrator.study.plan import Plan
 
 
-def markdown(plan: Plan, records: list[Record], run: dict[str, Any], pictures: Collection[str] = ()) -> str:
+def markdown(
+    plan: Plan,
+    records: list[Record],
+    run: dict[str, Any],
+    pictures: Collection[str] = (),
+    decided: Decided = NOTHING,
+) -> str:
     """The page; `pictures` are the files beside it that there are."""
     study, length = plan.study, longest(plan)
     parts = [f"# {study.study}", study.question.strip(), "## Verdict", verdict(records), *_lead(plan, records)]
     controls = [row for row in records if row["kind"] in ("teacher", "control")]
     parts += ["## Teacher and controls", pipe_table(table(controls, length, columns=asked(study.report, [], COLUMNS)))]
     parts += _students(plan, records, pictures)
+    parts += _decided(decided)
     if measured := measured_rows(records):
         parts += ["## Speed and memory by length", pipe_table(speed_table(measured)), SPEED_LEGEND]
         parts += [crossovers(measured), *_picture("Speed and memory by length", "speed.png", pictures)]
@@ -69,6 +79,14 @@ def _students(plan: Plan, records: list[Record], pictures: Collection[str]) -> l
     return [*parts, "## Every stage", shown(every), legend(records, length)]
 
 
+def _decided(decided: Decided) -> list[str]:
+    """Choices of layers with the scores they rest on, and what gates made of stages."""
+    parts = ["## What was decided"] if decided != NOTHING else []
+    if decided.choices:
+        parts += [pipe_table(choice_table(decided)), pipe_table(score_table(decided)), DECIDED_LEGEND]
+    return parts + ([pipe_table(gate_table(decided))] if decided.gates else [])
+
+
 def _picture(title: str, name: str, pictures: Collection[str], heading: str = "") -> list[str]:
     return [heading, f"![{title}]({name})"] if name in pictures else []
 
@@ -77,4 +95,5 @@ def pipe_table(frame: pd.DataFrame) -> str:
     """A Markdown table."""
     head = "| " + " | ".join(frame.columns) + " |"
     rule = "|---" + "|---:" * (len(frame.columns) - 1) + "|"
-    return "\n".join([head, rule, *("| " + " | ".join(row) + " |" for row in frame.to_numpy().tolist())])
+    rows = ([cell.replace("|", "\\|") for cell in row] for row in frame.to_numpy().tolist())
+    return "\n".join([head, rule, *("| " + " | ".join(row) + " |" for row in rows)])

@@ -17,6 +17,8 @@ import jinja2
 import pandas as pd
 
 from orchestrator.record.answer import charts
+from orchestrator.record.answer.decided import LEGEND as DECIDED_LEGEND
+from orchestrator.record.answer.decided import NOTHING, choice_table, gate_table, score_table
 from orchestrator.record.answer.frames import COLUMNS, SAME, asked, in_order, lead_table, longest, table, value
 from orchestrator.record.answer.points import Curves
 from orchestrator.record.answer.probe_table import LEGEND as PROBE_LEGEND
@@ -27,15 +29,19 @@ from orchestrator.record.answer.speed_table import crossovers, measured_rows, sp
 from orchestrator.record.answer.task_table import LEGEND as TASK_LEGEND
 from orchestrator.record.answer.task_table import asked_rows, task_table
 from orchestrator.record.answer.verdict import knee_line, legend, resources, tied, verdict
+from orchestrator.record.choices import Decided
 from orchestrator.record.groups import Record
 from orchestrator.record.records import best_path, ends
 from orchestrator.study.plan import Plan
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
+LEGENDS = (SPEED_LEGEND, PROBE_LEGEND, TASK_LEGEND, DECIDED_LEGEND)
 Table = dict[str, Any]  # columns, and rows of (text, what to sort by)
 
 
-def page(plan: Plan, records: list[Record], run: dict[str, Any], curves: Sequence[Curves]) -> str:
+def page(
+    plan: Plan, records: list[Record], run: dict[str, Any], curves: Sequence[Curves], decided: Decided = NOTHING
+) -> str:
     """The page's text."""
     length = longest(plan)
     template = jinja2.Environment(
@@ -50,8 +56,8 @@ def page(plan: Plan, records: list[Record], run: dict[str, Any], curves: Sequenc
     drawn = {name: figure.to_json().replace("</", "<\\/") for name, figure in figures.items() if figure is not None}
     return template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         study=plan.study.study, question=plan.study.question.strip(), verdict=verdict(records), ties=tied(records),
-        knee=knee_line(records, length), tables=_tables(plan, records, length), legend=legend(records, length),
-        crossovers=crossovers(measured_rows(records)), legends=(SPEED_LEGEND, PROBE_LEGEND, TASK_LEGEND),
+        knee=knee_line(records, length), tables=_tables(plan, records, length) | _decided(decided),
+        legend=legend(records, length), crossovers=crossovers(measured_rows(records)), legends=LEGENDS,
         cost=resources(run), figures=drawn, plotly=_plotly() if drawn else "", shown=len(curves[: charts.MOST_CURVES]),
         paths=len(curves), length=length,
     )  # fmt: skip
@@ -84,12 +90,17 @@ def _tables(plan: Plan, records: list[Record], length: str) -> dict[str, Table]:
     return {name: each for name, each in found.items() if each["rows"] and not (name == "lead" and len(lead) < 2)}
 
 
+def _decided(decided: Decided) -> dict[str, Table]:
+    frames = {"choices": choice_table(decided), "scores": score_table(decided), "gates": gate_table(decided)}
+    return {name: _table(frame, []) for name, frame in frames.items() if len(frame)}
+
+
 def _table(frame: pd.DataFrame, values: Sequence[Sequence[Any]]) -> Table:
     """A frame with what its cells sort by: `values` where they are known, else the numbers that texts begin with."""
     texts = frame.to_numpy().tolist()
     keys = values or [[_number(text) for text in row] for row in texts]
     rows = [list(zip(row, key, strict=True)) for row, key in zip(texts, keys, strict=True)]
-    words = {"row", "stage", "layers", "task", "metric"}
+    words = {"row", "stage", "layers", "task", "metric", "at", "by", "order", "tied", "became"}
     return {"columns": [(name, name in words) for name in frame.columns], "rows": rows}
 
 

@@ -18,6 +18,7 @@ from orchestrator.record.answer.points import Curves, curves_of
 from orchestrator.record.answer.probe_table import draw_probes, probed_rows
 from orchestrator.record.answer.redrawn import redrawn
 from orchestrator.record.answer.speed_table import draw_speed, measured_rows
+from orchestrator.record.choices import decided_of
 from orchestrator.record.groups import Record
 from orchestrator.run.store import Store
 from orchestrator.study.plan import Plan
@@ -28,16 +29,17 @@ OF_A_RUN = ("run_id", "reused")  # what rows tell of MLflow and of the newest ru
 def write_report(plan: Plan, store: Store, records: list[Record], run: dict[str, Any], folder: Path) -> dict[str, Path]:
     """Write `report.html`, `report.md`, `records.csv`, `records.json` and pictures into `folder`; returns them by name.
 
-    The store is asked for training curves alone.
+    The store is asked for training curves and for what was decided.
     """
     folder.mkdir(parents=True, exist_ok=True)
     name, curves = plan.study.study, curves_of(plan, store, records)
     paths = {each: folder / each for each in ("report.html", "report.md", "records.json", "records.csv")}
     write_json(paths["records.json"], {"study": name, "run": run, "records": records})
+    decided = decided_of(plan, store)
     write_text(paths["records.csv"], pd.json_normalize(records).to_csv(index=False))
     drawn = _pictures(plan, records, curves, folder)
-    write_text(paths["report.md"], markdown(plan, records, run, drawn))
-    write_text(paths["report.html"], page(plan, records, run, curves))
+    write_text(paths["report.md"], markdown(plan, records, run, drawn, decided))
+    write_text(paths["report.html"], page(plan, records, run, curves, decided))
     return paths | {each: folder / each for each in drawn}
 
 

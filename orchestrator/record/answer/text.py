@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from orchestrator.record.answer.decided import NOTHING, decided_lines
 from orchestrator.record.answer.frames import NARROW, asked, in_order, lead_table, longest, table
 from orchestrator.record.answer.probe_table import LEGEND as PROBE_LEGEND
 from orchestrator.record.answer.probe_table import probe_table, probed_rows
@@ -14,7 +15,8 @@ from orchestrator.record.answer.speed_table import crossovers, measured_rows, sp
 from orchestrator.record.answer.task_table import LEGEND as TASK_LEGEND
 from orchestrator.record.answer.task_table import asked_rows, task_table
 from orchestrator.record.answer.verdict import knee_line, legend, resources, tied
-from orchestrator.record.columns import aligned
+from orchestrator.record.choices import Decided
+from orchestrator.record.columns import aligned, broken
 from orchestrator.record.groups import Record
 from orchestrator.record.records import best_path, ends
 from orchestrator.study.plan import Plan
@@ -22,7 +24,9 @@ from orchestrator.study.plan import Plan
 LEFT = {"stage"}  # columns of words, beside the first
 
 
-def answer(plan: Plan, records: list[Record], run: dict[str, Any], commands: list[str]) -> str:
+def answer(
+    plan: Plan, records: list[Record], run: dict[str, Any], commands: list[str], decided: Decided = NOTHING
+) -> str:
     """What the terminal shows at the end, and then what comes next."""
     length, report = longest(plan), plan.study.report
     lines = [plan.study.question.strip() or plan.study.study, ""]
@@ -40,6 +44,8 @@ def answer(plan: Plan, records: list[Record], run: dict[str, Any], commands: lis
     path = best_path(records)
     lines += [f"best path: {path[-1]['label']} {path[-1]['words']}"] if path else []
     lines += [""] if last else []
+    told = decided_lines(decided)
+    lines += ["what was decided", *told, ""] if told else []
     best = dict([*measured_rows(records).items()][:1]) if path else {}
     lines += [text_table(speed_table(best)), SPEED_LEGEND, crossovers(best), ""] if best else []
     probed = probed_rows(records, every=False)
@@ -51,6 +57,6 @@ def answer(plan: Plan, records: list[Record], run: dict[str, Any], commands: lis
 
 
 def text_table(frame: pd.DataFrame) -> str:
-    """Aligned columns for a terminal, numbers to the right."""
-    cells = [list(frame.columns), *frame.to_numpy().tolist()]
-    return aligned(cells, [index == 0 or name in LEFT for index, name in enumerate(frame.columns)])
+    """Aligned columns for a terminal, numbers to the right; words are broken where they make it too wide."""
+    left = [index == 0 or name in LEFT for index, name in enumerate(frame.columns)]
+    return aligned(broken([list(frame.columns), *frame.to_numpy().tolist()], left), left)

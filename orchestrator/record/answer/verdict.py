@@ -47,7 +47,7 @@ def verdict(records: list[Record]) -> str:
         f"{end['metrics']['student_tokens']:,} tokens ({end['label']}, {end['operator']}{seeds})."
     ]
     rows = students(records)
-    last = [row for row in rows if row["stage_index"] == row["stage_count"] - 1]
+    last = [row for row in rows if row["last"]]
     said += _tie(end, [row for row in last if len(row["swapped_layers"]) == len(end["swapped_layers"])], rows)
     said += [] if seeds_range(rows) is not None else ["How far seeds alone move a number was not measured."]
     scratch = [r for r in records if r["kind"] == "control" and r["name"].startswith("scratch")]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from orchestrator.record.choice import SHORTEST_START
+from orchestrator.record.choice import SHORTEST_START, stages_of, stages_text
 from orchestrator.record.screen.facts import stage_names
 from orchestrator.run.log import LOG
 from orchestrator.run.store import Store
@@ -54,17 +54,21 @@ def _log(store: Store, key: str, name: str, most: int | None = None) -> str:
 
 
 def _of_trial(plan: Plan, stage: str) -> Iterator[str]:
-    """The keys of a stage of a trial, `trial-03:2` or `trial-03:joint`: of its training, and of what measures it."""
+    """The keys of a stage of a trial, `trial-03:2` or `trial-03:joint`: of its training, and of what measures it; of a
+    choice, `trial-03:choice-1`: of all scores that it rests on, and its own."""
     name, _, number = stage.partition(":")
     trial: Trial | None = next((trial for trial in plan.trials if trial.name == name), None)
     if trial is None:
         there = f"the study has {plan.trials[0].name} to {plan.trials[-1].name}" if plan.trials else "it has no trials"
         raise ValueError(f"{stage}: {name} is no trial: {there}")
-    places = {str(index): step for index, step in enumerate(trial.steps, 1)}
-    places |= {"joint": trial.steps[-1]} if trial.steps[-1].joint else {}
+    places = stages_of(trial)
+    choices = {f"choice-{index}": decision for index, decision in enumerate(trial.path.decisions, 1)}
+    if number in choices:
+        yield from (spec.key for spec in (*choices[number].needs, choices[number].spec))
+        return
     if number not in places:
-        joint = ", the last of them joint" if "joint" in places else ""
-        raise ValueError(f"{stage}: {name} has the stages 1 to {len(trial.steps)}{joint}")
+        chosen = f", and choice-1 to choice-{len(choices)}" if choices else ""
+        raise ValueError(f"{stage}: {name} has {stages_text(trial)}{chosen}")
     step = places[number]
     yield step.train.key
     yield step.evaluate.key

@@ -7,10 +7,12 @@ work that it tells of.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from orchestrator.distill.training.journal import read_journal
+from orchestrator.record.choices import Chosen
 from orchestrator.record.records import leaves
 from orchestrator.record.tracking.names import Path, Shown
 from orchestrator.run.store import Store
@@ -32,6 +34,7 @@ SUMMARY = (
     "greedy_generation_perplexity",
     "sampled_generation_perplexity",
 )
+OUTCOME = "layerswap.outcome"  # tag: what became of a stage
 Point = tuple[str, float, int, int]  # metric, value, milliseconds since 1970, step
 Result = tuple[str, list[Point]]  # key of the stage that found it, what it found
 
@@ -73,6 +76,7 @@ def stage_entry(shown: Shown, step: Step) -> Entry:
         operator = operator_name(getattr(step.train, "operator", None))
         trials = ",".join(path.numbers for path in stage.paths)
         tags |= {"layerswap.role": "stage", "layerswap.operator": operator, "layerswap.trials": trials}
+        tags[OUTCOME] = outcome_of(shown, step)
     values = leaves({**step.train.model_dump(mode="json"), "stage_key": key})
     return Entry(stage_identity(step), name, parent, tags, {name: str(dump(value)) for name, value in values.items()})
 
@@ -81,6 +85,29 @@ def path_entry(path: Path, note: str = "") -> Entry:
     """The run of trials of one path."""
     tags = {"layerswap.role": "trial", "layerswap.trial": path.numbers, "layerswap.operator": path.operator}
     return Entry(path_identity(path), path.name, "study", tags, path.parameters, note)
+
+
+def outcome_of(shown: Shown, step: Step) -> str:
+    """What became of a stage; of trials that do not agree on it, all that they say."""
+    key = step.train.key
+    paths = shown.stages[key].paths if key in shown.stages else ()
+    told = [each.outcome for path in paths for each in path.steps if each.train.key == key]
+    return ",".join(dict.fromkeys(told or [step.outcome]))
+
+
+def choice_results(store: Store, chosen: Sequence[Chosen]) -> list[Result]:
+    """The scores of the layers that were chosen among, at the number of the decision."""
+    found: list[Result] = []
+    for each in chosen:
+        stamp = int(store.done(each.key)["finished"] * 1000)
+        points = [(f"score/layer_{layer}", score, stamp, each.number) for layer, (score, _) in each.scores.items()]
+        found.append((each.key, points))
+    return found
+
+
+def choices_json(chosen: Sequence[Chosen]) -> str:
+    """The decisions of a path as a file."""
+    return json.dumps([dataclasses.asdict(each) for each in chosen], indent=1, sort_keys=True)
 
 
 def journal_points(store: Store, key: str, after: int) -> Iterator[list[Point]]:

@@ -8,17 +8,20 @@ carries a mark on its run.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from orchestrator.distill.training.journal import read_journal
+from orchestrator.record.answer.decided import choice_line
+from orchestrator.record.choices import Chosen, choices_of
 from orchestrator.record.home import Home
 from orchestrator.record.probe_results import probe_numbers, probe_result
 from orchestrator.record.provenance import Provenance
 from orchestrator.record.remembered import variant_of, variants
 from orchestrator.record.task_results import task_numbers, task_results
 from orchestrator.record.tracking import entry as entries
-from orchestrator.record.tracking.entry import Entry, Point, path_identity, stage_identity
+from orchestrator.record.tracking.entry import OUTCOME, Entry, Point, path_identity, stage_identity
 from orchestrator.record.tracking.names import Path as TrialPath
 from orchestrator.record.tracking.names import shown
 from orchestrator.record.tracking.runs import BATCH, Runs, digest
@@ -33,6 +36,8 @@ FAILURE, TRACEBACK = (
     "layerswap.failure",
     "layerswap.traceback",
 )  # tags: why a run failed; the attempt whose file is there
+
+CHOICES = "layerswap.choices"  # tag: which choices were sent
 
 
 class Tracker:
@@ -207,12 +212,24 @@ class Tracker:
         run = self.runs.open(entries.path_entry(path), lambda: self._began(path.steps))
         for step in path.steps:
             self._stage(step)
+            if (stage := self.run_id(step)) is not None:  # a closed stage learns what became of it, too
+                self.runs.renew(stage, {OUTCOME: entries.outcome_of(self.shown, step)})
+        chosen = choices_of(self.plan, self.store, path.trials[:1])
         if path.open or not all(self.store.finished(step.evaluate.key) for step in path.steps):
             self.runs.reopen(run)
-        self.runs.tell(run, entries.path_results(self.store, path, self.speeds))
-        self.runs.note(run, self._links(path))
+        told = [*entries.choice_results(self.store, chosen), *entries.path_results(self.store, path, self.speeds)]
+        self.runs.tell(run, told)
+        self._add_choices(run, chosen)
+        self.runs.note(run, "\n".join(filter(None, [*map(choice_line, chosen), self._links(path)])))
         if not path.open and all(stage_identity(step) in self.closed for step in path.steps):
             self.closed.add(identity)
+
+    def _add_choices(self, run: str, chosen: Sequence[Chosen]) -> None:
+        """The decisions of a path as a file of its run, anew when there are more."""
+        text = entries.choices_json(chosen)
+        if chosen and self.runs.tags[run].get(CHOICES) != digest(text):
+            self.runs.add_text(run, "choices.json", text)
+            self.runs.renew(run, {CHOICES: digest(text)})
 
     def _links(self, path: TrialPath) -> str:
         lines = []
