@@ -65,7 +65,7 @@ def test_points_of_one_path_are_one_run_with_their_values_side_by_side(tmp_path:
     """As of a rate of an optimizer that the study does not use."""
     plan = planned(tmp_path, "search.space=[{recipe.optimizer.lr: [0.003, 0.004]}]")
     first, second = plan.trials
-    runs = shown(dataclasses.replace(plan, trials=(first, dataclasses.replace(second, steps=first.steps))))
+    runs = shown(dataclasses.replace(plan, trials=(first, dataclasses.replace(second, path=first.path))))
     (path,) = runs.paths
     assert path.numbers == "trial-00,trial-01"
     assert path.name == "lr 0.003 or lr 0.004"
