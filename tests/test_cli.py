@@ -118,7 +118,7 @@ def test_the_version_is_that_of_the_package_whatever_else_is_asked() -> None:
         assert (done.exit_code, done.output) == (0, f"layerswap {stated}\n")
 
 
-@pytest.mark.parametrize(("word", "offered"), [("ex", ["export"]), ("re", ["report"]), ("no", [])])
+@pytest.mark.parametrize(("word", "offered"), [("ex", ["export"]), ("re", ["regret", "report"]), ("no", [])])
 def test_a_shell_completes_the_commands(word: str, offered: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("_LAYERSWAP_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", f"layerswap {word}")

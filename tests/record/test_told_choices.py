@@ -19,6 +19,7 @@ from orchestrator.record.answer.decided import (
 )
 from orchestrator.record.answer.markdown import markdown
 from orchestrator.record.answer.page import page
+from orchestrator.record.answer.points import curves_of
 from orchestrator.record.answer.text import answer, text_table
 from orchestrator.record.card import model_card
 from orchestrator.record.choice import exported_stage
@@ -75,6 +76,15 @@ def test_stages_that_were_given_back_are_told_and_never_ranked(hand: Chosen) -> 
     ]  # fmt: skip
     text = markdown(hand.plan, rows, {}, (), decided_of(hand.plan, hand.store))
     assert "| trial-01 stage 2, given back | 2/4 |" in text
+
+
+def test_curves_are_of_the_stages_that_a_student_comes_from(hand: Chosen) -> None:
+    for trial in hand.plan.trials:
+        for step in trial.steps:
+            hand.journal(step.train.key, (10, 160, 1.0, {"loss/kl": 1.0 + step.swapped[0]}))
+    curves = {each.title.split(" ")[0]: each for each in curves_of(hand.plan, hand.store, records_of(hand))}
+    assert curves["trial-01"].lines == (("kl", ((160, 3.0),)),) and curves["trial-01"].stages == (160,)
+    assert curves["trial-00"].stages == (160, 320) and len(curves["trial-00"].lines[0][1]) == 3
 
 
 def test_the_end_of_a_trial_is_what_was_not_given_back(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Sequence
 
 from orchestrator.distill.training.journal import read_journal
 from orchestrator.record.answer.frames import bounds_of, value
-from orchestrator.record.groups import RATIO, Record, best_by_layers, ratio_of, students
+from orchestrator.record.groups import GIVEN_BACK, RATIO, Record, best_by_layers, ratio_of, students
 from orchestrator.record.records import ends, pareto_front
 from orchestrator.run.store import Store
-from orchestrator.study.plan import Plan
+from orchestrator.study.plan import Plan, Trial
 from orchestrator.study.stages import Step
 
 SPEED_PANELS = ("prefill", "decode")
@@ -141,11 +141,16 @@ def curves_of(plan: Plan, store: Store, records: list[Record]) -> list[Curves]:
     for row in ends(records):
         lines: list[tuple[str, Line]] = []
         for name in row["members"]:
-            lines += _lines_of(trials[name].steps, store).items()
-        stages = tuple(step.tokens for step in trials[row["members"][0]].steps)
+            lines += _lines_of(_kept(trials[name]), store).items()
+        stages = tuple(step.tokens for step in _kept(trials[row["members"][0]]))
         if lines:
             found.append(Curves(f"{row['label']} {row['words']}", tuple(lines), stages))
     return found
+
+
+def _kept(trial: Trial) -> list[Step]:
+    """The stages that its last student comes from."""
+    return [step for step in trial.steps if step.outcome != GIVEN_BACK]
 
 
 def _lines_of(steps: Sequence[Step], store: Store) -> dict[str, Line]:
