@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from orchestrator.record.records import trial_words
 from orchestrator.run.store import Store
+from orchestrator.study.path import Path
 from orchestrator.study.plan import Plan, Trial
 from orchestrator.study.stages import Step
 
@@ -24,15 +26,19 @@ def decided(before: Plan, after: Plan, store: Store) -> Iterator[str]:
     """A line for everything that was decided between two states of a plan, equal decisions of trials once."""
     known = {trial.name: trial for trial in before.trials}
     said: set[str] = set()
+    words = trial_words(after)
     for trial in after.trials:
-        for line in _news(known[trial.name], trial, store):
+        if trial.name not in known:
+            yield f"drawn  {trial.name}: {words[trial.name]}"
+        before_it = known[trial.name].path if trial.name in known else Path(())
+        for line in _news(before_it, trial, store):
             if line not in said:
                 said.add(line)
                 yield line
 
 
-def _news(before: Trial, after: Trial, store: Store) -> Iterator[str]:
-    told = len([each for each in before.path.decisions if each.spec.key != before.path.waits])
+def _news(before: Path, after: Trial, store: Store) -> Iterator[str]:
+    told = len([each for each in before.decisions if each.spec.key != before.waits])
     for decision in after.path.decisions[told:]:
         if decision.spec.key != after.path.waits and store.finished(decision.spec.key):
             yield f"chosen for {after.name}: {choice_text(store.result(decision.spec.key))}"

@@ -189,8 +189,8 @@ class _Watch:
         self.run.tell(seconds=self.told - self.began, **cost, **more)
 
     def _look(self) -> None:
+        self._grow()
         try:
-            self._grow()
             self.progress.tick()
         except (OSError, ValueError, KeyError):  # a stage that is withdrawn or deleted while it is looked at
             return
@@ -202,10 +202,10 @@ class _Watch:
         self.job.growing.grow()  # which whoever computes may have done as well
         if self.job.plan is not self.told_plan:
             self.told_plan = self.job.plan
-            self.progress.replan(self.job.plan, self.job.speeds)
             self.recorder.replan(self.job.plan, self.job.speeds)
             with contextlib.suppress(OSError):
                 self.job.variant.remember(self.job.asked, self.job.keys)
+            self.progress.replan(self.job.plan, self.job.speeds)
 
     def _again_and_again(self) -> None:
         looked = time.monotonic()
