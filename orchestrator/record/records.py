@@ -17,6 +17,8 @@ from orchestrator.study.plan import Plan, Trial
 from orchestrator.study.spec import ThroughputSpec
 from orchestrator.study.stages import Step
 
+LONGEST_NUMBER = 7  # letters of a number as it is; of a longer one four digits are told
+
 
 def make_records(
     plan: Plan,
@@ -177,4 +179,5 @@ def _short(value: Any) -> str:
         return ",".join(f"{key}:{_short(inner)}" for key, inner in value.items() if key != "kind")
     if isinstance(value, list | tuple):
         return "[" + ",".join(_short(inner) for inner in value) + "]"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    told = str(value)
+    return f"{value:.4g}" if isinstance(value, float) and len(told) > LONGEST_NUMBER else told
