@@ -5,15 +5,15 @@ Pure functions. Invariant: a control is a stage like any other, so trials and st
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 
-from operators.config import HyenaConfig, SkipConfig, WindowConfig
+from operators.config import OperatorConfig, SkipConfig
 from orchestrator.study.names import operator_name
+from orchestrator.study.placing import PerLayer, mapped
 from orchestrator.study.schema import Study
 from orchestrator.study.sources import Resolved
 from orchestrator.study.spec import DistilSpec, ImportSpec, ScratchSpec
-from orchestrator.study.stages import Roots, Step, alone, evaluation_of, probes_of, text_windows, whole
+from orchestrator.study.stages import Roots, Step, alone, drawn, evaluation_of, probes_of, text_windows, whole
 from orchestrator.study.trial import Trial
 
 
@@ -25,7 +25,7 @@ def controls_of(
     tokens, teacher, optimizer = roots.tokens, roots.teacher, study.recipe.optimizer.canonical
     if study.controls.scratch != "none" and complete:
         names: set[str] = set()
-        longest: dict[HyenaConfig | WindowConfig, Step] = {}
+        longest: dict[OperatorConfig | PerLayer, Step] = {}
         open_ = {trial.study.operator for trial in trials if trial.open}  # how long their longest path is, is not known
         for trial in trials:
             operator, last = trial.study.operator, trial.end
@@ -34,10 +34,11 @@ def controls_of(
             if study.controls.scratch == "own" and operator != study.operator:
                 continue
             if not isinstance(operator, SkipConfig):
-                bare = dataclasses.replace(operator, init="random")
+                bare = mapped(operator, drawn)
                 if bare not in longest or longest[bare].tokens < last.tokens:
                     longest[bare] = last
-        for operator, last in longest.items():
+        for last in longest.values():
+            operator = mapped(last.operator, drawn)
             spec = ScratchSpec(
                 tokens=tokens.key,
                 teacher=teacher.key if isinstance(teacher, ImportSpec) else None,
@@ -58,7 +59,7 @@ def controls_of(
             if name in names:
                 name += f" {spec.key[:6]}"
             names.add(name)
-            yield name, Step(spec, evaluation_of(study, roots, spec.key), last.swapped, last.tokens)
+            yield name, Step(spec, evaluation_of(study, roots, spec.key), last.swapped, last.tokens, placed=operator)
     if study.controls.skip:
         for skipped in [*((layer,) for layer in resolved.sites), resolved.sites]:
             name = f"skip {skipped[0]}" if len(skipped) == 1 else "skip all"
