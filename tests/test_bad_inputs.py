@@ -123,7 +123,7 @@ STUDIES: list[Row] = [
     ("template as a key", study(("study: tiny\n", "study: tiny\n{{ key }}: 1\n")), at % "2:1" + "study: a key must be a plain word, .*: fill in a template"),
     ("template of a shell", study(("study: tiny", "study: ${NAME}")), at % "1:1" + r"study: must match .*, got ..\{NAME\}"),
     ("list as a key", study(("keep: []", "? [keep]\n  : []")), at % "18:5" + "schedule: a key must be a plain word, and this one is a mapping or a list"),
-    ("number as a key", study(("  keep: []", "  1: []")), at % "18:3" + "schedule: a key must be a plain word, got 1"),
+    ("number as a key", study(("  keep: []", "  1: []")), at % "18:3" + "schedule.1: unknown key; allowed here: layer_order, "),
     ("null as a key", study(("  keep: []", "  ~: []")), at % "18:3" + "schedule: a key must be a plain word, got ~"),
     ("true as a key", study(("  keep: []", "  true: []")), at % "18:3" + "schedule: a key must be a plain word, got true"),
     ("name of 300 characters", study(("study: tiny", f"study: {'a' * 300}")), at % "1:1" + r'study: must have at most 128 characters, got "a{79} \.\.\.$'),

@@ -46,6 +46,7 @@ from orchestrator.distill.training.optimizers import choose_trained, make_optimi
 from orchestrator.distill.training.ranks import share
 from orchestrator.distill.training.recompute import recompute_layers
 from orchestrator.distill.training.sharding import Loss, shard
+from orchestrator.study.placing import by_layer
 from orchestrator.study.spec import DistilSpec, ScratchSpec, TeacherSpec
 
 Result = dict[str, Any]
@@ -84,7 +85,7 @@ def train_from_scratch(spec: ScratchSpec, place: Workplace) -> Result:
     else:
         model = random_like(place.inputs["teacher"], spec.seed)
         check_output_head(model.eval())
-    swap(model, spec.layers, spec.operator, torch.Generator().manual_seed(spec.seed))
+    swap(model, spec.layers, by_layer(spec.operator, spec.layers), torch.Generator().manual_seed(spec.seed))
     model.to(place.context.device).train()
     if spec.checkpoint_activations:
         recompute_layers(model)

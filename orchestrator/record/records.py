@@ -12,7 +12,9 @@ from orchestrator.record.probe_results import probe_result
 from orchestrator.record.speeds import speed_of
 from orchestrator.record.task_results import task_results
 from orchestrator.run.store import Store
+from orchestrator.study.explain import dotted
 from orchestrator.study.names import operator_name, schedule_name
+from orchestrator.study.placing import places_of
 from orchestrator.study.plan import Plan, Trial
 from orchestrator.study.spec import ThroughputSpec
 from orchestrator.study.stages import Step
@@ -46,7 +48,7 @@ def make_records(
         if trained_result.get("tokens_per_s"):
             metrics["stage_tokens_per_s"] = trained_result["tokens_per_s"]
             metrics["stage_seconds"] = trained_result["seconds"]
-        operator = getattr(step.train, "operator", None)
+        operator = step.operator
         yield {
             "kind": kind,
             "name": name,
@@ -143,7 +145,7 @@ def trial_words(plan: Plan) -> dict[str, str]:
     alike: dict[str, list[dict[str, Any]]] = {}
     for trial in plan.trials:
         operator = trial.study.operator
-        alike.setdefault(operator_name(operator), []).append(leaves(dataclasses.asdict(operator)))
+        alike.setdefault(operator_name(operator), []).append(_values(operator))
 
     def words(trial: Trial, key: str, value: Any) -> str:
         if key in ("schedule", "schedule.choice"):
@@ -167,6 +169,14 @@ def leaves(value: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, inner in (value if isinstance(value, dict) else {}).items():
         found |= {f"{key}.{leaf}": last for leaf, last in leaves(inner).items()} or {str(key): inner}
+    return found
+
+
+def _values(placed: Any) -> dict[str, Any]:
+    """All that an operator is, by dotted keys as a study has them."""
+    found = {}
+    for place, operator in places_of(placed).items():
+        found |= {dotted((*place, leaf)): value for leaf, value in leaves(dataclasses.asdict(operator)).items()}
     return found
 
 

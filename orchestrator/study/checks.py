@@ -10,6 +10,7 @@ from typing import Any
 
 from orchestrator.study.explain import dotted
 from orchestrator.study.loader import Document, StudyError
+from orchestrator.study.placing import PerLayer, places_of
 from orchestrator.study.schema import Study
 from orchestrator.study.sources import Resolved
 
@@ -45,27 +46,53 @@ def check_lengths(document: Document, study: Study, resolved: Resolved) -> None:
 
 
 def check_operator(document: Document, point: Study, resolved: Resolved) -> None:
-    """Of an operator: its filter's taps and its heads."""
-    taps = getattr(getattr(point.operator, "filter", None), "taps", 0)
+    """Of the operators: their filters' taps and their heads, and the layers that are named."""
+    for below, operator in places_of(point.operator).items():
+        _check_one(document, ("operator", *below), operator, resolved)
+    if isinstance(point.operator, PerLayer):
+        for layer in sorted(map(int, point.operator.layers)):
+            if said := _never_swapped(layer, point, resolved):
+                path = ("operator", "layers", layer)
+                raise StudyError(f"{document.place(path)}: {dotted(path)}: {said}")
+
+
+def _check_one(document: Document, path: tuple[str | int, ...], operator: Any, resolved: Resolved) -> None:
+    def wrong(key: str, said: str) -> StudyError:
+        place = (*path, *key.split("."))
+        return StudyError(f"{document.place(place)}: {dotted(place)}: {said}")
+
+    taps = getattr(getattr(operator, "filter", None), "taps", 0)
     if taps > resolved.architecture.max_length:
-        raise StudyError(
-            f"{document.place(('operator', 'filter', 'taps'))}: operator.filter.taps: {taps} exceeds the teacher's "
-            f"{resolved.architecture.max_length} positions: lower it"
+        raise wrong(
+            "filter.taps", f"{taps} exceeds the teacher's {resolved.architecture.max_length} positions: lower it"
         )
-    heads = getattr(point.operator, "heads", None)
+    heads = getattr(operator, "heads", None)
     width = resolved.inner
     if heads is not None and width % heads:
         near = max(number for number in range(1, heads) if width % number == 0)
-        raise StudyError(
-            f"{document.place(('operator', 'heads'))}: operator.heads: {heads} must divide the teacher's width "
-            f"{width}: give a divisor, for example {near}"
+        raise wrong("heads", f"{heads} must divide the teacher's width {width}: give a divisor, for example {near}")
+    own, there = resolved.architecture.heads, getattr(operator, "window", None) is not None
+    if there and heads not in (None, own) and getattr(operator, "init", "") == "transfer":
+        raise wrong(
+            "heads",
+            f"{heads} with a window must be the teacher's {own}, whose queries and keys it starts from: give {own}, or "
+            "init: random",
         )
-    own, there = resolved.architecture.heads, getattr(point.operator, "window", None) is not None
-    if there and heads not in (None, own) and getattr(point.operator, "init", "") == "transfer":
-        raise StudyError(
-            f"{document.place(('operator', 'heads'))}: operator.heads: {heads} with a window must be the teacher's "
-            f"{own}, whose queries and keys it starts from: give {own}, or init: random"
-        )
+
+
+def _never_swapped(layer: int, point: Study, resolved: Resolved) -> str:
+    """Why no stage swaps a layer that has an operator of its own; empty where one may."""
+    layers, schedule = resolved.architecture.layers, point.schedule
+    if layer >= layers:
+        return f"layer {layer} does not exist: the teacher has {layers} layers, 0 to {layers - 1}"
+    if layer not in resolved.sites:
+        have = ", ".join(map(str, resolved.sites))
+        return f"layer {layer} has no softmax attention: those that have are {have}"
+    if layer in schedule.keep:
+        return f"layer {layer} stands in schedule.keep and stays attention: take it out of one"
+    if isinstance(schedule.layer_order, tuple) and not any(layer in stage for stage in schedule.layer_order):
+        return f"layer {layer} is never swapped: add it to schedule.layer_order, or take it out here"
+    return ""
 
 
 def check_swept_rates(document: Document, points: Sequence[tuple[Study, Mapping[str, Any]]]) -> None:

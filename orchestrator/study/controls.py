@@ -5,16 +5,15 @@ Pure functions. Invariant: a control is a stage like any other, so trials and st
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-from operators.config import HyenaConfig, SkipConfig, WindowConfig
+from operators.config import OperatorConfig, SkipConfig
 from orchestrator.study.names import operator_name
+from orchestrator.study.placing import PerLayer, mapped
 from orchestrator.study.schema import Study
 from orchestrator.study.sources import Resolved
 from orchestrator.study.spec import DistilSpec, ImportSpec, ScratchSpec
-from orchestrator.study.stages import Roots, Step, alone, evaluation_of, probes_of, text_windows, whole
+from orchestrator.study.stages import Roots, Step, alone, drawn, evaluation_of, probes_of, text_windows, whole
 from orchestrator.study.trial import Trial
 
 
@@ -26,7 +25,7 @@ def controls_of(
     tokens, teacher, optimizer = roots.tokens, roots.teacher, study.recipe.optimizer.canonical
     if study.controls.scratch != "none" and complete:
         names: set[str] = set()
-        longest: dict[HyenaConfig | WindowConfig, Step] = {}
+        longest: dict[OperatorConfig | PerLayer, Step] = {}
         for trial in trials:
             operator, last = trial.study.operator, trial.end
             if last is None or trial.open:
@@ -34,14 +33,15 @@ def controls_of(
             if study.controls.scratch == "own" and operator != study.operator:
                 continue
             if not isinstance(operator, SkipConfig):
-                bare = _bare(operator)
+                bare = mapped(operator, drawn)
                 if bare not in longest or longest[bare].tokens < last.tokens:
                     longest[bare] = last
         may_be_longer = [trial for trial in trials if trial.open]
-        for operator, last in longest.items():
-            mine = [trial for trial in may_be_longer if _bare(trial.study.operator) == operator]
-            if any(trial.path.most > last.tokens for trial in mine):
+        for bare, last in longest.items():
+            alike = [trial.path for trial in may_be_longer if mapped(trial.study.operator, drawn) == bare]
+            if any(path.most > last.tokens for path in alike):
                 continue  # until that is known
+            operator = mapped(last.operator, drawn)
             spec = ScratchSpec(
                 tokens=tokens.key,
                 teacher=teacher.key if isinstance(teacher, ImportSpec) else None,
@@ -62,7 +62,7 @@ def controls_of(
             if name in names:
                 name += f" {spec.key[:6]}"
             names.add(name)
-            yield name, Step(spec, evaluation_of(study, roots, spec.key), last.swapped, last.tokens)
+            yield name, Step(spec, evaluation_of(study, roots, spec.key), last.swapped, last.tokens, placed=operator)
     if study.controls.skip:
         for skipped in [*((layer,) for layer in resolved.sites), resolved.sites]:
             name = f"skip {skipped[0]}" if len(skipped) == 1 else "skip all"
@@ -74,8 +74,3 @@ def controls_of(
             )  # fmt: skip
             probes = probes_of(study, roots, skip.key) if skipped == resolved.sites else None
             yield name, Step(skip, evaluation_of(study, roots, skip.key), skipped, 0, probes=probes)
-
-
-def _bare(operator: Any) -> Any:
-    """As it is trained from random weights."""
-    return operator if isinstance(operator, SkipConfig) else dataclasses.replace(operator, init="random")

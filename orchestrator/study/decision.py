@@ -12,6 +12,7 @@ from typing import Any
 
 from operators.config import SkipConfig
 from orchestrator.study.choosing import Choice, Joint, Local, Probe
+from orchestrator.study.placing import placed_in
 from orchestrator.study.recipe import Losses
 from orchestrator.study.schema import Study
 from orchestrator.study.spec import (
@@ -114,10 +115,10 @@ class Chooser:
         )
 
     def _score(self, subject: str, layers: tuple[int, ...], prepared: str | None) -> ScoreSpec:
-        operator: Any = SkipConfig() if self.choice.score == "skip" or not layers else self.study.operator
+        own = self.choice.score != "skip" and bool(layers)
+        operator: Any = placed_in(self.study.operator, layers) if own else SkipConfig()
         seed = self.study.seed if layers and not isinstance(operator, SkipConfig) else 0
         reference = self._reference.key
-        own = operator is self.study.operator
         more = {"operator": operator, "seed": seed, "prepared": prepared if layers else None}
         more["text_windows"] = text_windows(self.study) if own else None  # operators may start from training text
         return self._reference.of(subject, layers, reference, **more)
@@ -131,7 +132,7 @@ class Chooser:
             parent=subject,
             layers=layers,
             new_layers=layers,
-            operator=study.operator,
+            operator=placed_in(study.operator, layers),
             phases=(PhaseSpec(losses=losses.canonical, steps=self._steps(tokens)),),
             batch_size=study.recipe.batch_size,
             sequence_length=study.data.sequence_length,
@@ -155,7 +156,7 @@ class Chooser:
             subject=subject,
             prepared=prepared,
             layers=candidates,
-            operator=study.operator,
+            operator=placed_in(study.operator, candidates),
             steps=self._steps(tokens),
             batch_size=study.recipe.batch_size,
             sequence_length=study.data.sequence_length,

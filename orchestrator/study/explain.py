@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from orchestrator.study.placing import UNWRITTEN
 from orchestrator.study.schema import Study
 from orchestrator.study.space import Uniform
 
@@ -98,8 +99,13 @@ def range_remedy(key: str, axis: Any) -> str:
 
 
 def steps_of(key: str) -> list[str | int]:
-    """The steps of a dotted key; a number is a position of a list."""
+    """The steps of a dotted key; a number is a position of a list, or a key that is one."""
     return [int(step) if step.isdecimal() else step for step in key.split(".")]
+
+
+def is_number(key: str) -> bool:
+    """Whether a key is a whole number, which is a step of a path as a position of a list is."""
+    return re.fullmatch(r"0|[1-9][0-9]{0,8}", key) is not None
 
 
 def dotted(path: Sequence[str | int]) -> str:
@@ -158,7 +164,8 @@ def _nearest(word: str, known: list[str]) -> str:
 
 def _tags(model: Any, path: Path_) -> list[str]:
     members = _members(_child(model, path[-2]))
-    return [tag for member in members for tag in typing.get_args(_fields(member).get(str(path[-1])))]
+    tags = [tag for member in members for tag in typing.get_args(_fields(member).get(str(path[-1])))]
+    return [tag for tag in tags if tag != UNWRITTEN]
 
 
 def _named(places: Collection[Path_], path: Path_, message: str) -> Path_:
@@ -181,9 +188,9 @@ def _locate(values: Any, loc: Path_) -> tuple[Path_, Any]:
         if member is not None:
             model = member
         elif has(values, step) or step in _keys(model) or isinstance(step, int):
-            path.append(step)
+            path.append(int(step) if isinstance(step, str) and is_number(step) else step)
             if index < len(loc) - 1:
-                model, values = _child(model, step), values[step] if has(values, step) else None
+                model, values = _child(model, path[-1]), inside(values, path[-1])
     return tuple(path), model
 
 
@@ -191,7 +198,13 @@ def has(values: Any, step: str | int) -> bool:
     """Whether plain values have something at a step: a key of a mapping, a position of a list."""
     if isinstance(values, list):
         return isinstance(step, int) and step < len(values)
-    return isinstance(values, dict) and step in values
+    return isinstance(values, dict) and str(step) in values
+
+
+def inside(values: Any, step: str | int) -> Any:
+    """What plain values have at a step; None where they have nothing."""
+    at: Any = step if isinstance(values, list) else str(step)
+    return values[at] if has(values, step) else None
 
 
 def _fields(model: Any) -> dict[str, Any]:
@@ -216,12 +229,13 @@ def _members(model: Any) -> list[Any]:
 
 
 def _child(model: Any, step: str | int) -> Any:
+    lists = [member for member in _members(model) if typing.get_origin(member) is tuple]
+    if isinstance(step, int) and lists:
+        return typing.get_args(lists[0])[0]
     for member in _members(model):
-        if isinstance(step, int) and typing.get_origin(member) is tuple:
-            return typing.get_args(member)[0]
         if isinstance(step, str) and step in _fields(member):
             return _fields(member)[step]
-        if isinstance(step, str) and typing.get_origin(member) is dict:
+        if typing.get_origin(member) is dict:
             return typing.get_args(member)[1]
     return None
 

@@ -17,7 +17,18 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from orchestrator.study.explain import NUMBER, Path_, axis_remedy, dotted, explain, has, range_remedy, steps_of
+from orchestrator.study.explain import (
+    NUMBER,
+    Path_,
+    axis_remedy,
+    dotted,
+    explain,
+    has,
+    inside,
+    is_number,
+    range_remedy,
+    steps_of,
+)
 from orchestrator.study.schema import Study
 
 TOO_DEEP = "a value refers to itself or is nested too deeply; write it out"
@@ -185,8 +196,9 @@ def _construct(
             key = str(key_node.value)
             if key in result:
                 errors.append(f"{here}: {dotted((*path, key))}: this key stands twice; keep one of them")
-            places[(*path, key)] = here
-            result[key] = _construct(value_node, (*path, key), at, places, errors)
+            step = int(key) if is_number(key) else key
+            places[(*path, step)] = here
+            result[key] = _construct(value_node, (*path, step), at, places, errors)
         return result
     if isinstance(node, yaml.SequenceNode):
         return [_construct(item, (*path, i), at, places, errors) for i, item in enumerate(node.value)]
@@ -205,7 +217,7 @@ def _no_key(node: yaml.Node) -> str | None:
             "<< is a key like any other in YAML 1.2, which merges nothing: write the values out, or repeat a whole "
             "value by its alias (key: *name)"
         )
-    if node.tag != "tag:yaml.org,2002:str":
+    if node.tag != "tag:yaml.org,2002:str" and not is_number(str(node.value)):
         return f"a key must be a plain word, got {node.value or 'nothing'}"
     return None
 
@@ -264,7 +276,7 @@ def _path_of(key: str, values: Any) -> Path_:
     if steps[:2] != ("search", "space") or not steps[start:]:
         return steps
     for step in steps[:start]:
-        values = values[step] if has(values, step) else None
+        values = inside(values, step)
     whole = dotted(steps[start:])
     for end in range(len(steps), start, -1) if axis_remedy(whole) else ():
         if has(values, axis := dotted(steps[start:end])):  # something inside of an axis that is there

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import fnmatch
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from operators.config import HyenaConfig, WindowConfig
-from orchestrator.study.model_sizes import Sizes, operator_parameters, projection_rows
+from orchestrator.study.model_sizes import Operator, Sizes, operator_parameters, projection_rows
+from orchestrator.study.placing import by_layer
 from orchestrator.study.spec import (
     DistilSpec,
     EvaluateSpec,
@@ -38,17 +40,16 @@ OF_LOGITS = {"kl": 8, "ce": 4, "evaluate": 5}  # tensors as large as a chunk at 
 NARROW, NARROW_HEADS = 0.58, 0.34  # of activations under bfloat16 autocast: norms, filters and FFTs stay float32
 NARROW_NEAR = 0.58  # of those of operators with a window, whose far and near values are joined in float32
 NEAR_ROWS = 64  # queries of a block at least, as `operators.mixing.near` has it
+Layers = tuple[int, ...] | Mapping[int, Any]  # that are swapped; by layer what is there
 HEAD_NAMES = ("lm_head.weight", "embed_out.weight")
 TABLE_NAMES = ("model.embed_tokens.weight", "gpt_neox.embed_in.weight", "transformer.wte.weight")
 
 
-def stage_bytes(
-    spec: Any, sizes: Sizes, swapped: tuple[int, ...], device: str = "cpu", subject: Any = None
-) -> int | None:
+def stage_bytes(spec: Any, sizes: Sizes, swapped: Layers, device: str = "cpu", subject: Any = None) -> int | None:
     """The most memory that a process of the stage takes, in bytes; None for one that holds no model.
 
     Args:
-        swapped: the layers that are operators in it.
+        swapped: the layers that are operators in it; by layer the operator, where the stage does not say all of them.
         device: "cpu": of the process; "cuda": of the device.
         subject: the stage whose model is evaluated, of an evaluation.
     """
@@ -64,15 +65,13 @@ def stage_bytes(
     return round(PROCESS[kind] + most)
 
 
-def held_bytes(spec: Any, sizes: Sizes, swapped: tuple[int, ...], subject: Any = None) -> int | None:
+def held_bytes(spec: Any, sizes: Sizes, swapped: Layers, subject: Any = None) -> int | None:
     """Of weights, gradients and the optimizer's state in a step of the stage; None for one that holds no model."""
     if isinstance(spec, ImportSpec):
         return 8 * sizes.parameters  # as it is read, and in float32
     if not hasattr(spec, "numerics"):
         return None
-    shape, config = sizes.shape, getattr(subject or spec, "operator", None)
-    each = operator_parameters(config, shape.hidden, shape.max_length, sizes.between, sizes.heads)
-    placed = [each] * len(swapped)
+    placed = [_parameters(operator, sizes) for operator in _operators(subject or spec, swapped).values()]
     matrices, others = sum(each.matrices for each in placed), sum(each.others for each in placed)
     operator = 4 * (matrices + others + sum(each.fixed for each in placed))
     alone = isinstance(spec, TeacherSpec | ScratchSpec)  # no frozen teacher beside it
@@ -94,7 +93,7 @@ def held_bytes(spec: Any, sizes: Sizes, swapped: tuple[int, ...], subject: Any =
     return math.ceil((weights + own + 4 * trained + moments) / ranks)
 
 
-def gathered_bytes(spec: Any, sizes: Sizes, swapped: tuple[int, ...]) -> int:
+def gathered_bytes(spec: Any, sizes: Sizes, swapped: Layers) -> int:
     """Of what a process that holds its part of a model only has whole for a time.
 
     For a step the tables, those of the student too where they train, with their gradients, which are copied once to be
@@ -106,10 +105,10 @@ def gathered_bytes(spec: Any, sizes: Sizes, swapped: tuple[int, ...]) -> int:
     body, tables = _trained_rest(spec, sizes, swapped)
     alone = isinstance(spec, TeacherSpec | ScratchSpec)
     frozen = (2 if _narrow(spec) else 4) * (0 if alone else sizes.embedding + sizes.head)
-    config = getattr(spec, "operator", None) if swapped else None
-    operator = operator_parameters(config, sizes.shape.hidden, sizes.shape.max_length, sizes.between, sizes.heads)
-    layer = sizes.blocks // sizes.shape.layers - (sizes.attention if swapped else 0) + operator.trained
-    trained = operator.trained if body == 0 else layer
+    operators = _operators(spec, swapped).values()
+    operator = max((_parameters(operator, sizes).trained for operator in operators), default=0)
+    layer = sizes.blocks // sizes.shape.layers - (sizes.attention if swapped else 0) + operator
+    trained = operator if body == 0 else layer
     own = sizes.embedding + sizes.head if alone else tables
     return frozen + 4 * (own + 2 * tables + 3 * layer + 2 * trained)
 
@@ -127,7 +126,7 @@ def _narrow(spec: Any) -> bool:
     )
 
 
-def passing_bytes(spec: Any, sizes: Sizes, swapped: tuple[int, ...], device: str = "cpu") -> int:
+def passing_bytes(spec: Any, sizes: Sizes, swapped: Layers, device: str = "cpu") -> int:
     """Of what comes and goes in a step: activations kept for gradients, logits, statistics of attention."""
     if isinstance(spec, ImportSpec):
         return 0
@@ -159,7 +158,7 @@ def passing_bytes(spec: Any, sizes: Sizes, swapped: tuple[int, ...], device: str
     return max(round(step), _statistics(spec, sizes))
 
 
-def _activations(spec: Any, sizes: Sizes, swapped: tuple[int, ...], tokens: int) -> float:
+def _activations(spec: Any, sizes: Sizes, swapped: Layers, tokens: int) -> float:
     """What the layers keep for gradients, and the gradients of one of them on their way."""
     each = kept_by_layers(spec, sizes, swapped, tokens)
     largest = max(each, default=0.0)
@@ -168,17 +167,16 @@ def _activations(spec: Any, sizes: Sizes, swapped: tuple[int, ...], tokens: int)
     return sum(each) + largest
 
 
-def kept_by_layers(spec: Any, sizes: Sizes, swapped: tuple[int, ...], tokens: int) -> list[float]:
+def kept_by_layers(spec: Any, sizes: Sizes, swapped: Layers, tokens: int) -> list[float]:
     """Bytes that each layer keeps for gradients, from the lowest that takes any."""
     body, _ = _trained_rest(spec, sizes, swapped)
     lowest = 0 if body or not swapped else min(swapped)
     narrow = spec.numerics.dtype == "bfloat16"
     copied = narrow and (body > 0 or spec.numerics.teacher_dtype == "float32")  # weights, for products in bfloat16
-    found = []
+    found, operators = [], _operators(spec, swapped)
     for layer in range(lowest, sizes.shape.layers):
         weights = sizes.blocks // sizes.shape.layers - (sizes.attention if layer in swapped else 0)
-        operator = getattr(spec, "operator", None) if layer in swapped else None
-        kept = _layer_bytes(sizes, tokens, operator, body > 0, narrow)
+        kept = _layer_bytes(sizes, tokens, operators.get(layer), body > 0, narrow)
         found.append(kept + (2 * weights if copied else 0))
     return found
 
@@ -213,17 +211,30 @@ def _logits(sizes: Sizes, tokens: int, use: str, device: str) -> int:
 
 def _statistics(spec: Any, sizes: Sizes) -> int:
     """Of looking at attention before it is replaced: its weights a few times, moments of its inputs, some inputs."""
-    new, operator = getattr(spec, "new_layers", ()), getattr(spec, "operator", None)
-    if not new or not getattr(operator, "needs_statistics", False):
+    operators = _operators(spec, getattr(spec, "new_layers", ())).values()
+    new = [operator for operator in operators if getattr(operator, "needs_statistics", False)]
+    if not new:
         return 0
     weights: int = sizes.shape.heads * spec.sequence_length**2
     kept = 24 * sizes.shape.hidden**2
-    if getattr(operator, "window", None) is not None:
-        kept += 4 * EXAMPLES * spec.sequence_length * sizes.shape.hidden
-    return 16 * weights + 8 * min(weights, WEIGHTS) + len(new) * kept
+    near = sum(getattr(operator, "window", None) is not None for operator in new)
+    kept = len(new) * kept + near * 4 * EXAMPLES * int(spec.sequence_length) * sizes.shape.hidden
+    return 16 * weights + 8 * min(weights, WEIGHTS) + kept
 
 
-def _trained_rest(spec: Any, sizes: Sizes, swapped: tuple[int, ...]) -> tuple[int, int]:
+def _operators(spec: Any, swapped: Layers) -> Mapping[int, Any]:
+    """What is in each of these layers: as it is given, or as the stage has it."""
+    if isinstance(swapped, Mapping):
+        return swapped
+    placed = getattr(spec, "operator", None)
+    return dict.fromkeys(swapped) if placed is None else by_layer(placed, swapped)
+
+
+def _parameters(operator: Any, sizes: Sizes) -> Operator:
+    return operator_parameters(operator, sizes.shape.hidden, sizes.shape.max_length, sizes.between, sizes.heads)
+
+
+def _trained_rest(spec: Any, sizes: Sizes, swapped: Layers) -> tuple[int, int]:
     """Parameters that train outside of operators: of blocks, and of embedding and head."""
     trains = spec.rest_trains if isinstance(spec, ThroughputSpec) else spec.optimizer.rest_scale > 0
     freeze = getattr(spec, "freeze", ())

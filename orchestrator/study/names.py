@@ -6,12 +6,20 @@ from typing import Any
 
 from operators.config import HyenaConfig, WindowConfig
 from orchestrator.study.choosing import Choice, Joint, Local, Probe
+from orchestrator.study.placing import PerLayer
 from orchestrator.study.schema import Schedule
 
 
 def operator_name(operator: Any) -> str:
     """A short name for people: `hyena-2` by order, `hyena-4h` by heads, `hyena-4h-power` with a feature map,
-    `hyena-2-modal` with filters that are not implicit, `hyena-4h-power-w32` with a window, `window-64`, `skip`."""
+    `hyena-2-modal` with filters that are not implicit, `hyena-4h-power-w32` with a window, `window-64`, `skip`, and
+    `hyena-2 + hyena-4h in 4,5` where layers have operators of their own."""
+    if isinstance(operator, PerLayer):
+        others: dict[str, list[str]] = {}
+        for layer, other in sorted(operator.layers.items(), key=lambda item: int(item[0])):
+            others.setdefault(operator_name(other), []).append(layer)
+        told = [f"{name} in {','.join(layers)}" for name, layers in others.items()]
+        return " + ".join([operator_name(operator.default), *told])
     if isinstance(operator, WindowConfig):
         return f"window-{operator.window}"
     if not isinstance(operator, HyenaConfig):

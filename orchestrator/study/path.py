@@ -14,6 +14,7 @@ from typing import Any
 from orchestrator.study.choosing import Gate
 from orchestrator.study.decision import Chooser, Decision
 from orchestrator.study.loader import StudyError
+from orchestrator.study.placing import placed_in
 from orchestrator.study.recipe import Phase
 from orchestrator.study.schedule import free_layers, swap_order
 from orchestrator.study.schema import Study
@@ -210,7 +211,7 @@ class _Walk:
         planned = tuple(phase_of(phase, len(trained), study, f"{key}.{i}") for i, phase in enumerate(phases))
         spec = DistilSpec(
             tokens=roots.tokens.key, teacher=roots.teacher.key, parent=at.parent, layers=trained, new_layers=new,
-            operator=study.operator, phases=planned, batch_size=study.recipe.batch_size,
+            operator=placed_in(study.operator, trained), phases=planned, batch_size=study.recipe.batch_size,
             sequence_length=study.data.sequence_length, first_sequence=at.sequences, freeze=study.recipe.freeze,
             optimizer=study.recipe.optimizer.canonical, numerics=study.numerics, processor=roots.device,
             checkpoint_activations=study.recipe.checkpoint_activations, text_windows=text_windows(study),
@@ -220,7 +221,9 @@ class _Walk:
         self.at = _At(spec.key, tuple(sorted({*at.swapped, *trained})), read)
         asked = (study, roots, spec.key)
         tokens = read * study.data.sequence_length
-        self.steps.append(Step(spec, evaluation_of(*asked), self.at.swapped, tokens, joint, probes_of(*asked)))
+        placed = placed_in(study.operator, self.at.swapped)
+        step = Step(spec, evaluation_of(*asked), self.at.swapped, tokens, joint, probes_of(*asked), placed=placed)
+        self.steps.append(step)
 
     def _rest(self) -> list[tuple[tuple[Phase, ...], int]]:
         """Stages that may still come, at most: their phases and how many layers they train."""

@@ -24,6 +24,7 @@ from orchestrator.study.memory import stage_bytes
 from orchestrator.study.model_sizes import Sizes, sizes_of
 from orchestrator.study.names import operator_name
 from orchestrator.study.path import Results, check_rule, nothing_known, path_of
+from orchestrator.study.placing import by_layer
 from orchestrator.study.schema import Study
 from orchestrator.study.search import sample
 from orchestrator.study.sources import Resolved
@@ -245,12 +246,13 @@ def stage_memory(plan: Plan, speeds: Mapping[str, ThroughputSpec], device: str) 
     names = {plan.teacher.train.key: "the teacher", **{step.train.key: name for name, step in plan.controls.items()}}
     found: dict[str, Memory] = {}
     for step in plan.steps:
-        operator = operator_name(getattr(step.train, "operator", SkipConfig()))
-        name = names.get(step.train.key, f"{operator} in layers {', '.join(map(str, step.swapped))}")
+        placed = step.operator or SkipConfig()
+        name = names.get(step.train.key, f"{operator_name(placed)} in layers {', '.join(map(str, step.swapped))}")
+        operators = by_layer(placed, step.swapped)
         asked: dict[str, Spec | None] = {"": step.train, "evaluation of ": step.evaluate, "probes of ": step.probes}
         asked["speed of "] = speeds.get(step.train.key)
         for prefix, spec in asked.items():
-            taken = None if spec is None else stage_bytes(spec, plan.sizes, step.swapped, device, step.train)
+            taken = None if spec is None else stage_bytes(spec, plan.sizes, operators, device, step.train)
             if spec is not None and taken is not None:
                 found.setdefault(spec.key, Memory(f"{prefix}{name}", spec, taken))
     for spec in (spec for trial in plan.trials for spec in trial.path.specs):

@@ -6,32 +6,17 @@ that exists is one that can be planned; what depends on the teacher's size is ch
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from operators.config import HyenaConfig, SkipConfig, WindowConfig
+from operators.config import HyenaConfig
 from orchestrator.study.choosing import Choice, Gate
+from orchestrator.study.placing import Placed
 from orchestrator.study.recipe import Numerics, Optimizer, Recipe
 from orchestrator.study.reported import Report
 from orchestrator.study.space import Search
 from orchestrator.study.values import Model, NonNegative, Positive, Seed
-
-
-def _with_filter_kind(operator: Any) -> Any:
-    """A filter is implicit where it names no kind."""
-    match operator:
-        case {"filter": {"kind": _}}:
-            return operator
-        case {"filter": dict(values)}:
-            return {**operator, "filter": {"kind": "implicit", **values}}
-        case _:
-            return operator
-
-
-Operator = Annotated[
-    HyenaConfig | WindowConfig | SkipConfig, Field(discriminator="kind"), BeforeValidator(_with_filter_kind)
-]
 
 
 class StdlibSource(Model):
@@ -231,7 +216,7 @@ class Study(Model):
     seed: Seed = 0
     teacher: Teacher = Pretrain()
     data: Data = Data()
-    operator: Operator = HyenaConfig()
+    operator: Placed = HyenaConfig()
     schedule: Schedule = Schedule()
     recipe: Recipe
     numerics: Numerics = Numerics()

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, TypeAdapter
 
 from orchestrator.files import canonical_json
+from orchestrator.study.placing import Placed
 from orchestrator.study.recipe import Losses, Numerics, Optimizer
-from orchestrator.study.schema import Evaluation, Operator, Throughput
+from orchestrator.study.schema import Evaluation, Throughput
 from orchestrator.study.values import Model
 
 STAGE_VERSION = 6  # raise it with any change that makes an old result differ from a new one
@@ -138,7 +139,7 @@ class DistilSpec(Spec):
     parent: str
     layers: tuple[int, ...]  # trained as operators by this stage
     new_layers: tuple[int, ...]  # of those, the ones swapped by this stage
-    operator: Operator
+    operator: Placed
     phases: tuple[PhaseSpec, ...]
     batch_size: int
     sequence_length: int
@@ -159,7 +160,7 @@ class ScratchSpec(Spec):
     tokens: str
     teacher: str | None  # only where the architecture is a pretrained one's
     architecture: Architecture
-    operator: Operator
+    operator: Placed
     layers: tuple[int, ...]
     token_budget: int
     batch_size: int
@@ -222,7 +223,7 @@ class ThroughputSpec(Spec):
 
     kind: Literal["throughput"] = "throughput"
     teacher: str
-    operator: Operator
+    operator: Placed
     layers: tuple[int, ...]
     throughput: Throughput
     train_batch_size: int
@@ -250,7 +251,7 @@ class ScoreSpec(Spec):
     reference: str | None = None
     prepared: Prepared = None  # a student in which each of the layers has its operator; none: as operators start
     layers: tuple[int, ...]  # swapped beside those of the subject
-    operator: Operator  # of these layers
+    operator: Placed  # of these layers
     sequence_length: int
     text_windows: TextWindows = None  # as of the stage that is to train the layers: operators may start from text
     batch_size: int = 16  # windows that are read at a time
@@ -274,7 +275,7 @@ class BlendSpec(Spec):
     subject: str
     prepared: Prepared = None
     layers: tuple[int, ...]  # candidates
-    operator: Operator
+    operator: Placed
     steps: int
     batch_size: int
     sequence_length: int

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from operators.config import SkipConfig
+from operators.config import OperatorConfig, SkipConfig
 from orchestrator.study.loader import StudyError
+from orchestrator.study.placing import PerLayer, mapped
 from orchestrator.study.recipe import Numerics, Phase
 from orchestrator.study.schema import Evaluation, Pretrain, Study
 from orchestrator.study.sources import Resolved
@@ -44,6 +45,12 @@ class Step:
     joint: bool = False
     probes: ProbesSpec | None = None
     outcome: Outcome = "kept"
+    placed: OperatorConfig | PerLayer | None = None  # in all its swapped layers; none: what its stage has
+
+    @property
+    def operator(self) -> Any:
+        """What stands in its swapped layers; None of a teacher."""
+        return getattr(self.train, "operator", None) if self.placed is None else self.placed
 
     @property
     def probed(self) -> tuple[ProbesSpec, ...]:
@@ -152,9 +159,7 @@ def probes_of(study: Study, roots: Roots, subject: str) -> ProbesSpec | None:
 
 def throughput_of(step: Step, study: Study, teacher: str, hardware: str) -> ThroughputSpec:
     """The speed measurement of a step's architecture; equal architectures have one."""
-    operator = getattr(step.train, "operator", SkipConfig())
-    if not isinstance(operator, SkipConfig):
-        operator = dataclasses.replace(operator, init="random")  # speed does not depend on the weights
+    operator = mapped(step.operator or SkipConfig(), drawn)  # speed does not depend on the weights
     # What trains nothing, such as a skipped layer, is measured as the study trains.
     student = step.train if isinstance(step.train, DistilSpec | ScratchSpec) and step.own_tokens else None
     rest_scale = (student.optimizer if student else study.recipe.optimizer).rest_scale
@@ -171,6 +176,11 @@ def throughput_of(step: Step, study: Study, teacher: str, hardware: str) -> Thro
         rest_trains=rest_scale > 0 or not step.swapped,
         freeze=tuple(sorted(set(freeze))) if step.swapped else (),
     )
+
+
+def drawn(operator: OperatorConfig) -> OperatorConfig:
+    """The same operator from random weights."""
+    return operator if isinstance(operator, SkipConfig) else dataclasses.replace(operator, init="random")
 
 
 def alone(numerics: Numerics) -> Numerics:

@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter
 
+from orchestrator.study.placing import UNWRITTEN
 from orchestrator.study.schema import Study
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "study-files.md"
@@ -101,7 +102,8 @@ def _row(section: Section, name: str, known: dict[Any, Section], texts: Texts) -
 def keys_of(model: Any) -> dict[str, Any]:
     """The keys of a mapping with the types of their values."""
     if issubclass(model, BaseModel):
-        return {name: field.annotation for name, field in model.model_fields.items()}
+        written = {name: field for name, field in model.model_fields.items() if field.default != UNWRITTEN}
+        return {name: field.annotation for name, field in written.items()}
     hints = typing.get_type_hints(model)
     return {field.name: hints[field.name] for field in dataclasses.fields(model)}
 
@@ -197,6 +199,10 @@ def _said(schema: dict[str, Any], known: dict[str, Section]) -> str:
             inner = _said(schema["items"], known) if schema.get("items") else "any value"
             return f"list: {_one(inner)}{least}"
         case "object":
+            if "patternProperties" in schema:
+                (inner,) = schema["patternProperties"].values()
+                least = ", at least one" if schema.get("minProperties") else ""
+                return f"mapping from layers to {_one(_said(inner, known))}{least}"
             return f"mapping from keys of the study to {_one(_said(schema['additionalProperties'], known))}"
     return "any value"
 

@@ -30,6 +30,7 @@ from orchestrator.distill.training.loop import autocast, prepare
 from orchestrator.distill.training.losses import next_token_loss, train_operators_only
 from orchestrator.distill.training.memory import peak_mb, reset_peak
 from orchestrator.distill.training.optimizers import set_trainable
+from orchestrator.study.placing import by_layer
 from orchestrator.study.spec import ThroughputSpec
 
 Timed = Callable[[Any], float]  # model -> seconds
@@ -63,7 +64,8 @@ def measure_throughput(spec: ThroughputSpec, place: Workplace) -> dict[str, Any]
     core = "native" if native.use(device == "cpu") else "torch"
     teacher = load_teacher(place.inputs["teacher"], spec.numerics.teacher_dtype).to(device)
     student = sharing(teacher)
-    swap(student, spec.layers, spec.operator, torch.Generator().manual_seed(0), dtype=torch.float32)
+    operators = by_layer(spec.operator, spec.layers)
+    swap(student, spec.layers, operators, torch.Generator().manual_seed(0), dtype=torch.float32)
     for model in (student, teacher):
         _choose_gradients(model, spec)
         own_what_trains(model, teacher)

@@ -127,14 +127,15 @@ class SwappedAttention(Replacement):
 def swap(
     model: Any,
     layers: Iterable[int],
-    config: OperatorConfig,
+    config: OperatorConfig | Mapping[int, OperatorConfig],
     generator: torch.Generator,
     *,
     statistics: Mapping[int, AttentionStatistics] | None = None,
     initialise: bool = True,
     dtype: torch.dtype | None = None,
 ) -> list[SwappedAttention]:
-    """Replace the attention of `layers` in place and return what took its place.
+    """Replace the attention of `layers` in place and return what took its place: one operator in all of them, or one by
+    layer.
 
     With `initialise` the operators are set as the configuration's `init` says, from the attention they replace and
     from `statistics`, by layer what it does on real text; without, they await a state dict. Their device and precision
@@ -154,11 +155,12 @@ def swap(
         like = _precision_of(attention, layer)
         width, inner = widths(attention, site.family)
         seen = (statistics or {}).get(layer)
-        weights = _read_for(site, config, seen) if initialise else None
-        operator: Any = build(fitting(config, weights), width, longest_text(model.config), inner)
+        own = config[layer] if isinstance(config, Mapping) else config
+        weights = _read_for(site, own, seen) if initialise else None
+        operator: Any = build(fitting(own, weights), width, longest_text(model.config), inner)
         if initialise:
             operator.to(torch.promote_types(like.dtype, torch.float32))
-            operator.initialise(weights if _transfers(config) else None, generator)
+            operator.initialise(weights if _transfers(own) else None, generator)
         operator.to(like.device, dtype or like.dtype)
         replacement = SwappedAttention(operator, layer, call_of(site), site.family, told)
         setattr(site.parent, site.name, replacement)

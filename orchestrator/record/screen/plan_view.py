@@ -143,7 +143,7 @@ def _tree(trials: list[Trial], depth: int, store: Store) -> list[Node]:
         nodes.append(
             {
                 "key": key,
-                "operator": operator_name(step.train.operator),
+                "operator": operator_name(step.operator),
                 "layers": list(step.train.layers),
                 "joint": step.joint,
                 "tokens": step.own_tokens,
@@ -179,12 +179,13 @@ def _rows(nodes: list[Node], indent: str, operator: str, words: dict[str, str]) 
             stretch += stretch[-1]["children"]
         names = ["joint" if stage["joint"] else layer_ranges(stage["layers"]) for stage in stretch]
         told = " → ".join(name + _mark(stage["state"]) for name, stage in zip(names, stretch, strict=True))
-        own = f"{node['operator']}  " if node["operator"] != operator else ""
+        end = stretch[-1]["operator"]
+        own = f"{end}  " if end != operator else ""
         ends = stretch[-1]["ends"]
         tried = words[ends[0]] if ends else ""
         tokens = _tokens(sum(stage["tokens"] for stage in stretch))
         yield f"{indent}{'└─' if last else '├─'} {own}{told}", tokens, ", ".join(ends), tried
-        yield from _rows(stretch[-1]["children"], indent + ("   " if last else "│  "), node["operator"], words)
+        yield from _rows(stretch[-1]["children"], indent + ("   " if last else "│  "), end, words)
 
 
 def _memory_lines(memory: Iterable[dict[str, Any]], title: str) -> Iterator[str]:

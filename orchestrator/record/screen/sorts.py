@@ -83,8 +83,13 @@ def _operator(spec: Any, specs: Mapping[str, Any]) -> Any:
     holder = spec if key is None else specs.get(key)
     if holder is None:
         return key
-    operator = holder.model_dump(mode="json").get("operator", {})
-    return {name: field for name, field in operator.items() if name != "init"}
+    return _without_init(holder.model_dump(mode="json").get("operator", {}))
+
+
+def _without_init(operator: Any) -> Any:
+    if not isinstance(operator, dict):
+        return operator
+    return {name: _without_init(field) for name, field in operator.items() if name != "init"}
 
 
 def _work(spec: Any) -> float:

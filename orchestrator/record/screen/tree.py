@@ -245,7 +245,7 @@ def _branches(trials: list[Trial], depth: int, indent: str, operator: str, signs
         ):
             end += 1
         steps = group[0].steps[depth:end]
-        own = operator_name(getattr(steps[0].train, "operator", None))
+        own = operator_name(steps[-1].operator)
         items = tuple(
             _item("joint" if step.joint else layer_ranges(getattr(step.train, "layers", ())), step) for step in steps
         )

@@ -73,7 +73,7 @@ def stage_entry(shown: Shown, step: Step) -> Entry:
     else:
         name = stage.name
         parent = path_identity(stage.paths[0]) if len(stage.paths) == 1 else parent
-        operator = operator_name(getattr(step.train, "operator", None))
+        operator = operator_name(step.operator)
         trials = ",".join(path.numbers for path in stage.paths)
         tags |= {"layerswap.role": "stage", "layerswap.operator": operator, "layerswap.trials": trials}
         tags[OUTCOME] = outcome_of(shown, step)

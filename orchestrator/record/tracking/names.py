@@ -149,7 +149,9 @@ def _parameters(plan: Plan) -> dict[str, Words]:
 def _at(value: Any, key: str) -> Any:
     """What a study has at a dotted key; None where it has none."""
     for step in steps_of(key):
-        if isinstance(step, int):
+        if isinstance(value, dict):
+            value = value.get(str(step))
+        elif isinstance(step, int):
             value = value[step] if isinstance(value, tuple) and step < len(value) else None
         else:
             value = getattr(value, step, None)
