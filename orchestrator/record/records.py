@@ -93,7 +93,7 @@ def make_records(
 def seed_groups(plan: Plan) -> dict[str, str]:
     """By trial the first one that is the same but for its seed."""
     first: dict[str, str] = {}
-    found = {}
+    found: dict[str, Any] = {}
     for trial in plan.trials:
         same = trial.study.model_copy(update={"seed": 0}).model_dump_json()
         found[trial.name] = first.setdefault(same, trial.name)
@@ -174,7 +174,7 @@ def leaves(value: Any) -> dict[str, Any]:
 
 def _values(placed: Any) -> dict[str, Any]:
     """All that an operator is, by dotted keys as a study has them."""
-    found = {}
+    found: dict[str, Any] = {}
     for place, operator in places_of(placed).items():
         found |= {dotted((*place, leaf)): value for leaf, value in leaves(dataclasses.asdict(operator)).items()}
     return found
