@@ -161,7 +161,7 @@ def leaves(value: Any) -> dict[str, Any]:
 
 def _values(placed: Any) -> dict[str, Any]:
     """All that an operator is, by dotted keys as a study has them."""
-    found = {}
+    found: dict[str, Any] = {}
     for place, operator in places_of(placed).items():
         found |= {dotted((*place, leaf)): value for leaf, value in leaves(dataclasses.asdict(operator)).items()}
     return found

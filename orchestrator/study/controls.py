@@ -6,10 +6,11 @@ Pure functions. Invariant: a control is a stage like any other, so trials and st
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from operators.config import OperatorConfig, SkipConfig
+from operators.config import SkipConfig
 from orchestrator.study.names import operator_name
-from orchestrator.study.placing import PerLayer, mapped
+from orchestrator.study.placing import mapped
 from orchestrator.study.schema import Study
 from orchestrator.study.sources import Resolved
 from orchestrator.study.spec import DistilSpec, ImportSpec, ScratchSpec
@@ -25,7 +26,7 @@ def controls_of(
     tokens, teacher, optimizer = roots.tokens, roots.teacher, study.recipe.optimizer.canonical
     if study.controls.scratch != "none" and complete:
         names: set[str] = set()
-        longest: dict[OperatorConfig | PerLayer, Step] = {}
+        longest: dict[Any, Step] = {}  # by the operator of the study
         open_ = {trial.study.operator for trial in trials if trial.open}  # how long their longest path is, is not known
         for trial in trials:
             operator, last = trial.study.operator, trial.end
@@ -34,7 +35,8 @@ def controls_of(
             if study.controls.scratch == "own" and operator != study.operator:
                 continue
             if not isinstance(operator, SkipConfig):
-                bare = mapped(operator, drawn)
+                several = operator if isinstance(operator, tuple) else (operator,)
+                bare = tuple(mapped(each, drawn) for each in several)
                 if bare not in longest or longest[bare].tokens < last.tokens:
                     longest[bare] = last
         for last in longest.values():
