@@ -5,11 +5,12 @@ Place in the flow: read from plan and store; the terminal, the report and MLflow
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from orchestrator.record.records import trial_words
 from orchestrator.run.store import Store
+from orchestrator.study.names import operator_name
 from orchestrator.study.path import Path
 from orchestrator.study.plan import Plan, Trial
 from orchestrator.study.stages import Step
@@ -41,7 +42,7 @@ def _news(before: Path, after: Trial, store: Store) -> Iterator[str]:
     told = len([each for each in before.decisions if each.spec.key != before.waits])
     for decision in after.path.decisions[told:]:
         if decision.spec.key != after.path.waits and store.finished(decision.spec.key):
-            yield f"chosen for {after.name}: {choice_text(store.result(decision.spec.key))}"
+            yield f"chosen for {after.name}: {choice_text(store.result(decision.spec.key), _names(after))}"
     outcomes = [step.outcome for step in before.steps]
     for index, step in enumerate(after.steps):
         was = outcomes[index] if index < len(outcomes) else "kept"
@@ -49,10 +50,18 @@ def _news(before: Path, after: Trial, store: Store) -> Iterator[str]:
             yield outcome_text(after.name, index, step)
 
 
-def choice_text(result: dict[str, Any]) -> str:
-    """The order of a choice with the scores, the cheapest first."""
-    scores = result["scores"]
-    told = [f"{layer} ({scores[str(layer)]['score']:.3g})" for layer in result["order"][:SHOWN]]
+def _names(trial: Trial) -> list[str]:
+    operators = trial.study.operator
+    return [operator_name(each) for each in operators] if isinstance(operators, tuple) else []
+
+
+def choice_text(result: dict[str, Any], names: Sequence[str] = ()) -> str:
+    """The order of a choice with the scores, the cheapest first; `names` are those of operators that it chose from."""
+    scores, operators = result["scores"], result.get("operators", {})
+    told = []
+    for layer in map(str, result["order"][:SHOWN]):
+        by = f"{names[operators[layer]]}, " if names and layer in operators else ""
+        told.append(f"{layer} ({by}{scores[layer]['score']:.3g})")
     more = len(result["order"]) - SHOWN
     return "layers by cost " + ", ".join(told) + (f" and {more} more" if more > 0 else "")
 

@@ -6,10 +6,11 @@ Pure functions. Invariant: a control is a stage like any other, so trials and st
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from operators.config import OperatorConfig, SkipConfig
+from operators.config import SkipConfig
 from orchestrator.study.names import operator_name
-from orchestrator.study.placing import PerLayer, mapped
+from orchestrator.study.placing import mapped
 from orchestrator.study.schema import Study
 from orchestrator.study.sources import Resolved
 from orchestrator.study.spec import DistilSpec, ImportSpec, ScratchSpec
@@ -25,7 +26,7 @@ def controls_of(
     tokens, teacher, optimizer = roots.tokens, roots.teacher, study.recipe.optimizer.canonical
     if study.controls.scratch != "none" and complete:
         names: set[str] = set()
-        longest: dict[OperatorConfig | PerLayer, Step] = {}
+        longest: dict[Any, Step] = {}  # by the operator of the study
         for trial in trials:
             operator, last = trial.study.operator, trial.end
             if last is None or trial.open:
@@ -33,12 +34,12 @@ def controls_of(
             if study.controls.scratch == "own" and operator != study.operator:
                 continue
             if not isinstance(operator, SkipConfig):
-                bare = mapped(operator, drawn)
+                bare = _drawn(operator)
                 if bare not in longest or longest[bare].tokens < last.tokens:
                     longest[bare] = last
         may_be_longer = [trial for trial in trials if trial.open]
         for bare, last in longest.items():
-            alike = [trial.path for trial in may_be_longer if mapped(trial.study.operator, drawn) == bare]
+            alike = [trial.path for trial in may_be_longer if _drawn(trial.study.operator) == bare]
             if any(path.most > last.tokens for path in alike):
                 continue  # until that is known
             operator = mapped(last.operator, drawn)
@@ -74,3 +75,8 @@ def controls_of(
             )  # fmt: skip
             probes = probes_of(study, roots, skip.key) if skipped == resolved.sites else None
             yield name, Step(skip, evaluation_of(study, roots, skip.key), skipped, 0, probes=probes)
+
+
+def _drawn(operator: Any) -> tuple[Any, ...]:
+    """A study's operator, or its candidates, from random weights."""
+    return tuple(mapped(each, drawn) for each in (operator if isinstance(operator, tuple) else (operator,)))

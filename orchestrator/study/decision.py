@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
-from operators.config import SkipConfig
+from operators.config import OperatorConfig, SkipConfig
 from orchestrator.study.choosing import Choice, Joint, Local, Probe
-from orchestrator.study.placing import placed_in
+from orchestrator.study.placing import PerLayer, by_layer, placed_in, placing
 from orchestrator.study.recipe import Losses
 from orchestrator.study.schema import Study
 from orchestrator.study.spec import (
@@ -27,6 +28,7 @@ from orchestrator.study.spec import (
 from orchestrator.study.stages import Roots, alone, steps_of_tokens, text_windows
 
 KEY = "schedule.choice"
+Operators = Mapping[int, OperatorConfig]  # by layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,50 +47,60 @@ class Chooser:
         self.study, self.choice, self.roots = study, choice, roots
         self.decisions: list[Decision] = []
 
-    def decide(self, student: str, swapped: tuple[int, ...], candidates: tuple[int, ...], read: int) -> Decision:
-        """The decision that the next stage rests on: of a path whose student has these layers swapped and has read so
-        many sequences."""
+    @property
+    def operators(self) -> tuple[OperatorConfig | PerLayer, ...]:
+        """What a layer may be swapped by."""
+        operator = self.study.operator
+        return operator if isinstance(operator, tuple) else (operator,)
+
+    def decide(self, student: str, swapped: Operators, candidates: tuple[int, ...], read: int) -> Decision:
+        """The decision that the next stage rests on: of a path whose student has these layers swapped by these
+        operators and has read so many sequences."""
         teacher = self.roots.teacher.key
         match self.choice.rerank:
             case "once":
-                decision = self.decisions[0] if self.decisions else self._at(teacher, (), candidates, 0)
+                decision = self.decisions[0] if self.decisions else self._at(teacher, {}, candidates, 0)
             case "forward":
                 decision = self._at(teacher, swapped, candidates, 0)
             case "every_stage":
-                decision = self._at(student, (), candidates, read)
+                decision = self._at(student, {}, candidates, read)
         if decision not in self.decisions:
             self.decisions.append(decision)
         return decision
 
-    def _at(self, subject: str, picked: tuple[int, ...], candidates: tuple[int, ...], read: int) -> Decision:
+    def _at(self, subject: str, picked: Operators, candidates: tuple[int, ...], read: int) -> Decision:
         """At a student, beside whose layers the picked ones are swapped untrained."""
         choice = self.choice
         needs: list[Spec] = []
-        prepared = None
+        prepared: dict[int, str] = {}
         if isinstance(choice.prepared, Local):
-            everything = tuple(sorted({*picked, *candidates}))
-            local = self._distilled(subject, everything, choice.prepared.local, Losses(mixer_mse=1.0), read)
-            needs.append(local)
-            prepared = local.key
+            for number, operator in enumerate(self.operators):
+                everything = {**by_layer(operator, candidates), **picked}
+                local = self._distilled(subject, everything, choice.prepared.local, Losses(mixer_mse=1.0), read)
+                needs.append(local)
+                prepared[number] = local.key
         if isinstance(choice.score, Joint):
-            blend = self._blend(subject, candidates, choice.score.joint, prepared, read)
+            blend = self._blend(subject, candidates, choice.score.joint, prepared.get(0), read)
             spec = ChoiceSpec(subject=subject, blend=blend.key, seed=self.study.seed)
             return Decision(spec, (*needs, blend), candidates)
-        scores = {}
+        scores: dict[tuple[int, int], ScoreSpec] = {}
         for layer in candidates:
             restored = choice.scored == "restored_alone"
             beside = tuple(other for other in candidates if other != layer) if restored else (layer,)
-            layers = tuple(sorted({*picked, *beside}))
-            if isinstance(choice.score, Probe):
-                probe = self._distilled(subject, layers, choice.score.probe, Losses(kl=1.0), read)
-                needs.append(probe)
-                scores[layer] = self._score(probe.key, (), None)
-            else:
-                scores[layer] = self._score(subject, layers, prepared)
+            for number, operator in enumerate(self.operators):
+                placed = {**by_layer(operator, beside), **picked}
+                if isinstance(choice.score, Probe):
+                    probe = self._distilled(subject, placed, choice.score.probe, Losses(kl=1.0), read)
+                    needs.append(probe)
+                    scores[layer, number] = self._score(probe.key, {}, None)
+                else:
+                    scores[layer, number] = self._score(subject, placed, prepared.get(number))
         spec = ChoiceSpec(
             subject=subject,
             reference=self._reference.key,
-            candidates=tuple(Candidate(layer=layer, score=score.key) for layer, score in scores.items()),
+            candidates=tuple(
+                Candidate(layer=layer, operator=number, score=score.key) for (layer, number), score in scores.items()
+            ),
             measure=choice.score if choice.score in ("loss", "hits") else "kl",
             ascending=choice.scored == "swapped_alone",
             seed=self.study.seed,
@@ -114,17 +126,18 @@ class Chooser:
             seed=0,
         )
 
-    def _score(self, subject: str, layers: tuple[int, ...], prepared: str | None) -> ScoreSpec:
-        own = self.choice.score != "skip" and bool(layers)
-        operator: Any = placed_in(self.study.operator, layers) if own else SkipConfig()
+    def _score(self, subject: str, placed: Operators, prepared: str | None) -> ScoreSpec:
+        layers, own = tuple(sorted(placed)), self.choice.score != "skip" and bool(placed)
+        operator: Any = placing(placed) if own else SkipConfig()
         seed = self.study.seed if layers and not isinstance(operator, SkipConfig) else 0
         reference = self._reference.key
         more = {"operator": operator, "seed": seed, "prepared": prepared if layers else None}
         more["text_windows"] = text_windows(self.study) if own else None  # operators may start from training text
         return self._reference.of(subject, layers, reference, **more)
 
-    def _distilled(self, subject: str, layers: tuple[int, ...], tokens: int, losses: Losses, read: int) -> DistilSpec:
+    def _distilled(self, subject: str, placed: Operators, tokens: int, losses: Losses, read: int) -> DistilSpec:
         """A student that is trained to be scored: its operators alone, by the recipe's optimizer."""
+        layers = tuple(sorted(placed))
         study = self.study
         return DistilSpec(
             tokens=self.roots.tokens.key,
@@ -132,7 +145,7 @@ class Chooser:
             parent=subject,
             layers=layers,
             new_layers=layers,
-            operator=placed_in(study.operator, layers),
+            operator=placing(placed),
             phases=(PhaseSpec(losses=losses.canonical, steps=self._steps(tokens)),),
             batch_size=study.recipe.batch_size,
             sequence_length=study.data.sequence_length,
@@ -156,7 +169,7 @@ class Chooser:
             subject=subject,
             prepared=prepared,
             layers=candidates,
-            operator=placed_in(study.operator, candidates),
+            operator=placed_in(self.operators[0], candidates),
             steps=self._steps(tokens),
             batch_size=study.recipe.batch_size,
             sequence_length=study.data.sequence_length,

@@ -163,7 +163,8 @@ def _nearest(word: str, known: list[str]) -> str:
 
 
 def _tags(model: Any, path: Path_) -> list[str]:
-    members = _members(_child(model, path[-2]))
+    child = _child(model, path[-2])
+    members = _members(model if child is None else child)  # a union in a union is located at its inside
     tags = [tag for member in members for tag in typing.get_args(_fields(member).get(str(path[-1])))]
     return [tag for tag in tags if tag != UNWRITTEN]
 

@@ -278,8 +278,10 @@ def _path_of(key: str, values: Any) -> Path_:
     for step in steps[:start]:
         values = inside(values, step)
     whole = dotted(steps[start:])
-    for end in range(len(steps), start, -1) if axis_remedy(whole) else ():
-        if has(values, axis := dotted(steps[start:end])):  # something inside of an axis that is there
+    for end in range(len(steps), start, -1):
+        axis = dotted(steps[start:end])
+        within = axis_remedy(whole) or has(inside(values, axis), (*steps, "")[end])
+        if has(values, axis) and within:  # something inside of an axis that is there
             return (*steps[:start], axis, *steps[end:])
     return (*steps[:start], whole)
 

@@ -13,7 +13,9 @@ from orchestrator.study.schema import Schedule
 def operator_name(operator: Any) -> str:
     """A short name for people: `hyena-2` by order, `hyena-4h` by heads, `hyena-4h-power` with a feature map,
     `hyena-2-modal` with filters that are not implicit, `hyena-4h-power-w32` with a window, `window-64`, `skip`, and
-    `hyena-2 + hyena-4h in 4,5` where layers have operators of their own."""
+    `hyena-2 + hyena-4h in 4,5` where layers have operators of their own; of candidates `hyena-2 or hyena-4h`."""
+    if isinstance(operator, tuple):
+        return " or ".join(map(operator_name, operator))
     if isinstance(operator, PerLayer):
         others: dict[str, list[str]] = {}
         for layer, other in sorted(operator.layers.items(), key=lambda item: int(item[0])):

@@ -11,10 +11,11 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from operators.config import OperatorConfig
 from orchestrator.study.choosing import Gate
 from orchestrator.study.decision import Chooser, Decision
 from orchestrator.study.loader import StudyError
-from orchestrator.study.placing import placed_in
+from orchestrator.study.placing import PerLayer, operator_of, placing
 from orchestrator.study.recipe import Phase
 from orchestrator.study.schedule import free_layers, swap_order
 from orchestrator.study.schema import Study
@@ -90,6 +91,7 @@ class _Walk:
         self.steps: list[Step] = []
         self.measured: list[ThroughputSpec] = []
         self.kept = set(study.schedule.keep)
+        self.chosen: dict[int, int] = {}  # by layer which of the study's operators
         self.more = 0  # times that the gate may still extend the last stage
         self.fixed: list[tuple[int, ...]] | None = None
         self.chooser: Chooser | None = None
@@ -140,12 +142,25 @@ class _Walk:
         most = len(free) if until is None or until.layers is None else min(len(free), until.layers - there)
         if most <= 0 or (until is not None and until.decode is not None and self._fast(until.decode)):
             return ()
-        if len(free) <= min(most, self.chooser.choice.take):  # nothing to choose
+        several = isinstance(self.study.operator, tuple)
+        if len(free) <= min(most, self.chooser.choice.take) and not several:  # nothing to choose
             return tuple(free)
         swapped = tuple(layer for layer in picked if layer not in self.kept)
-        decision = self.chooser.decide(self.at.parent, swapped, tuple(free), self.at.sequences)
-        order = [int(layer) for layer in self._known(decision.spec.key)["order"]]
-        return tuple(sorted([layer for layer in order if layer in free][: min(most, self.chooser.choice.take)]))
+        operators = {layer: self._operator(layer) for layer in swapped}
+        decision = self.chooser.decide(self.at.parent, operators, tuple(free), self.at.sequences)
+        told = self._known(decision.spec.key)
+        order = [int(layer) for layer in told["order"]]
+        next_ = tuple(sorted([layer for layer in order if layer in free][: min(most, self.chooser.choice.take)]))
+        self.chosen |= {layer: int(told.get("operators", {}).get(str(layer), 0)) for layer in next_}
+        return next_
+
+    def _operator(self, layer: int) -> OperatorConfig:
+        """What a layer is swapped by."""
+        operator = self.study.operator
+        return operator_of(operator[self.chosen[layer]] if isinstance(operator, tuple) else operator, layer)
+
+    def _placed(self, layers: tuple[int, ...]) -> OperatorConfig | PerLayer:
+        return placing({layer: self._operator(layer) for layer in layers})
 
     def _fast(self, ratio: float) -> bool:
         """Whether the student so far decodes so much faster than its teacher."""
@@ -211,7 +226,7 @@ class _Walk:
         planned = tuple(phase_of(phase, len(trained), study, f"{key}.{i}") for i, phase in enumerate(phases))
         spec = DistilSpec(
             tokens=roots.tokens.key, teacher=roots.teacher.key, parent=at.parent, layers=trained, new_layers=new,
-            operator=placed_in(study.operator, trained), phases=planned, batch_size=study.recipe.batch_size,
+            operator=self._placed(trained), phases=planned, batch_size=study.recipe.batch_size,
             sequence_length=study.data.sequence_length, first_sequence=at.sequences, freeze=study.recipe.freeze,
             optimizer=study.recipe.optimizer.canonical, numerics=study.numerics, processor=roots.device,
             checkpoint_activations=study.recipe.checkpoint_activations, text_windows=text_windows(study),
@@ -221,9 +236,9 @@ class _Walk:
         self.at = _At(spec.key, tuple(sorted({*at.swapped, *trained})), read)
         asked = (study, roots, spec.key)
         tokens = read * study.data.sequence_length
-        placed = placed_in(study.operator, self.at.swapped)
-        step = Step(spec, evaluation_of(*asked), self.at.swapped, tokens, joint, probes_of(*asked), placed=placed)
-        self.steps.append(step)
+        swapped = self.at.swapped
+        step = Step(spec, evaluation_of(*asked), swapped, tokens, joint, probes_of(*asked))
+        self.steps.append(dataclasses.replace(step, placed=self._placed(swapped)))
 
     def _rest(self) -> list[tuple[tuple[Phase, ...], int]]:
         """Stages that may still come, at most: their phases and how many layers they train."""

@@ -1,6 +1,7 @@
 """Which operator stands in which layer: one in all of them, or a default with others in some.
 
-Place in the flow: a study file has one of the two, a stage the least that says it of its own layers. Invariant: what a
+Place in the flow: a study file has one of the two, or candidates that a choice takes from; a stage has the
+least that says it of its own layers. Invariant: what a
 stage has depends on the operators of its layers alone, however a file writes them, so stages are shared.
 """
 
@@ -54,6 +55,9 @@ Placed = Annotated[
 ]
 
 
+Candidates = Annotated[tuple[Operator, ...], Field(min_length=2)]  # of which a choice takes one for each layer
+
+
 def operator_of(placed: OperatorConfig | PerLayer, layer: int) -> OperatorConfig:
     """The operator of a layer."""
     return placed.of(layer) if isinstance(placed, PerLayer) else placed
@@ -64,8 +68,10 @@ def by_layer(placed: OperatorConfig | PerLayer, layers: Iterable[int]) -> dict[i
     return {layer: operator_of(placed, layer) for layer in layers}
 
 
-def places_of(placed: OperatorConfig | PerLayer) -> dict[tuple[str | int, ...], OperatorConfig]:
+def places_of(placed: OperatorConfig | PerLayer | Candidates) -> dict[tuple[str | int, ...], OperatorConfig]:
     """Every operator by the keys below `operator` that a study has it at."""
+    if isinstance(placed, tuple):
+        return {(place,): operator for place, operator in enumerate(placed)}
     if not isinstance(placed, PerLayer):
         return {(): placed}
     return {("default",): placed.default, **{("layers", int(layer)): each for layer, each in placed.layers.items()}}

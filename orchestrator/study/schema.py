@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from operators.config import HyenaConfig
-from orchestrator.study.choosing import Choice, Gate
-from orchestrator.study.placing import Placed
+from orchestrator.study.choosing import Choice, Gate, Joint
+from orchestrator.study.placing import Candidates, Placed
 from orchestrator.study.recipe import Numerics, Optimizer, Recipe
 from orchestrator.study.reported import Report
 from orchestrator.study.space import Search
@@ -216,7 +216,7 @@ class Study(Model):
     seed: Seed = 0
     teacher: Teacher = Pretrain()
     data: Data = Data()
-    operator: Placed = HyenaConfig()
+    operator: Candidates | Placed = HyenaConfig()
     schedule: Schedule = Schedule()
     recipe: Recipe
     numerics: Numerics = Numerics()
@@ -231,4 +231,26 @@ class Study(Model):
     def _vocabulary_only_when_trained(self) -> Study:
         if self.data.vocabulary is not None and isinstance(self.teacher, Pretrained):
             raise ValueError("data.vocabulary has no use with a pretrained teacher, which brings its own tokenizer")
+        return self
+
+    @model_validator(mode="after")
+    def _candidates_are_chosen_from(self) -> Study:
+        if not isinstance(self.operator, tuple):
+            return self
+        choice = self.schedule.choice
+        if choice is None:
+            raise ValueError("operator lists candidates, and only a choice takes one: give one, or schedule.choice")
+        if choice.score == "skip" or isinstance(choice.score, Joint):
+            score = "skip" if choice.score == "skip" else "joint"
+            raise ValueError(
+                f"schedule.choice.score {score} tells no operators apart: set it to kl, loss, hits or a probe, or "
+                "operator to one operator"
+            )
+        if choice.scored == "restored_alone":
+            raise ValueError(
+                "schedule.choice.scored restored_alone gives layers their attention back and tells no operators apart: "
+                "set it to swapped_alone, or operator to one operator"
+            )
+        if len(set(self.operator)) < len(self.operator):
+            raise ValueError("operator lists a candidate twice: keep one of them")
         return self

@@ -287,10 +287,16 @@ class BlendSpec(Spec):
 
 
 class Candidate(Model):
-    """A layer that may be swapped next, and the key of its score."""
+    """A layer that may be swapped next, by which of the study's operators, and the key of that score."""
 
     layer: int
     score: str
+    operator: Annotated[int, Field(ge=0, exclude_if=lambda value: value == 0)] = 0
+
+    @property
+    def role(self) -> str:
+        """What its score is among the parents of a choice."""
+        return f"layer {self.layer}" + (f" operator {self.operator}" if self.operator else "")
 
 
 class ChoiceSpec(Spec):
@@ -307,8 +313,8 @@ class ChoiceSpec(Spec):
 
     @property
     def parents(self) -> dict[str, str]:
-        """As of any stage, and the score of every candidate by its layer."""
-        return {**super().parents, **{f"layer {each.layer}": each.score for each in self.candidates}}
+        """As of any stage, and the score of every candidate by its layer and operator."""
+        return {**super().parents, **{each.role: each.score for each in self.candidates}}
 
 
 class DrawSpec(Spec):

@@ -190,3 +190,34 @@ def test_of_a_blend_the_highest_gate_goes_first(place: Any, tmp_path: Path, asce
     assert found["order"] == [0, 9, 10, 3]
     assert found["scores"]["3"] == {"score": 0.1}
     assert read_json(made.out / "choice.json") == found
+
+
+def pairs_of(tmp_path: Path, kl: dict[tuple[int, int], list[float]]) -> tuple[ChoiceSpec, dict[str, Path]]:
+    """A choice over layers and operators by divergences of windows, and its inputs."""
+    candidates = tuple(Candidate(layer=layer, operator=number, score=f"{layer}.{number}") for layer, number in kl)
+    inputs = {
+        each.role: written(tmp_path / each.role, kl=kl[each.layer, each.operator], hit_loss=[1.0] * 4)
+        for each in candidates
+    }
+    return spec_of([], candidates=candidates), inputs
+
+
+def test_a_layer_has_the_score_of_its_best_operator(place: Any, tmp_path: Path) -> None:
+    """Two layers by two operators, and one of which both are equal: there the first one counts."""
+    kl = {(1, 0): [9.0] * 4, (1, 1): KL[2], (5, 0): KL[7], (5, 1): [8.0] * 4, (6, 0): [6.0] * 4, (6, 1): [6.0] * 4}
+    spec, inputs = pairs_of(tmp_path, kl)
+    found = run_stage(spec, place(inputs=inputs))
+    assert (found["order"], found["operators"]) == ([1, 5, 6], {"1": 1, "5": 0, "6": 0})
+    assert {layer: told["score"] for layer, told in found["scores"].items()} == {"1": 0.3, "5": 0.5, "6": 0.6}
+    assert {number: told["score"] for number, told in found["pairs"]["1"].items()} == {"0": 0.9, "1": 0.3}
+    alone = spec_of([1, 5, 6])
+    same = {**inputs, "layer 1": inputs["layer 1 operator 1"]}
+    wanted = run_stage(alone, place("alone", same))
+    assert {name: found[name] for name in wanted} == wanted and set(found) - set(wanted) == {"operators", "pairs"}
+
+
+def test_all_pairs_are_of_one_text(place: Any, tmp_path: Path) -> None:
+    spec, inputs = pairs_of(tmp_path, {(1, 0): KL[2], (1, 1): KL[4], (2, 0): KL[7]})
+    inputs["layer 1 operator 1"] = written(tmp_path / "other", hits=[1.0, 4.0, 0.0, 2.0], kl=KL[4])
+    with pytest.raises(ValueError, match="the scores of layers 1 and 1 are of different texts"):
+        run_stage(spec, place(inputs=inputs))

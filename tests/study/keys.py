@@ -195,7 +195,7 @@ def _said(schema: dict[str, Any], known: dict[str, Section]) -> str:
         case "array":
             if "prefixItems" in schema:
                 return f"list of {len(schema['prefixItems'])}: {_said(schema['prefixItems'][0], known)}"
-            least = ", at least one" if schema.get("minItems") else ""
+            least = f", at least {('one', 'two')[schema['minItems'] - 1]}" if schema.get("minItems") else ""
             inner = _said(schema["items"], known) if schema.get("items") else "any value"
             return f"list: {_one(inner)}{least}"
         case "object":

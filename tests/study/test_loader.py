@@ -83,7 +83,10 @@ WRONG_VALUES = [
     ("study: tiny", "study: 12", at("1:1", "study", "must be a text, got 12")),
     ("", "controls: {skip: no}", at("16:12", "controls.skip", 'must be true or false, got "no"')),
     ("", f"seed: {2**63}", at("16:1", "seed", f"must be less than {2**63}, got {2**63}")),
-    ("operator: {kind: hyena, heads: 4}", "operator:", at("7:1", "operator", "must be a mapping of keys, got null")),
+    (
+        "operator: {kind: hyena, heads: 4}", "operator:",
+        at("7:1", "operator", "must be a list, or a mapping of keys, got null"),
+    ),
     ("kind: hyena", "kind: rwkv", at("7:12", "operator.kind", "unknown kind rwkv; allowed here: hyena, window, skip")),
     ("kind: hyena, ", "", at("7:1", "operator.kind", "this key is missing; add one of hyena, window, skip")),
     ("kind: pretrain", "kind: pretrian", at("3:3", "teacher.kind", "unknown kind pretrian; did you mean pretrain?")),

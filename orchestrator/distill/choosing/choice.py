@@ -5,6 +5,7 @@ Shapes: C candidates, W windows, S draws of windows.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ def choose(spec: ChoiceSpec, place: Workplace) -> dict[str, Any]:
 
         Of candidates also, all over windows drawn anew, the same for every candidate:
 
+        operators: where layers have several, by layer, as text, the place of the best in the study's list: a layer's
+            score is that of this operator. pairs: by layer and place `score` and `error` of each.
         teacher: score and error of the teacher itself, where its own score is given.
         tied: layers whose difference to the first is at most two standard errors, paired over windows; in order.
         tau: `mean` and, as `low` and `high`, the 95 % interval of Kendall's tau between the order and those of 1,000
@@ -51,12 +54,20 @@ def choose(spec: ChoiceSpec, place: Workplace) -> dict[str, Any]:
 
 def _of_candidates(spec: ChoiceSpec, place: Workplace) -> dict[str, Any]:
     name, sign = MEASURES[spec.measure], 1.0 if spec.ascending else -1.0
-    layers = sorted(candidate.layer for candidate in spec.candidates)
-    found = {layer: read_sums(place.inputs[f"layer {layer}"]) for layer in layers}
-    _check_same_text(found)
-    means = {layer: ratio(*each.of(name)) for layer, each in found.items()}
-    order = sorted(layers, key=lambda layer: (sign * means[layer][0], layer))
-    result: dict[str, Any] = {"order": order, "scores": {str(layer): _told(means[layer]) for layer in layers}}
+    every = {(each.layer, each.operator): read_sums(place.inputs[each.role]) for each in spec.candidates}
+    _check_same_text(every)
+    all_means = {pair: ratio(*each.of(name)) for pair, each in every.items()}
+    ranked = sorted(every, key=lambda pair: (sign * all_means[pair][0], *pair))
+    best = dict(reversed(ranked))  # the first of each layer stands last
+    order = [layer for layer, operator in ranked if best[layer] == operator]
+    found = {layer: every[layer, best[layer]] for layer in order}
+    means = {layer: all_means[layer, best[layer]] for layer in order}
+    result: dict[str, Any] = {"order": order, "scores": {str(layer): _told(means[layer]) for layer in sorted(order)}}
+    if len(every) > len(order):
+        result["operators"] = {str(layer): best[layer] for layer in sorted(order)}
+        result["pairs"] = {str(layer): {} for layer in sorted(order)}
+        for layer, operator in sorted(every):
+            result["pairs"][str(layer)][str(operator)] = _told(all_means[layer, operator])
     if "reference" in place.inputs:
         result["teacher"] = _told(ratio(*read_sums(place.inputs["reference"]).of(name)))
     result["tied"] = [layer for layer in order[1:] if _tied(*difference(found[layer], found[order[0]], name))]
@@ -102,9 +113,10 @@ def _told(mean: tuple[float, float]) -> dict[str, float]:
     return {"score": mean[0], "error": mean[1]}
 
 
-def _check_same_text(found: dict[int, Sums]) -> None:
-    first, *others = found
-    for layer in others:
-        for name, counts in found[first].counts.items():
-            if not np.array_equal(counts, found[layer].counts[name]):
-                raise ValueError(f"the scores of layers {first} and {layer} are of different texts: score them alike")
+def _check_same_text(found: Mapping[tuple[int, int], Sums]) -> None:
+    (first, *_), *others = sorted(found)
+    wanted = found[min(found)].counts
+    for pair in others:
+        for name, counts in wanted.items():
+            if not np.array_equal(counts, found[pair].counts[name]):
+                raise ValueError(f"the scores of layers {first} and {pair[0]} are of different texts: score them alike")

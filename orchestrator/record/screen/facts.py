@@ -205,7 +205,8 @@ def place(trial: Trial, index: int) -> str:
 def _scored(trial: Trial, number: int, spec: Any) -> str:
     layers = ",".join(map(str, spec.layers)) or "none"
     what = {"score": "score of", "distil": "preparation of", "blend": "blend of"}[spec.kind]
-    return f"{trial.name} choice {number}, {what} layers {layers}"
+    several = isinstance(trial.study.operator, tuple) and bool(spec.layers)
+    return f"{trial.name} choice {number}, {what} {f'{operator_name(spec.operator)} ' * several}layers {layers}"
 
 
 def _architecture(spec: ThroughputSpec) -> str:
