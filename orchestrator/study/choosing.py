@@ -60,6 +60,9 @@ class Choice(Model):
     # at the student of every stage.
     rerank: Literal["once", "forward", "every_stage"] = "once"
     take: Positive = 1  # layers a stage
+    # greedy: the lowest score first until the end is reached. exact: the layers and operators of the lowest sum of
+    # scores that are predicted to decode as fast as `until` asks, by the speeds of single layers.
+    solver: Literal["greedy", "exact"] = "greedy"
     until: Until | None = None  # none: until all layers are swapped
     texts: Positive = 32_768  # tokens of held-out text
 
@@ -71,6 +74,24 @@ class Choice(Model):
             raise ValueError("score skip leaves attention out and has no operator: set prepared to init")
         if isinstance(self.score, Probe) and self.prepared != "init":
             raise ValueError("score probe trains its operators itself: set prepared to init")
+        return self
+
+    @model_validator(mode="after")
+    def _solvable(self) -> Choice:
+        if self.solver == "greedy":
+            return self
+        if self.rerank != "once":
+            raise ValueError(f"solver exact looks at all layers at once and rerank is {self.rerank}: set it to once")
+        if self.scored != "swapped_alone" or isinstance(self.score, Joint):
+            raise ValueError(
+                "solver exact adds up what layers cost alone: set scored to swapped_alone, and score to none of joint"
+            )
+        if self.until is None or (self.until.decode, self.until.layers) == (None, None):
+            raise ValueError("solver exact needs an end to solve for: give until with decode, layers or both")
+        if self.until.decode is not None and self.until.decode <= 1:
+            raise ValueError(
+                f"solver exact and until.decode {self.until.decode:g}, which the teacher itself has: give more than 1"
+            )
         return self
 
 

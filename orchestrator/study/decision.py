@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from operators.config import OperatorConfig, SkipConfig
@@ -23,6 +23,7 @@ from orchestrator.study.spec import (
     DistilSpec,
     PhaseSpec,
     ScoreSpec,
+    Solve,
     Spec,
 )
 from orchestrator.study.stages import Roots, alone, steps_of_tokens, text_windows
@@ -40,6 +41,9 @@ class Decision:
     candidates: tuple[int, ...]
 
 
+Solving = Callable[[Decision], Solve]
+
+
 class Chooser:
     """Lays out the decisions of a path; `decisions` are those it was asked for."""
 
@@ -53,13 +57,18 @@ class Chooser:
         operator = self.study.operator
         return operator if isinstance(operator, tuple) else (operator,)
 
-    def decide(self, student: str, swapped: Operators, candidates: tuple[int, ...], read: int) -> Decision:
+    def decide(
+        self, student: str, swapped: Operators, candidates: tuple[int, ...], read: int, solve: Solving
+    ) -> Decision:
         """The decision that the next stage rests on: of a path whose student has these layers swapped by these
-        operators and has read so many sequences."""
+        operators and has read so many sequences. `solve` gives what an exact choice is to solve."""
         teacher = self.roots.teacher.key
         match self.choice.rerank:
             case "once":
                 decision = self.decisions[0] if self.decisions else self._at(teacher, {}, candidates, 0)
+                if self.choice.solver == "exact" and not self.decisions:
+                    spec = decision.spec.changed(solve=solve(decision))
+                    decision = dataclasses.replace(decision, spec=spec)
             case "forward":
                 decision = self._at(teacher, swapped, candidates, 0)
             case "every_stage":

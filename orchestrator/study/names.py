@@ -59,6 +59,7 @@ def _choice_name(choice: Choice) -> str:
     told += ["restored alone"] if choice.scored == "restored_alone" else []
     told += [f"prepared by {choice.prepared.local} tokens"] if isinstance(choice.prepared, Local) else []
     told += [choice.rerank.replace("_", " ")] if choice.rerank != "once" else []
+    told += ["solved exactly"] if choice.solver == "exact" else []
     told += [f"{choice.take} a stage"] if choice.take > 1 else []
     if choice.until is not None:
         ends = {"layers": "{:g} layers", "ratio": "ratio {:g}", "decode": "decode {:g}x"}

@@ -8,6 +8,7 @@ known by its stages' keys alone; ways that come to the same layers share them.
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from orchestrator.study.recipe import Phase
 from orchestrator.study.schedule import free_layers, swap_order
 from orchestrator.study.schema import Study
 from orchestrator.study.sources import Resolved
-from orchestrator.study.spec import DistilSpec, Spec, ThroughputSpec
+from orchestrator.study.spec import DistilSpec, Solve, Spec, ThroughputSpec
 from orchestrator.study.stages import (
     Outcome,
     Roots,
@@ -140,19 +141,40 @@ class _Walk:
         until = self.until
         there = len(picked) - len(self.kept.intersection(picked))
         most = len(free) if until is None or until.layers is None else min(len(free), until.layers - there)
-        if most <= 0 or (until is not None and until.decode is not None and self._fast(until.decode)):
+        if self.chooser.choice.solver == "exact":
+            most = len(free)  # of those that are chosen
+        elif until is not None and until.decode is not None and most > 0 and self._fast(until.decode):
             return ()
-        several = isinstance(self.study.operator, tuple)
-        if len(free) <= min(most, self.chooser.choice.take) and not several:  # nothing to choose
+        if most <= 0:
+            return ()
+        asks = isinstance(self.study.operator, tuple) or self.chooser.choice.solver == "exact"
+        if len(free) <= min(most, self.chooser.choice.take) and not asks:  # nothing to choose
             return tuple(free)
         swapped = tuple(layer for layer in picked if layer not in self.kept)
         operators = {layer: self._operator(layer) for layer in swapped}
-        decision = self.chooser.decide(self.at.parent, operators, tuple(free), self.at.sequences)
+        decision = self.chooser.decide(self.at.parent, operators, tuple(free), self.at.sequences, self._solve)
         told = self._known(decision.spec.key)
         order = [int(layer) for layer in told["order"]]
         next_ = tuple(sorted([layer for layer in order if layer in free][: min(most, self.chooser.choice.take)]))
         self.chosen |= {layer: int(told.get("operators", {}).get(str(layer), 0)) for layer in next_}
         return next_
+
+    def _solve(self, decision: Decision) -> Solve:
+        """What an exact choice is to solve, by the speeds of its candidates, each swapped alone."""
+        assert self.chooser is not None and self.until is not None
+        scores = {spec.key: spec for spec in decision.needs}
+        specs = []
+        for each in decision.spec.candidates:
+            placed = operator_of(self.chooser.operators[each.operator], each.layer)
+            evaluate = evaluation_of(self.study, self.roots, each.score)
+            specs.append(self.speed(Step(scores[each.score], evaluate, (each.layer,), 0, placed=placed)))
+        self.measured += specs
+        told, length = [self._known(spec.key) for spec in specs], str(max(self.study.throughput.lengths))
+        teacher = [1.0 / result["teacher_decode_tokens_per_s"][length] for result in told]
+        student = [1.0 / result["decode_tokens_per_s"][length] for result in told]
+        added = tuple(own - whole for own, whole in zip(student, teacher, strict=True))
+        until = self.until
+        return Solve(decode=until.decode, layers=until.layers, seconds=statistics.median(teacher), added=added)
 
     def _operator(self, layer: int) -> OperatorConfig:
         """What a layer is swapped by."""
@@ -269,10 +291,11 @@ def check_rule(study: Study) -> None:
     """What a rule needs of the recipe. Raises `StudyError`, which begins with the key at fault."""
     choice = study.schedule.choice
     until = None if choice is None else choice.until
+    exact = choice is not None and choice.solver == "exact"
     asks = {
         "gate": study.schedule.gate is not None,
         "choice.rerank": choice is not None and choice.rerank == "every_stage",
-        "choice.until": until is not None and until.layers is None,
+        "choice.until": until is not None and until.layers is None and (not exact or until.ratio is not None),
     }
     for key, there in asks.items():
         if there and not study.recipe.phases:

@@ -299,6 +299,15 @@ class Candidate(Model):
         return f"layer {self.layer}" + (f" operator {self.operator}" if self.operator else "")
 
 
+class Solve(Model):
+    """What a set of swaps has to have: a decoding speed over the teacher's, a number of layers, or both."""
+
+    decode: float | None
+    layers: int | None
+    seconds: float  # of the teacher for a token, measured
+    added: tuple[float, ...]  # to it by each candidate alone, in their order; mostly below zero
+
+
 class ChoiceSpec(Spec):
     """Which layers go next: candidates in order, by their scores."""
 
@@ -308,6 +317,7 @@ class ChoiceSpec(Spec):
     candidates: tuple[Candidate, ...] = ()
     blend: Prepared = None  # in the place of candidates: the highest gate first, whatever is measured
     measure: Literal["kl", "loss", "hits"] = "kl"
+    solve: Annotated[Solve | None, Field(exclude_if=lambda value: value is None)] = None  # none: all of them
     ascending: bool = True  # the lowest score first: of swapped layers; of restored ones the highest
     seed: int
 

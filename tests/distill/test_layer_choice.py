@@ -15,7 +15,7 @@ from orchestrator.distill.choosing.choice import DRAWS, drawn_means, kendall
 from orchestrator.distill.choosing.windows import MEANS, Sums, write_sums
 from orchestrator.distill.stage import run_stage
 from orchestrator.files import read_json, write_json
-from orchestrator.study.spec import Candidate, ChoiceSpec
+from orchestrator.study.spec import Candidate, ChoiceSpec, Solve
 
 TOKENS = 10.0
 HITS = [1.0, 4.0, 0.0, 3.0]
@@ -221,3 +221,13 @@ def test_all_pairs_are_of_one_text(place: Any, tmp_path: Path) -> None:
     inputs["layer 1 operator 1"] = written(tmp_path / "other", hits=[1.0, 4.0, 0.0, 2.0], kl=KL[4])
     with pytest.raises(ValueError, match="the scores of layers 1 and 1 are of different texts"):
         run_stage(spec, place(inputs=inputs))
+
+
+def test_a_solved_choice_has_the_chosen_layers_alone(place: Any, tmp_path: Path) -> None:
+    """Layer 5 by its second operator, though the first costs less, for it alone is fast enough."""
+    spec, inputs = pairs_of(tmp_path, {(1, 0): KL[7], (5, 0): KL[2], (5, 1): [8.0] * 4, (6, 0): [9.0] * 4})
+    solve = Solve(decode=2.0, layers=None, seconds=0.01, added=(-0.001, -0.001, -0.005, -0.004))
+    found = run_stage(spec.changed(solve=solve), place(inputs=inputs))
+    assert (found["order"], found["operators"], found["speed"]) == ([5], {"5": 1}, pytest.approx(2.0))
+    assert found["scores"] == {"5": {"score": 0.8, "error": pytest.approx(0.0)}}
+    assert found["pairs"].keys() == {"1", "5", "6"} and found["tied"] == []

@@ -150,3 +150,43 @@ def test_the_order_is_told_with_operators() -> None:
 def test_what_does_not_fit_is_told_with_its_remedy(tmp_path: Path, schedule: str, operator: str, told: str) -> None:
     with pytest.raises(StudyError, match=told):
         World(tmp_path, schedule, costs(), operator).plan()
+
+
+EXACT = "choice: {solver: exact, until: {decode: 1.5}, take: 2}"
+
+
+def test_an_exact_choice_solves_by_the_speeds_of_single_layers(tmp_path: Path) -> None:
+    def answer(spec: Any) -> Mapping[str, Any]:
+        if spec.kind == "throughput":
+            (layer,) = spec.layers
+            student = 120.0 + 10 * layer + (100 if spec.operator.heads else 0)
+            return {"decode_tokens_per_s": {"128": student}, "teacher_decode_tokens_per_s": {"128": 100.0}}
+        if spec.kind == "choice":
+            return {"order": [3, 1, 0], "operators": {"3": 1, "1": 0, "0": 1}}
+        return {"perplexity_ratio": 1.0}
+
+    world = World(tmp_path, EXACT, answer, LIST)
+    speeds = [spec for spec in world.plan().specs.values() if spec.kind == "throughput"]
+    assert [spec.layers for spec in speeds] == [(layer,) for layer in range(4) for _ in range(2)]
+    trial = world.trial()
+    solve = trial.path.decisions[0].spec.solve
+    assert solve is not None and (solve.decode, solve.layers, solve.seconds) == (1.5, None, 0.01)
+    students = [120.0, 220.0, 130.0, 230.0, 140.0, 240.0, 150.0, 250.0]
+    assert solve.added == pytest.approx([1 / student - 0.01 for student in students])
+    assert layers(trial) == [(1, 3), (0,)]  # and layer 2 stays attention
+    assert trial.steps[-1].operator == placing({0: HEADS, 1: TWO, 3: HEADS})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "told"),
+    [
+        ("choice: {solver: exact, until: {decode: 1.5}, rerank: forward}", "rerank is forward: set it to once"),
+        ("choice: {solver: exact}", "needs an end to solve for: give until with decode, layers or both"),
+        ("choice: {solver: exact, until: {ratio: 1.1}}", "needs an end to solve for"),
+        ("choice: {solver: exact, until: {decode: 1.0}}", "which the teacher itself has: give more than 1"),
+        ("choice: {solver: exact, until: {layers: 1}, scored: restored_alone}", "set scored to swapped_alone"),
+    ],
+)
+def test_what_cannot_be_solved_exactly_is_told(tmp_path: Path, schedule: str, told: str) -> None:
+    with pytest.raises(StudyError, match=told):
+        World(tmp_path, schedule, costs()).plan()

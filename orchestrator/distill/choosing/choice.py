@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.distill.choosing.blend import GATES
+from orchestrator.distill.choosing.solve import solved
 from orchestrator.distill.choosing.windows import Numbers, Sums, difference, ratio, read_sums
 from orchestrator.distill.context import Workplace
 from orchestrator.files import read_json, write_json
@@ -33,7 +34,9 @@ def choose(spec: ChoiceSpec, place: Workplace) -> dict[str, Any]:
         Of candidates also, all over windows drawn anew, the same for every candidate:
 
         operators: where layers have several, by layer, as text, the place of the best in the study's list: a layer's
-            score is that of this operator. pairs: by layer and place `score` and `error` of each.
+            score is that of this operator. pairs: by layer and place `score` and `error` of each. Of a choice that is
+            solved exactly all of these but pairs are of the chosen layers alone, and speed is the predicted one of
+            decoding over the teacher's.
         teacher: score and error of the teacher itself, where its own score is given.
         tied: layers whose difference to the first is at most two standard errors, paired over windows; in order.
         tau: `mean` and, as `low` and `high`, the 95 % interval of Kendall's tau between the order and those of 1,000
@@ -59,15 +62,22 @@ def _of_candidates(spec: ChoiceSpec, place: Workplace) -> dict[str, Any]:
     all_means = {pair: ratio(*each.of(name)) for pair, each in every.items()}
     ranked = sorted(every, key=lambda pair: (sign * all_means[pair][0], *pair))
     best = dict(reversed(ranked))  # the first of each layer stands last
-    order = [layer for layer, operator in ranked if best[layer] == operator]
+    if spec.solve is not None:
+        added = {
+            (each.layer, each.operator): time for each, time in zip(spec.candidates, spec.solve.added, strict=True)
+        }
+        best = solved({pair: mean for pair, (mean, _) in all_means.items()}, added, spec.solve)
+    order = [layer for layer, operator in ranked if best.get(layer) == operator]
     found = {layer: every[layer, best[layer]] for layer in order}
     means = {layer: all_means[layer, best[layer]] for layer in order}
     result: dict[str, Any] = {"order": order, "scores": {str(layer): _told(means[layer]) for layer in sorted(order)}}
+    if spec.solve is not None:
+        result["speed"] = spec.solve.seconds / (spec.solve.seconds + sum(added[pair] for pair in best.items()))
     if len(every) > len(order):
         result["operators"] = {str(layer): best[layer] for layer in sorted(order)}
-        result["pairs"] = {str(layer): {} for layer in sorted(order)}
+        result["pairs"] = {}
         for layer, operator in sorted(every):
-            result["pairs"][str(layer)][str(operator)] = _told(all_means[layer, operator])
+            result["pairs"].setdefault(str(layer), {})[str(operator)] = _told(all_means[layer, operator])
     if "reference" in place.inputs:
         result["teacher"] = _told(ratio(*read_sums(place.inputs["reference"]).of(name)))
     result["tied"] = [layer for layer in order[1:] if _tied(*difference(found[layer], found[order[0]], name))]

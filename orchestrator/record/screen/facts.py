@@ -193,6 +193,7 @@ def stage_names(plan: Plan, speeds: Mapping[str, ThroughputSpec]) -> dict[str, s
             for spec in decision.needs:
                 named.setdefault(spec.key, _scored(trial, number, spec))
             named.setdefault(decision.spec.key, f"{trial.name} choice {number}")
+        named |= {spec.key: f"speed of {_architecture(spec)}" for spec in trial.path.measured}
     named |= {spec.key: f"draw {number}" for number, spec in enumerate(plan.drawing.rounds, 1)}
     return named | {spec.key: f"speed of {_architecture(spec)}" for spec in speeds.values()}
 
