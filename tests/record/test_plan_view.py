@@ -53,15 +53,15 @@ def test_a_shared_beginning_is_told_once_and_trials_stand_at_the_leaves(tmp_path
 
 def test_the_default_study_fits_a_screen(tmp_path: Path) -> None:
     lines = plan(tmp_path / "home", study="layerwise").splitlines()
-    assert len(lines) <= 30
+    assert len(lines) <= 32
     assert max(map(len, lines)) <= 120
-    assert sum("trial-" in line for line in lines) == 16
+    assert sum("trial-" in line for line in lines) == 17
 
 
 def test_memory_is_told_for_every_stage_that_holds_a_model(tmp_path: Path) -> None:
     found = summary(tmp_path / "home", study="layerwise")["memory"]
     kinds = {told["kind"] for told in found.values()}
-    assert kinds == {"teacher", "evaluate", "throughput", "scratch", "distil"}
+    assert kinds == {"teacher", "evaluate", "throughput", "scratch", "distil", "score"}
     named = {told["name"]: told["megabytes"] for told in found.values()}
     assert named["skip 0"] < named["hyena-2 in layers 0, 1"] < named["hyena-3 in layers 0, 1, 2, 3, 4, 5"] < 900
     assert {f"{before}the teacher" for before in ("", "evaluation of ", "speed of ")} < named.keys()

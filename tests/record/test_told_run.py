@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -395,30 +394,3 @@ def test_a_look_that_fails_stops_neither_the_watch_nor_the_weighing(
     for _ in range(3):
         watch._look()
     assert watch.peak_mb == 8.0
-
-
-def test_what_a_plan_has_grown_by_reaches_records_home_and_terminal(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As of a search whose next points have become known."""
-    whole, hand = scene.job.plan, scene.hand
-    scene.job.growing.plan = dataclasses.replace(whole, trials=whole.trials[:1])
-    recorder, told = Quiet(), []
-    with scene.job.variant.running(Provenance.of("run")) as run:
-        watch = driver._Watch(scene.job, hand.store, 2, run, recorder)  # type: ignore[arg-type]
-    monkeypatch.setattr(watch.progress, "_say", told.append)
-    watch._look()
-    assert recorder.given == []
-
-    def grow() -> bool:
-        scene.job.growing.plan = whole
-        return True
-
-    monkeypatch.setattr(scene.job.growing, "grow", grow)
-    watch._look()
-    watch._look()
-    assert recorder.given == [(whole, scene.job.speeds)]
-    assert [line for line in told if line.startswith("drawn")] == [
-        "drawn  trial-01: losses=kl:1.0,ce:0.5", "drawn  trial-02: operator=hyena-2h",
-    ]  # fmt: skip
-    assert scene.job.variant.needed() == scene.job.keys and hand.key("heads 0") in watch.progress.steps
