@@ -16,7 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib import ticker
+from matplotlib import colormaps, ticker
 
 from orchestrator.record.answer.markdown import pipe_table
 from orchestrator.record.answer.text import text_table
@@ -32,6 +32,8 @@ LEGEND = (
     "less than two errors; n/N: the rank among all sets of as many layers. uniform: evenly spread. exact: the lowest\n"
     "sum of single scores."
 )
+
+COLOURS, MARKS = colormaps["tab20"], "ovs^DPX*"  # lines lie over each other: where two agree, both marks show
 
 
 def way_table(ways: Sequence[Judged]) -> pd.DataFrame:
@@ -135,8 +137,8 @@ def draw_regret(title: str, ways: Sequence[Judged], path: Path) -> None:
         rows = [row for row in each.rows if row.among > 1]
         axis.errorbar(
             [row.count for row in rows], [row.regret[0] for row in rows], [row.regret[1] or 0.0 for row in rows],
-            label=each.way.name, color=f"C{index % 10}", linestyle="-" if each.way.cost else ":", marker="o",
-            markersize=4, elinewidth=1, capsize=2,
+            label=each.way.name, color=COLOURS(index % 20), linestyle="-" if each.way.cost else ":",
+            marker=MARKS[index % len(MARKS)], markersize=5, elinewidth=1, capsize=2,
         )  # fmt: skip
     axis.axhline(0, color="0.6", lw=1)
     axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
