@@ -85,7 +85,7 @@ class Search(Model):
     method: Literal["grid", "random", "optuna"] = "grid"
     space: Space | tuple[Space, ...] = Field(default_factory=dict)
     trials: Positive | None = None  # random, optuna: how many
-    optuna: Learning | None = None
+    optuna: Annotated[Learning | None, Field(exclude_if=lambda value: value is None)] = None
     early_stopping: Halving | None = None
 
     @property

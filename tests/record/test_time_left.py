@@ -282,3 +282,13 @@ def test_stages_of_other_studies_tell_what_their_kind_takes(hand: Hand, tmp_path
     assert ("alone", ("", 0), 1 / 40, False) in told
     assert not any(kind == "skip" for kind, *_ in told)
     assert [each for each in told if each[0] == "beside"] == [("beside", two, 1 / 40, False)]
+
+
+def test_what_results_will_bring_comes_on_top(tmp_path: Path) -> None:
+    for folder in ("plain", "gated"):
+        (tmp_path / folder).mkdir()
+    plain, gated = work_of(tmp_path / "plain"), work_of(tmp_path / "gated", "schedule.gate={ratio: 1.1}")
+    assert (plain.may_grow, gated.may_grow) == (False, True)
+    assert str(Left(120.0, at_least=True)) == "at least 2 min left"
+    facts = {key: Stage("done") for key in gated.specs}
+    assert time_left(gated, facts, [], 2, 0.0) == Left(0.0, at_least=True)

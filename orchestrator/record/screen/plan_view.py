@@ -217,7 +217,8 @@ def _cost_text(summary: dict[str, Any]) -> str:
     wall, work = (_span(cost[name][ends], _minutes) for name in ("wall_seconds", "unit_seconds"))
     disk = _span(cost["megabytes"][ends], lambda size: f"{size:.0f} MB")
     unit = "core" if cost["device"] == "cpu" else "GPU"
-    told += f"; {'at least' if unknown else 'about'} {wall} on {cost['units']} {unit}{'s' * (cost['units'] > 1)}"
+    how = "at least" if unknown or summary["most"] else "about"
+    told += f"; {how} {wall} on {cost['units']} {unit}{'s' * (cost['units'] > 1)}"
     lines = [f"{told} ({work} of {unit} time), {disk}"]
     lines += [f"       (by what others took, other models, operators, losses or lengths: {near})"] if near else []
     lines += [f"       (nothing like it was measured here, and it comes on top: {unknown})"] if unknown else []

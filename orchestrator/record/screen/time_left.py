@@ -38,6 +38,7 @@ class Work:
     models: Models
     students: Mapping[str, frozenset[str]]  # key of a measurement of speed -> of the stages that it is of
     may_stop: bool  # whether trials may end early
+    may_grow: bool = False  # whether results will bring further stages
 
     @staticmethod
     def of(plan: Plan, speeds: Mapping[str, ThroughputSpec]) -> Work:
@@ -47,7 +48,8 @@ class Work:
         for trained, spec in speeds.items():
             students.setdefault(spec.key, set()).add(trained)
         frozen = {key: frozenset(keys) for key, keys in students.items()}
-        return Work(specs, models_of(specs), frozen, plan.study.search.early_stopping is not None)
+        may_grow = bool(plan.rest or plan.drawing.left)
+        return Work(specs, models_of(specs), frozen, plan.study.search.early_stopping is not None, may_grow)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +59,11 @@ class Left:
     seconds: float
     guessed: frozenset[str] = frozenset()
     at_most: bool = False
+    at_least: bool = False
 
     def __str__(self) -> str:
-        told = f"{'at most' if self.at_most else 'about'} {duration(self.seconds)} left"
+        how = "at most" if self.at_most else "at least" if self.at_least else "about"
+        told = f"{how} {duration(self.seconds)} left"
         named = ", ".join(WORDS[name] for name in sorted(self.guessed) if name in WORDS)
         return f"{told} (not measured yet: {named})" if named else told
 
@@ -98,7 +102,7 @@ def time_left(work: Work, facts: Facts, past: Iterable[Observation], cores: int,
         open_parents = frozenset(parent for parent in spec.parents.values() if facts[parent].state != "done")
         running = facts[key].state == "running"
         phases[phase].append(Task(key, cost.seconds, taken, open_parents, hasattr(spec, "optimizer"), running))
-    return Left(sum(played(tasks, cores) for tasks in phases), guessed, work.may_stop)
+    return Left(sum(played(tasks, cores) for tasks in phases), guessed, work.may_stop, work.may_grow)
 
 
 def _left_of(spec: Spec, stage: Stage, models: Models, costs: Costs, now: float) -> Cost | None:
