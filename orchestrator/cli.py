@@ -11,7 +11,7 @@ import typer
 
 from orchestrator.record import home_commands, look_commands, run_commands
 from orchestrator.record.measure import measure
-from orchestrator.record.regretting import regret
+from orchestrator.record.regret_command import regret
 from orchestrator.run.environment import own_process
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)

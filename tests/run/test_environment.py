@@ -56,6 +56,13 @@ OTHERS = {
 }
 
 
+def test_a_command_begins_without_what_a_users_file_could_stand_for() -> None:
+    """The directory of the command is taken off the path before any of these is imported."""
+    look = f"import sys, orchestrator.cli; print(*sorted(set({NAMES}) & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "\n"
+
+
 @pytest.mark.ray
 def test_a_run_in_an_odd_place_is_a_run_like_any_other(tmp_path: Path) -> None:
     """One run with every oddity at once: each of them alone once ended in a traceback, or left MLflow empty."""
