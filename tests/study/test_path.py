@@ -256,6 +256,11 @@ def test_a_gate_trains_on_and_then_goes_on(tmp_path: Path) -> None:
     assert [step.train.parent for step in trial.steps[1:]] == [step.train.key for step in trial.steps[:-1]]
 
 
+def test_what_is_just_good_enough_passes_a_gate_that_extends_nothing(tmp_path: Path) -> None:
+    trial = World(tmp_path, "layers_per_stage: 2, gate: {ratio: 1.2}", ratios(costs(), 1.2, 1.2)).trial()
+    assert [step.outcome for step in trial.steps] == ["kept", "kept"]
+
+
 def test_a_gate_gives_layers_back_and_the_path_goes_on_without_them(tmp_path: Path) -> None:
     gate = "gate: {ratio: 1.2, extend: 1, otherwise: roll_back}"
     world = World(tmp_path, f"layer_order: [[0], [1], [2]], {gate}", ratios(costs(), 1.1, 1.5, 1.3, 1.1))
