@@ -109,7 +109,7 @@ class Broker:
             if key not in self.specs:
                 self.specs[key] = spec
                 self.places[key] = (int(trains(spec)), len(self.places))
-        self.memory |= self.growing.planner.memory(self.growing.plan, self.context.device)
+        self.memory |= self.growing.planner.memory(self.growing.plan, self.growing.speeds, self.context.device)
 
     def _begin(self) -> None:
         plan = self.growing.plan

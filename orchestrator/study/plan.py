@@ -176,7 +176,8 @@ def make_plan(
         with _placed(at):
             check_rule(point)
             speed = partial(throughput_of, study=point, teacher=teacher, hardware=hardware)
-            first, path = (path_of(point, roots, resolved, known, speed) for known in (nothing_known, results))
+            first = path_of(point, roots, resolved, nothing_known, speed)
+            path = first if first.waits is None else path_of(point, roots, resolved, results, speed)
         return Trial(f"trial-{index:02d}", values, point, path, first)
 
     speed = partial(throughput_of, study=study, teacher=teacher, hardware=hardware)
@@ -210,9 +211,9 @@ class Planner:
         """By the key of each trained stage of such a plan the measurement of its speed."""
         return throughput_specs(plan, self.hardware)
 
-    def memory(self, plan: Plan, device: str) -> dict[str, int]:
+    def memory(self, plan: Plan, speeds: Mapping[str, ThroughputSpec], device: str) -> dict[str, int]:
         """By key, the bytes that a process takes at most of each stage of such a plan that holds a model."""
-        return {key: memory.bytes for key, memory in stage_memory(plan, self.speeds(plan), device).items()}
+        return {key: memory.bytes for key, memory in stage_memory(plan, speeds, device).items()}
 
 
 def _goal(objective: Objective) -> str:

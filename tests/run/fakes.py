@@ -93,7 +93,7 @@ class FakePlanner:
     def speeds(self, plan: FakePlan) -> dict[str, ThroughputSpec]:
         return {}
 
-    def memory(self, plan: FakePlan, device: str) -> dict[str, int]:
+    def memory(self, plan: FakePlan, speeds: Any, device: str) -> dict[str, int]:
         return self.taken
 
 

@@ -61,8 +61,9 @@ class Progress:
             "probes": ({spec.key for step in plan.steps for spec in step.probed}, "models"),
             "speed ": ({spec.key for spec in speeds.values()}, "architectures measured"),
         }
-        fancy = (getattr(self.out, "encoding", None) or "").lower().startswith("utf")
-        self.tree = Tree(plan, speeds, FANCY if fancy else PLAIN)
+        if is_drawable(self.out):
+            fancy = (self.out.encoding or "").lower().startswith("utf")
+            self.tree = Tree(plan, speeds, FANCY if fancy else PLAIN)
 
     def replan(self, plan: Plan, speeds: dict[str, ThroughputSpec]) -> None:
         """Go on with a plan that has grown, and tell what was decided."""
