@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from orchestrator.study.values import Model, Positive, Rate
+from orchestrator.study.values import Model, NonNegative, Positive, Rate
 
 AtLeastOne = Annotated[float, Field(ge=1.0, allow_inf_nan=False)]
 
@@ -30,6 +30,12 @@ class Local(Model):
     """Operators of all candidates are trained on the teacher's own activations, on so many tokens, before scoring."""
 
     local: Positive
+
+
+class Kept(Model):
+    """Layers that stay attention; all others go, the lowest first."""
+
+    keep: tuple[NonNegative, ...]
 
 
 class Until(Model):
@@ -65,6 +71,9 @@ class Choice(Model):
     solver: Literal["greedy", "exact"] = "greedy"
     until: Until | None = None  # none: until all layers are swapped
     texts: Positive = 32_768  # tokens of held-out text
+    # A choice that was made elsewhere, instead of a score: layers in the order in which they go, or those that stay. A
+    # study file may name a JSON file of it. Layers that the order leaves out stay attention.
+    layers: Annotated[tuple[NonNegative, ...], Field(min_length=1)] | Kept | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Choice:
@@ -74,6 +83,18 @@ class Choice(Model):
             raise ValueError("score skip leaves attention out and has no operator: set prepared to init")
         if isinstance(self.score, Probe) and self.prepared != "init":
             raise ValueError("score probe trains its operators itself: set prepared to init")
+        return self
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Choice:
+        scoring = ("score", "scored", "prepared", "rerank", "solver", "texts")
+        asked = [key for key in scoring if key in self.model_fields_set]
+        if self.layers is not None and asked:
+            raise ValueError(f"layers is a choice that was made already: take out {' and '.join(asked)}, or layers")
+        order = self.layers if isinstance(self.layers, tuple) else ()
+        twice = sorted({layer for layer in order if order.count(layer) > 1})
+        if twice:
+            raise ValueError(f"layers names {twice} more than once: name each layer once")
         return self
 
     @model_validator(mode="after")

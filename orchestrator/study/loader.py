@@ -29,6 +29,7 @@ from orchestrator.study.explain import (
     range_remedy,
     steps_of,
 )
+from orchestrator.study.listed import fill_in
 from orchestrator.study.schema import Study
 
 TOO_DEEP = "a value refers to itself or is nested too deeply; write it out"
@@ -108,6 +109,9 @@ def read_document(path: Path, overrides: tuple[str, ...] = ()) -> Document:
         raise StudyError(f"{path}:1:1: a study is a mapping of keys (study: ..., recipe: ...), got {told}")
     for override in overrides:
         _override(values, places, override, errors)
+    for key, said in fill_in(values, path.parent):
+        where = Document(str(path), values, places).place(key)
+        errors.append(f"{where}: {dotted(key)}: {said}")
     if errors:
         raise StudyError("\n".join(errors))
     return Document(str(path), values, places)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from operators.config import HyenaConfig, WindowConfig
-from orchestrator.study.choosing import Choice, Joint, Local, Probe
+from orchestrator.study.choosing import Choice, Joint, Kept, Local, Probe
 from orchestrator.study.placing import PerLayer
 from orchestrator.study.schema import Schedule
 
@@ -49,7 +49,11 @@ def schedule_name(schedule: Schedule) -> str:
 
 
 def _choice_name(choice: Choice) -> str:
-    match choice.score:
+    match choice.score if choice.layers is None else choice.layers:
+        case Kept(keep=keep):
+            told = [f"all but {','.join(map(str, keep))}"]
+        case tuple() as order:
+            told = [f"by the list {','.join(map(str, order))}"]
         case Probe(probe=tokens):
             told = [f"by kl after {tokens} tokens"]
         case Joint(joint=tokens):

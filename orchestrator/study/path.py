@@ -148,8 +148,9 @@ class _Walk:
         if most <= 0:
             return ()
         asks = isinstance(self.study.operator, tuple) or self.chooser.choice.solver == "exact"
-        if len(free) <= min(most, self.chooser.choice.take) and not asks:  # nothing to choose
-            return tuple(free)
+        next_ = tuple(sorted(free[: min(most, self.chooser.choice.take)]))
+        if self.chooser.choice.layers is not None or (len(free) == len(next_) and not asks):  # nothing to choose
+            return next_
         swapped = tuple(layer for layer in picked if layer not in self.kept)
         operators = {layer: self._operator(layer) for layer in swapped}
         decision = self.chooser.decide(self.at.parent, operators, tuple(free), self.at.sequences, self._solve)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from orchestrator.study.choosing import Kept
 from orchestrator.study.loader import StudyError
 from orchestrator.study.schema import Study
 
@@ -23,20 +24,29 @@ def swap_order(study: Study, layers: int, sites: tuple[int, ...]) -> list[tuple[
 
 
 def free_layers(study: Study, layers: int, sites: tuple[int, ...]) -> list[int]:
-    """The layers that may be swapped, lowest first. Raises `StudyError` where what is named does not fit."""
+    """The layers that may be swapped, the lowest first or as a choice lists them.
+
+    Raises `StudyError` where what is named does not fit.
+    """
     schedule = study.schedule
+    elsewhere = None if schedule.choice is None else schedule.choice.layers
     named = [("keep", layer) for layer in schedule.keep]
     if isinstance(schedule.layer_order, tuple):
         named += [("layer_order", layer) for stage in schedule.layer_order for layer in stage]
+    if isinstance(elsewhere, tuple):
+        named += [("choice.layers", layer) for layer in elsewhere]
+    elif elsewhere is not None:
+        named += [("choice.layers.keep", layer) for layer in elsewhere.keep]
     for key, layer in named:
         if layer >= layers:
             raise StudyError(
                 f"schedule.{key}: layer {layer} does not exist: the teacher has {layers} layers, 0 to {layers - 1}"
             )
-        if key == "layer_order" and layer not in sites:
+        if key in ("layer_order", "choice.layers") and layer not in sites:
             have = ", ".join(map(str, sites))
             raise StudyError(f"schedule.{key}: layer {layer} has no softmax attention: those that have are {have}")
-    free = [layer for layer in sites if layer not in schedule.keep]
+    kept = {*schedule.keep, *(elsewhere.keep if isinstance(elsewhere, Kept) else ())}
+    free = [layer for layer in (elsewhere if isinstance(elsewhere, tuple) else sites) if layer not in kept]
     if not free:
         raise StudyError("schedule.keep: every layer is kept as attention: leave at least one to swap")
     return free

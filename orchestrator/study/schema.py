@@ -240,6 +240,11 @@ class Study(Model):
         choice = self.schedule.choice
         if choice is None:
             raise ValueError("operator lists candidates, and only a choice takes one: give one, or schedule.choice")
+        if choice.layers is not None:
+            raise ValueError(
+                "schedule.choice.layers says no operators, and operator lists candidates: set it to one operator, or "
+                "{default: ..., layers: ...}"
+            )
         if choice.score == "skip" or isinstance(choice.score, Joint):
             score = "skip" if choice.score == "skip" else "joint"
             raise ValueError(
