@@ -38,6 +38,7 @@ from orchestrator.run.sweep import Outcome, missing, run_plan
 from orchestrator.study.plan import Plan
 
 LOOK_SECONDS = 2.0  # between looks at what is finished
+BLIND = 5  # looks in a row that fail, after which it is told
 DRAW_SECONDS = 1.0  # between frames, on a terminal
 REMEMBER_SECONDS = 15.0  # of a run that a kill may take from what is told of its cost
 ROUNDS = 2  # of computing what the store lacks
@@ -166,6 +167,7 @@ class _Watch:
         self.before = _finished(job.plan, store)
         self.told_plan = job.plan
         self.peak_mb = 0.0
+        self.blind = 0  # looks in a row that failed
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._again_and_again, daemon=True)
 
@@ -192,8 +194,12 @@ class _Watch:
         self._grow()
         try:
             self.progress.tick()
-        except (OSError, ValueError, KeyError):  # a stage that is withdrawn or deleted while it is looked at
-            return
+            self.blind = 0
+        except (OSError, ValueError, KeyError) as error:  # a stage that is withdrawn or deleted while it is looked at
+            self.blind += 1
+            if self.blind == BLIND:
+                said = f"{type(error).__name__}: {error}"
+                self.progress.say(f"where the run stands cannot be told ({said}); it goes on all the same")
         finally:
             self.peak_mb = max(self.peak_mb, _tree_rss_mb())
 

@@ -193,6 +193,32 @@ def test_until_it_is_measured_a_step_alone_stands_in_for_the_other_kinds() -> No
     }
 
 
+@pytest.mark.parametrize("score", ["kl", "{probe: 320}", "{joint: 320}"])
+def test_a_choice_that_nothing_like_it_was_measured_of_is_told_roughly(score: str, tmp_path: Path) -> None:
+    choice = f"schedule={{choice: {{score: {score}, texts: 640}}}}"
+    work = work_of(tmp_path, choice, "search.space=[{seed: [0]}]", "controls={skip: false, scratch: none}")
+    [teacher] = [spec for spec in work.specs.values() if spec.kind == "teacher"]
+    facts: Facts = {key: Stage() for key in work.specs}
+    # A third of its 40,000 tokens, ten a second.
+    facts[teacher.key] = Stage("running", tokens=13_440, points=((160, 10.0), (13_440, 10.0)), fresh=True)
+    left = time_left(work, facts, [], 2, 0.0)
+    assert left is not None and left.at_least
+    if score == "kl":
+        scores = [spec for spec in work.specs.values() if spec.kind == "score"]
+        assert sum(units(spec) for spec in scores) == 640 * (
+            2 + len(scores) - 1
+        )  # the others keep the teacher's side from the first
+        assert {"score"} <= left.guessed
+    if "joint" in score:
+        [blend] = [spec for spec in work.specs.values() if spec.kind == "blend"]
+        assert units(blend) == 320
+        found = expected(
+            blend, Stage(), work.models, Costs([Observation(("alone", repr(teacher.architecture)), 0.1, True)])
+        )
+        assert found == Cost(pytest.approx(320 * 2.5 * 0.1 + BESIDE), frozenset({"blend"}))
+        assert {"blend"} <= left.guessed
+
+
 def test_text_and_an_imported_teacher_take_what_no_rate_tells(hand: Hand) -> None:
     brought = ImportSpec(fingerprint="f")
     models = models_of({brought.key: brought})

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from orchestrator.record.screen.facts import Stage
-from orchestrator.study.spec import EvaluateSpec, ProbesSpec, ScoreSpec, Spec, ThroughputSpec
+from orchestrator.study.spec import BlendSpec, EvaluateSpec, ProbesSpec, ScoreSpec, Spec, ThroughputSpec
 from orchestrator.study.stages import stretches_of
 
 Kind = tuple[Any, ...]  # from the general, what is done with which teacher, to the particular: operator and layers
@@ -22,8 +22,12 @@ NEWEST = 9  # measurements of a kind whose middle counts
 GENERAL = 2  # parts of a kind that must agree: what is done, and the teacher
 # Before a kind is measured: what it costs for each token that is trained on the text alone. A forward pass is a third
 # of a step, and less where a stage has the machine alone. Beside a frozen teacher, whose pass is another third, an
-# operator trains: the small ones of studies/smoke.yaml took 1.8 to 2.8 times as long as their teacher's attention.
-SHARES = {"beside": 2.0, "layers": 1.5, "alone": 1.0, "evaluate": 1 / 3, "probes": 1 / 3, "throughput": 1 / 5}
+# operator trains: the small ones of studies/smoke.yaml took 1.8 to 2.8 times as long as their teacher's attention. A
+# blend has the layers' attention as well.
+SHARES = {
+    "blend": 2.5, "beside": 2.0, "layers": 1.5, "alone": 1.0,
+    "evaluate": 1 / 3, "score": 1 / 3, "probes": 1 / 3, "throughput": 1 / 5,
+}  # fmt: skip
 STEP = 32  # tokens of a forward pass that one decoding step costs, whatever the batch: it reads all weights
 BESIDE = 1.0  # seconds beside a stage's work, to load models and to publish, before any is measured
 TEXT = 10.0  # seconds of making the text, or of bringing a teacher
@@ -212,14 +216,18 @@ def _model(spec: Any, model: Callable[[str], Model | None]) -> Model | None:
 
 
 def units(spec: Any) -> float:
-    """Tokens of a forward pass that a stage costs that does not train, roughly: what is measured is told for each of
-    them, so that no more than the difference between settings hangs on it."""
+    """Tokens of a forward pass that a stage costs that does not distil, roughly; of a blend those that it trains on.
+
+    What is measured is told for each of them, so that no more than the difference between settings hangs on it.
+    """
     if isinstance(spec, EvaluateSpec):
         asked = spec.evaluation
         said = 2 * asked.new_tokens * (STEP + asked.prompts) if asked.prompts else 0
         return float((asked.tokens + said) * (1 if spec.reference else 2))
     if isinstance(spec, ScoreSpec):
         return float(spec.text * (1 if spec.reference else 2))
+    if isinstance(spec, BlendSpec):
+        return float(spec.steps * spec.batch_size * spec.sequence_length)
     if isinstance(spec, ProbesSpec):
         read = spec.windows * max(spec.lengths) * len(spec.lengths)
         return float(read + spec.needles * DEPTHS * (sum(spec.lengths) + len(spec.lengths) * KEYS * STEP))

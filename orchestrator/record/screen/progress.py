@@ -72,7 +72,7 @@ class Progress:
         self.looking.add(self.work.specs)
         self.facts = self.looking.look(time.monotonic())
         for line in decided(before, plan, self.store):
-            self._say(line)
+            self.say(line)
 
     def begin(self) -> None:
         """Say what is there and what will be done."""
@@ -81,7 +81,7 @@ class Progress:
         total, shared = len(self.steps), sum(len(names) > 1 for names in self.users.values())
         asked = sum(len(trial.steps) for trial in self.plan.trials)
         tokens = sum(step.own_tokens for key, (_, step) in self.steps.items() if key not in self.finished)
-        self._say(
+        self.say(
             f"{len(self.plan.trials)} trials ask for {asked} stages{self._later()}, {len(self.users)} distinct "
             f"({shared} shared); with teacher and controls {total}: {len(self.finished)} finished before, "
             f"{total - len(self.finished)} to do, {tokens / 1e6:.2f} M tokens"
@@ -106,7 +106,7 @@ class Progress:
         now = time.monotonic()
         said, self.heard = self.store.said(self.heard)
         for line in said:
-            self._say(line)
+            self.say(line)
         self.facts = self.looking.look(now)
         self._tell_text()
         for key, (name, step) in self.steps.items():
@@ -135,7 +135,7 @@ class Progress:
         if not self.data_told and self.facts[key].state == "done":
             counts = self.store.result(key)
             self.data_told = True
-            self._say(
+            self.say(
                 f"text ready: {counts['train_tokens']:,} training and {counts['valid_tokens']:,} validation tokens"
             )
 
@@ -148,19 +148,19 @@ class Progress:
         elif done:
             line = self._done_line(name, step)
             self.finished.add(key)
-            self._say(line)
+            self.say(line)
         elif key not in self.started and self.facts[key].state == "running":
             self.started.add(key)
             if step.own_tokens and self.terminal is None:
                 users = self.users.get(key, [])
                 shared = f", for {len(users)} trials" if len(users) > 1 else ""
-                self._say(f"start  {name}: {step.own_tokens:,} tokens{shared}")
+                self.say(f"start  {name}: {step.own_tokens:,} tokens{shared}")
 
     def _tell_failures(self) -> None:
         for key, stage in self.facts.items():
             if stage.state == "failed" and (key, stage.attempt) not in self.failed:
                 self.failed.add((key, stage.attempt))
-                self._say(f"FAILED {self._failure(key, stage)}")
+                self.say(f"FAILED {self._failure(key, stage)}")
 
     def _failure(self, key: str, stage: Stage) -> str:
         folder = self.store.folder(key)
@@ -172,7 +172,7 @@ class Progress:
             if self.facts[key].state == "done":
                 self.seen.add(key)
                 if self.terminal is None:
-                    self._say(f"{what} {len(self.seen & keys)} of {len(keys)} {of}")
+                    self.say(f"{what} {len(self.seen & keys)} of {len(keys)} {of}")
 
     def _time_left(self, now: float) -> str:
         if self.past is None:
@@ -183,7 +183,7 @@ class Progress:
     def _summary(self, now: float) -> None:
         self.summed = now
         later = f" (at most {self.plan.rest} to be chosen)" if self.plan.rest else ""
-        self._say(f"{len(self.finished)} of {len(self.steps)}{later} stages done, {self.left}")
+        self.say(f"{len(self.finished)} of {len(self.steps)}{later} stages done, {self.left}")
         for key, (name, step) in self.steps.items():
             stage = self.facts[key]
             if stage.state == "running" and stage.points:
@@ -212,7 +212,7 @@ class Progress:
             told += f", resumed at step {trained['resumed_at']}"
         return f"done   {name}: {told}"
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
         print(f"[{clock(time.monotonic() - self.began):>6}] {text}", file=self.out, flush=True)
 
 
