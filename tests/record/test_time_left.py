@@ -163,13 +163,26 @@ def test_stages_are_played_in_the_brokers_order() -> None:
 
 
 def test_the_nearest_kind_counts_and_of_one_kind_this_run() -> None:
-    kind = ("beside", "teacher", ("one thread",), "hyena", 2)
+    kind = ("beside", "teacher", (1,), "hyena", 2)
     seen = [Observation((*kind[:3], "hyena", 1), 4.0, True), Observation(kind, 2.0, False)]
     assert Costs(seen).unit(kind) == (2.0, True)
     assert Costs([*seen, Observation(kind, 3.0, True)]).unit(kind) == (3.0, True)
     assert Costs(seen).unit((*kind[:3], "other", 2)) == (4.0, True)  # this run's before what is older
     assert Costs(seen).unit(("beside", "another teacher", (), "hyena", 2)) is None
     assert Costs([]).beside(kind) == BESIDE
+
+
+def test_what_other_threads_took_is_told_for_ones_own() -> None:
+    """The teacher trains on two threads, and the first student on one."""
+    two, one = ("teacher", (2, 1, "float32", "torch")), ("teacher", (1, 1, "float32", "torch"))
+    costs = Costs([Observation(("alone", *two, "", 0), 1.0, True)])
+    assert costs.unit(("alone", *two, "", 0)) == (1.0, True)
+    assert costs.unit(("beside", *one, "hyena", 1)) == (pytest.approx(2.0 * 2**0.75), False)
+    assert costs.unit(("beside", *two, "hyena", 1)) == (pytest.approx(2.0), False)
+    assert costs.unit(("beside", "teacher", (4, 1, "float32", "torch"), "hyena", 1)) == (
+        pytest.approx(2.0 / 2**0.75),
+        False,
+    )
 
 
 def test_older_measures_are_slowed_down_as_this_run_is() -> None:

@@ -28,6 +28,8 @@ SHARES = {
     "blend": 2.5, "beside": 2.0, "layers": 1.5, "alone": 1.0,
     "evaluate": 1 / 3, "score": 1 / 3, "probes": 1 / 3, "throughput": 1 / 5,
 }  # fmt: skip
+# How much faster a stage is with more threads: by this power of their number; 2 are 1.7 times as fast as 1.
+THREADS = 0.75
 STEP = 32  # tokens of a forward pass that one decoding step costs, whatever the batch: it reads all weights
 BESIDE = 1.0  # seconds beside a stage's work, to load models and to publish, before any is measured
 TEXT = 10.0  # seconds of making the text, or of bringing a teacher
@@ -74,7 +76,8 @@ class Costs:
         self.old: defaultdict[Kind, list[float]] = defaultdict(list)
         for each in (seen := tuple(observations)):
             table = self.fresh if each.fresh else self.old
-            for length in range(GENERAL, len(each.kind) + 1):
+            table[each.kind[:GENERAL]].append(each.seconds * _speedup(each.kind))  # as on one thread
+            for length in range(GENERAL + 1, len(each.kind) + 1):
                 table[each.kind[:length]].append(each.seconds)
         whole = {each.kind for each in seen}
         both = [(self.fresh[kind], self.old[kind]) for kind in self.fresh.keys() & self.old.keys() & whole]
@@ -100,11 +103,18 @@ class Costs:
 
     def _known(self, kind: Kind) -> float | None:
         for length in range(len(kind), GENERAL - 1, -1):
+            threads = 1.0 if length > GENERAL else _speedup(kind)
             if self.fresh.get(kind[:length]):
-                return _middle(self.fresh[kind[:length]])
+                return _middle(self.fresh[kind[:length]]) / threads
             if self.old.get(kind[:length]):
-                return _middle(self.old[kind[:length]]) * self.slower
+                return _middle(self.old[kind[:length]]) * self.slower / threads
         return None
+
+
+def _speedup(kind: Kind) -> float:
+    """Of the threads of a kind, over one."""
+    how = kind[GENERAL] if len(kind) > GENERAL else ()
+    return float((how[0] if how else 1) ** THREADS)
 
 
 def _middle(values: list[float]) -> float:
