@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
+from orchestrator.study import sources
 from orchestrator.study.loader import StudyError, read_document, validate
 from orchestrator.study.plan import make_plan
 from orchestrator.study.sources import resolve
@@ -23,6 +26,14 @@ from tests.texts import save_tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
 SMOLLM2 = [path.stem for path in STUDIES if path.stem.startswith("smollm2")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hashed_once() -> Iterator[None]:
+    """The standard library, which nearly every study reads, stays as it is: each of its files is read once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "sha256_file", functools.cache(sources.sha256_file))
+        yield
 
 
 @pytest.fixture(scope="module")

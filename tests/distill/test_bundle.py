@@ -17,7 +17,7 @@ import torch
 from orchestrator.distill.models import bundle as bundle_module
 from orchestrator.distill.models.bundle import bundle
 from orchestrator.distill.models.exported_model import CODE
-from tests.operators.cases import CASES, D, draw, make
+from tests.operators.cases import D, draw, make, rows
 
 TEXTS = {"layerswap_operators": "operators", "layerswap_kernels": "operators/gpu", "modeling_layerswap": "orchestrator"}
 
@@ -68,7 +68,7 @@ def test_comments_and_docstrings_stay() -> None:
             assert comment in whole
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", rows())
 def test_operators_of_the_files_compute_the_same_bits(case: str, travelled: Any) -> None:
     operators, model = travelled
     ours = make(case)

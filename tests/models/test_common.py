@@ -16,23 +16,28 @@ from tests.models.outcomes import refusal
 from tests.models.tiny import config_of
 
 COMMON = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox", "opt", "bloom", "qwen3_next")
+# Families whose layers differ from another's in no way that swapping sees are for `make test-all`.
+ALIKE = {"mistral", "qwen2"}
+common = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in COMMON]
+)
 LIMITS = {"packing": ("opt", "bloom", "qwen3_next"), "prefix": ("qwen3_next",)}  # as their teachers have
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("name", COMMON)
+@common
 def test_a_common_family_passes(name: str, check: str) -> None:
     told = CHECKS[check](name)
     assert (AS_TEACHER in told) == (name in LIMITS.get(check, ())), told
 
 
-@pytest.mark.parametrize("name", COMMON)
+@common
 def test_its_longest_text_is_what_the_plan_says(name: str) -> None:
     config = config_of(name)
     assert longest_text(config) == sizes(config.to_dict())["max_length"]
 
 
-@pytest.mark.parametrize("name", COMMON)
+@common
 def test_its_attention_is_read_right(name: str) -> None:
     check_reading(teacher_of(name))
 

@@ -3,9 +3,11 @@
 Shapes: B batch, L positions, D model width.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -116,6 +118,12 @@ CASES: dict[str, OperatorConfig] = {
     "window alone, narrow": WindowConfig(window=1, sinks=0, heads=4, near_norm="rms_all", short_taps=2, init="random"),
     "skip": SkipConfig(),
 }
+# Rows of the table whose code other rows run too, in other combinations; they are for `make test-all`.
+LIKE_OTHERS = {
+    "one head", "heads, linear window", "frozen frequency", "heads, positive filter", "power", "gated",
+    "hedgehog, signed", "modal, order 3", "modal, heads, power", "fir, order 3", "fir, heads, power", "window, tied",
+    "window, groups", "window alone",
+}  # fmt: skip
 # Widths between the projections that are not D: narrower, wider, and of heads that are not as wide as their keys.
 INNER = {
     "linear window": 4, "order 4": 12, "heads, linear window": 12, "power, full": 12, "power of eight, full": 4,
@@ -125,6 +133,11 @@ INNER = {
 # Two heads by lag, as attention has them: one looks at the token before, one far back.
 PROFILE = torch.tensor([[0.1, 1.0], [1.0, 0.3], *([0.2 / lag, 0.5 / lag**0.5] for lag in range(2, 60))]).log().t()
 PROJECTIONS = ("query", "key", "value", "output")
+
+
+def rows(cases: Iterable[str] = CASES) -> list[Any]:
+    """Cases as the parameters of a test."""
+    return [pytest.param(case, marks=[pytest.mark.slow] if case in LIKE_OTHERS else []) for case in cases]
 
 
 def generator(seed: int = 0) -> torch.Generator:

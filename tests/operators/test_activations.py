@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from tests.operators.cases import CASES, D, close, draw, make
+from tests.operators.cases import D, close, draw, make, rows
 
 B, LENGTH = 2, 300
 
@@ -54,7 +54,7 @@ def gradients(operator: Any, x_BLD: Tensor, dtype: torch.dtype, checkpointed: bo
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", rows())
 def test_checkpointing_keeps_nothing_of_an_operator(case: str, dtype: torch.dtype) -> None:
     operator, x_BLD = make(case, LENGTH), draw(B, LENGTH, D)
     expected, waiting = gradients(operator, x_BLD, dtype, checkpointed=False)

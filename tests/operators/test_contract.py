@@ -17,10 +17,10 @@ from operators.registry import OPERATORS, Operator
 from operators.skip import Skip
 from operators.window import WindowAttention
 from operators.windowed import WindowedHeads
-from tests.operators.cases import CASES, MAX, B, D, attention, close, draw, empty_like, generator, make
+from tests.operators.cases import CASES, MAX, B, D, attention, close, draw, empty_like, generator, make, rows
 
 SWITCHING = [20, *[1] * 10, 10, *[1] * 10, 7, *[1] * 23]  # chunks between steps
-every_case = pytest.mark.parametrize("case", CASES)
+every_case = pytest.mark.parametrize("case", rows())
 
 
 def extended(operator: Any, x_BLD: Tensor, splits: list[int], mask_BL: Tensor | None = None) -> Tensor:
@@ -229,10 +229,10 @@ def test_a_mask_may_end_with_the_prompt_or_start_after_it(case: str) -> None:
 @torch.no_grad()
 def test_state_reorder_select_and_repeat(case: str) -> None:
     operator, x_BLD = make(case), draw(B, 30, D)
-    for name, rows in (("reorder", [2, 0, 0]), ("select", [1]), ("repeat", [0, 0, 1, 1, 2, 2])):
+    for name, chosen in (("reorder", [2, 0, 0]), ("select", [1]), ("repeat", [0, 0, 1, 1, 2, 2])):
         _, state = operator.extend(x_BLD[:, :20], operator.init_state(B))
-        getattr(state, name)(2 if name == "repeat" else torch.tensor(rows))
-        joined = torch.cat([x_BLD[rows, :20], draw(len(rows), 10, D, seed=9)], dim=1)
+        getattr(state, name)(2 if name == "repeat" else torch.tensor(chosen))
+        joined = torch.cat([x_BLD[chosen, :20], draw(len(chosen), 10, D, seed=9)], dim=1)
         parts = [operator.extend(joined[:, t : t + 1], state)[0] for t in range(20, 30)]
         close(torch.cat(parts, dim=1), operator(joined)[:, 20:])
 

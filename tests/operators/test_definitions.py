@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from operators.config import HyenaConfig, ImplicitFilterConfig, WindowConfig
 from operators.registry import build
-from tests.operators.cases import CASES, B, D, draw, generator, make
+from tests.operators.cases import CASES, B, D, draw, generator, make, rows
 
 LENGTH = 23
 HEADS = [name for name, config in CASES.items() if isinstance(config, HyenaConfig) and config.heads]
@@ -199,7 +199,7 @@ def definition(operator: Any) -> Callable[[Any, Tensor], Tensor]:
     return heads_by_definition if operator.config.heads else channels_by_definition
 
 
-@pytest.mark.parametrize("case", [*HEADS, *CHANNELS, *(case for case in NEAR if case not in HEADS)])
+@pytest.mark.parametrize("case", rows([*HEADS, *CHANNELS, *(case for case in NEAR if case not in HEADS)]))
 @torch.no_grad()
 def test_whole_sequences_and_steps_are_the_definition(case: str) -> None:
     operator, x_BLD = stirred(case), draw(B, LENGTH, D).double()
@@ -236,7 +236,7 @@ def test_the_map_of_hedgehog_starts_as_the_identity(case: str) -> None:
     assert torch.equal(operator.hedgehog, torch.eye(width).expand(operator.config.heads, width, width))
 
 
-@pytest.mark.parametrize("case", HEADS)
+@pytest.mark.parametrize("case", rows(HEADS))
 def test_gradients_in_bfloat16_near_those_of_the_definition(case: str) -> None:
     """Of all that lies around the filter, what is computed again for backward among it."""
     x_BLD, cotangent = draw(2, LENGTH, D), draw(2, LENGTH, D, seed=3)

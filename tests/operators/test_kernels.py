@@ -52,9 +52,10 @@ SHORT = [("order 2", 3, False), ("order 2", 8, True), ("order 3", 5, False), ("h
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(triton is None or DEVICE == "cuda", reason="needs Triton, and no GPU")
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter")
-def test_kernels_in_the_interpreter() -> None:
+def test_kernels_in_the_interpreter(request: pytest.FixtureRequest) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", request.config.option.markexpr]
+    command.append(__file__)
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout[-4000:]
 
@@ -112,12 +113,12 @@ def test_gates_and_their_gradients(taps: int, masked: bool) -> None:
         (100, 100, 8, 16, 100, 2),
         (100, 100, 8, 16, 100, 8),
         (70, 130, 4, 17, 130, 8),
-        (100, 100, 32, 32, 30, None),
+        pytest.param(100, 100, 32, 32, 30, None, marks=pytest.mark.slow),
         (64, 64, 1, 33, 64, 2),
         (3, 70, 16, 16, 65, 8),
-        (144, 192, 64, 65, 192, 2),
-        (128, 128, 128, 128, 48, None),
-        (128, 128, 128, 128, 48, 8),
+        pytest.param(144, 192, 64, 65, 192, 2, marks=pytest.mark.slow),
+        pytest.param(128, 128, 128, 128, 48, None, marks=pytest.mark.slow),
+        pytest.param(128, 128, 128, 128, 48, 8, marks=pytest.mark.slow),
     ],
 )
 def test_heads_and_their_gradients(
@@ -211,10 +212,14 @@ def both(case: str, length: int, *, masked: bool = False) -> list[tuple[Tensor, 
     return results
 
 
+LONG = [*((case, 80, True) for case in WIDE), *((case, 80, False) for case in WITHOUT)]
+QUICK = [("order 2", 80, True), ("power", 80, True), ("modal", 80, True), ("order 2", 3, False), ("power", 8, True)]
+
+
 @kernels
 @pytest.mark.parametrize(
     ("case", "length", "masked"),
-    [*((case, 80, True) for case in WIDE), *((case, 80, False) for case in WITHOUT), *SHORT],
+    [pytest.param(*row, marks=[] if row in QUICK else [pytest.mark.slow]) for row in [*LONG, *SHORT]],
 )
 def test_operators_in_half_precision(case: str, length: int, masked: bool) -> None:
     (y, grads), (wanted_y, wanted) = both(case, length, masked=masked)

@@ -49,13 +49,18 @@ ELSEWHERE = (
 )  # float64, or no operator
 
 
+def plain(value: Any) -> Any:
+    """A value of a parametrised test, marked there or not."""
+    return value.values[0] if hasattr(value, "marks") else value
+
+
 def contract() -> Iterator[Any]:
     """Every test of the contract and of decoding with each of its arguments, channel-wise cases only."""
     for name, test in [*vars(test_contract).items(), *vars(test_decode).items()]:
         if not name.startswith("test_") or any(part in name for part in ELSEWHERE):
             continue
         marks = [mark.args for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
-        for chosen in itertools.product(*(values for _, values in marks)):
+        for chosen in itertools.product(*(map(plain, values) for _, values in marks)):
             arguments = dict(zip((key for key, _ in marks), chosen, strict=True))
             if arguments.get("case", CHANNELS[0]) in CHANNELS + HEADS:
                 yield pytest.param(test, arguments, id=f"{name.removeprefix('test_')} {list(chosen)}")

@@ -56,7 +56,9 @@ def size_of(state: State) -> int:
 
 @every_mode
 @pytest.mark.parametrize("croppable", [True, False])
-@pytest.mark.parametrize("prompt", [1, 3, PIECE, 300])
+@pytest.mark.parametrize(
+    "prompt", [1, PIECE, pytest.param(3, marks=pytest.mark.slow), pytest.param(300, marks=pytest.mark.slow)]
+)
 @torch.no_grad()
 def test_hundreds_of_steps_are_exact(name: str, mode: str, prompt: int, croppable: bool) -> None:
     operator, x_BLD = operator_of(name).double(), draw(B, LONG, D).double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -45,6 +46,40 @@ def test_choices_and_gates_decide_what_runs_and_are_made_once(tmp_path: Path) ->
     assert shared and any(set(node["ends"]) == {"trial-01"} for node in shared)
     again = layerswap(home, "run", study)
     assert "0 to do" in again and finished(home) == done
+
+
+def test_layers_come_to_operators_of_their_own_one_by_one_or_all_at_once(tmp_path: Path) -> None:
+    """By the lowest score of a layer; and by a program, which is beside a walk through all sets here."""
+    home, study = tmp_path / "home", str(ROOT / "tests/chaos/chosen.yaml")
+    operators = "operator=[{kind: hyena, heads: 4}, {kind: window, window: 8, sinks: 1}]"
+    greedy, exact = (
+        f"{{choice: {{score: kl, texts: 1024, take: 2, solver: {solver}, until: {{layers: 2}}}}}}"
+        for solver in ("greedy", "exact")
+    )
+    layerswap(home, "run", study, "--set", operators, "--set", f"search.space.schedule=[{greedy}, {exact}]")
+    results = [manifest["result"] for manifest in finished(home).values() if manifest["kind"] == "choice"]
+    [one_by_one] = [result for result in results if "speed" not in result]
+    [at_once] = [result for result in results if "speed" in result]
+    scores = {
+        (int(layer), int(own)): told["score"]
+        for layer, every in one_by_one["pairs"].items()
+        for own, told in every.items()
+    }
+    assert scores.keys() == {(layer, own) for layer in range(3) for own in range(2)}
+    best = {layer: min((0, 1), key=lambda own: scores[layer, own]) for layer in range(3)}
+    assert one_by_one["operators"] == {str(layer): own for layer, own in best.items()}
+    assert one_by_one["order"] == sorted(best, key=lambda layer: scores[layer, best[layer]])
+    sets = [
+        {first: one, second: other}
+        for first, second in itertools.combinations(range(3), 2)
+        for one, other in itertools.product((0, 1), repeat=2)
+    ]
+    cheapest = min(sets, key=lambda chosen: sum(scores[pair] for pair in chosen.items()))
+    assert at_once["operators"] == {str(layer): own for layer, own in cheapest.items()}
+    told = json.loads(layerswap(home, "report", "chosen", "--json", "-"))["records"]
+    [ends] = [{row["stage_key"] for row in told if row["kind"] == "stage"}]  # both come to the same student
+    student = json.loads(next(home.glob(f"store/*/{ends.pop()}/spec.json")).read_text())
+    assert student["layers"] == sorted(cheapest) and not ends
 
 
 def test_a_search_that_learns_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def trained(spec: TeacherSpec, context: RunContext) -> tuple[list[float], Path]:
     return [line["metrics"]["loss/ce"] for line in lines], store.artefacts(spec.key) / "model.safetensors"
 
 
-@pytest.fixture(scope="module", params=["none", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(how, marks=pytest.mark.slow) for how in ("none", "full")])
 def spec(request: pytest.FixtureRequest) -> TeacherSpec:
     """The stage of two ranks, each with all of the model or its part of it."""
     return teacher(2, request.param)

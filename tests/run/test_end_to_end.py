@@ -139,6 +139,7 @@ def test_second_run_trains_nothing_and_is_quick(finished: Path) -> None:
     assert {row["stage_key"] for row in told["records"] if not row["reused"]} == set(told["run"]["trained"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_cluster")
 def test_edited_last_stage_trains_only_what_depends_on_it(finished: Path) -> None:
     before = set(weights(finished))
@@ -239,6 +240,7 @@ def test_a_failed_trial_does_not_stop_the_others_and_the_exit_code_says_so(finis
     assert {run.data.tags["layerswap.role"] for run in failed} == {"study", "trial", "stage"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_cluster")
 def test_damage_after_the_start_is_said_and_computed_again(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -291,6 +293,7 @@ def points(database: Path) -> list[Any]:
         return sorted(connection.execute(query).fetchall())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_cluster")
 def test_a_full_disk_ends_in_exit_code_1_and_the_same_command_goes_on(tmp_path: Path) -> None:
     """Nothing can be written: no stage, no record, no report."""
@@ -312,6 +315,7 @@ def test_a_full_disk_ends_in_exit_code_1_and_the_same_command_goes_on(tmp_path: 
         subprocess.run(["umount", "--lazy", str(home)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_cluster")
 def test_early_stopping_ends_a_trial_at_a_stage_boundary_and_stays_decided(finished: Path) -> None:
     change = ("--set", "search.early_stopping={grace_layers: 2, reduction_factor: 2}")

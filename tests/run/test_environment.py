@@ -64,6 +64,7 @@ def test_a_command_begins_without_what_a_users_file_could_stand_for() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_run_in_an_odd_place_is_a_run_like_any_other(tmp_path: Path) -> None:
     """One run with every oddity at once: each of them alone once ended in a traceback, or left MLflow empty."""
     import pyarrow

@@ -150,6 +150,7 @@ def test_ctrl_c_stops_all_ranks_of_a_stage_at_one_checkpoint(tmp_path: Path) -> 
     assert "Traceback" not in told
 
 
+@pytest.mark.slow
 def test_sigterm_twice_stops_at_once(long: Long) -> None:
     driver = long.start()
     children = family(driver)
@@ -164,6 +165,7 @@ def test_sigterm_twice_stops_at_once(long: Long) -> None:
     assert list(long.home.glob("store/stop*")) == []
 
 
+@pytest.mark.slow
 def test_nothing_outlives_a_killed_driver(long: Long) -> None:
     driver = long.start()
     children = family(driver)
