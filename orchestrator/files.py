@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +68,16 @@ def fsync_tree(root: Path) -> None:
         fsync_directory(Path(folder))
 
 
+def share_tree(root: Path) -> None:
+    """Let whoever may read a folder read all files below it: safetensors 0.8 makes files that only their user may."""
+    rights = root.stat().st_mode & 0o666
+    for path in below(root):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if path.is_file() and mode | rights != mode:
+            with contextlib.suppress(OSError):  # a file system without such rights
+                path.chmod(mode | rights)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file atomically and durably."""
     write_bytes(path, text.encode())
@@ -93,6 +104,13 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
+def below(root: Path) -> Iterator[Path]:
+    """Every file and folder below a folder, but for what vanishes meanwhile: `rglob` raises where a folder does."""
+    for folder, folders, names in os.walk(root):
+        for name in (*folders, *names):
+            yield Path(folder) / name
+
+
 def read_json(path: Path) -> Any:
     """The value of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
@@ -109,6 +127,7 @@ def published_directory(target: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        share_tree(temporary)
         fsync_tree(temporary)
         if target.exists():
             shutil.rmtree(target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from orchestrator.files import (
     CHUNK,
+    below,
     canonical_json,
     fsync_tree,
     published_directory,
@@ -31,6 +33,18 @@ def names(folder: Path) -> list[str]:
 def opened(handle: int) -> Path:
     """The file behind a handle."""
     return Path(f"/proc/self/fd/{handle}").readlink()
+
+
+def test_what_vanishes_while_a_folder_is_walked_is_left_out(tmp_path: Path) -> None:
+    """As checkpoints do while another process looks at a home."""
+    for name in ("one", "two"):
+        write_text(tmp_path / name / "deep" / "file", "")
+    found = []
+    for path in below(tmp_path):
+        found.append(path.name)
+        if path.name == "file":
+            shutil.rmtree(tmp_path / ("two" if "one" in path.parts else "one"), ignore_errors=True)
+    assert sorted(found) == ["deep", "file", "one", "two"]
 
 
 def test_one_value_has_one_text() -> None:
@@ -126,6 +140,17 @@ def test_every_file_and_directory_of_a_tree_is_made_durable(tmp_path: Path, monk
     fsync_tree(tmp_path)
     assert sorted(synced) == sorted(str(path) for path in [tmp_path, *tmp_path.rglob("*")])
     assert names(Path("/proc/self/fd")) == before  # none is left open
+
+
+def test_files_of_a_published_directory_have_its_rights(tmp_path: Path) -> None:
+    for rights in (0o755, 0o770, 0o700):
+        with published_directory(tmp_path / "target") as folder:
+            folder.chmod(rights)
+            (folder / "deep").mkdir()
+            for name in ("one", "deep/two"):
+                (folder / name).touch(mode=0o600)
+        for name in ("one", "deep/two"):
+            assert (tmp_path / "target" / name).stat().st_mode & 0o777 == rights & 0o666
 
 
 def test_a_directory_appears_as_a_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from orchestrator.files import below
 from orchestrator.record.home import Home
 from orchestrator.record.task_results import task_stages
 from orchestrator.run.claims import LOOK_SECONDS, lease_of
@@ -134,7 +135,7 @@ def _asked_again(spec: TasksSpec) -> str:
 def _torn_files(*roots: Path) -> Iterator[Finding]:
     """Temporary names of files and directories whose writer died between writing and renaming."""
     seen: set[Path] = set()
-    for path in sorted(path for root in roots for path in root.rglob(".*.tmp")):
+    for path in sorted(path for root in roots for path in below(root) if path.match(".*.tmp")):
         if path not in seen and not any(parent in seen for parent in path.parents) and _settled(path):
             yield Finding(f"{path} was not written to its end", BY_FIX, lambda path=path: _remove(path))  # type: ignore[misc]
         seen.add(path)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.distill.context import RunContext, Stopped, Workplace
-from orchestrator.files import fsync_tree, sealed, sha256_file, write_json, write_text
+from orchestrator.files import fsync_tree, sealed, sha256_file, share_tree, write_json, write_text
 from orchestrator.run.claims import ATTEMPT, DONE, Claim, claim_of
 from orchestrator.run.cluster import uses_device
 from orchestrator.run.hardware import machine
@@ -183,6 +183,7 @@ class Cost:
 def _publish(spec: Any, folder: Path, out: Path, result: dict[str, Any], cost: Cost) -> None:
     if not (folder / ATTEMPT).is_file():
         raise Disturbed(f"the directory of stage {short(spec.key)} was deleted under it")
+    share_tree(out)
     fsync_tree(out)
     artefacts = folder / "artefacts"
     shutil.rmtree(artefacts, ignore_errors=True)

@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from orchestrator.files import read_json, sealed, sha256_file, unsealed, write_json, write_text
+from orchestrator.files import below, read_json, sealed, sha256_file, unsealed, write_json, write_text
 from orchestrator.run.claims import ATTEMPT, DONE, states
 from orchestrator.run.lease import State
 from orchestrator.run.lock import exclusively
@@ -218,7 +218,7 @@ class Store:
 def tree_bytes(root: Path) -> int:
     """Bytes of all files below a directory, those that vanish meanwhile left out."""
     total = 0
-    for path in root.rglob("*"):
+    for path in below(root):
         with contextlib.suppress(OSError):
             total += path.stat().st_size if path.is_file() else 0
     return total

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
+from safetensors.torch import save_file
 
-from orchestrator.distill.context import RunContext
+from orchestrator.distill import stage as stage_module
+from orchestrator.distill.context import RunContext, Workplace
 from orchestrator.distill.data import DataError
 from orchestrator.run.compute import StageClaimed, compute
 from orchestrator.run.store import Store
@@ -23,6 +26,23 @@ def test_a_stage_is_computed_once(text: tuple[TokensSpec, RunContext]) -> None:
     assert (store.folder(spec.key) / "DONE.json").stat().st_mtime_ns == stamp
     assert not (store.folder(spec.key) / "work").exists()
     assert store.done(spec.key)["core_seconds"] > 0
+
+
+def test_whoever_may_read_the_store_may_read_weights(
+    text: tuple[TokensSpec, RunContext], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors makes its files for their user alone."""
+    spec, context = text
+
+    def save(_: object, place: Workplace) -> dict[str, int]:
+        save_file({"weight": torch.zeros(1)}, place.out / "model.safetensors")
+        return {}
+
+    monkeypatch.setattr(stage_module, "run_stage", save)
+    compute(spec.model_dump_json(), context)
+    artefacts = Store(Path(context.store)).artefacts(spec.key)
+    rights = (artefacts / "model.safetensors").stat().st_mode & 0o777
+    assert rights == artefacts.stat().st_mode & 0o666
 
 
 def test_a_failed_stage_says_why_and_is_not_done(text: tuple[TokensSpec, RunContext]) -> None:
