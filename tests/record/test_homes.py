@@ -10,8 +10,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 from filelock import FileLock
+from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from orchestrator.record.home import Home
@@ -114,6 +116,30 @@ def test_runs_of_no_home_are_the_homes_whose_database_it_is(tracked: Hand) -> No
         guest.runs.client.delete_run(run)
     again.sync()
     assert {run.data.tags[HOME] for run in all_runs(again).values()} == {home_id(tracked.home)}
+
+
+def test_what_a_slow_server_made_twice_is_there_once(tracked: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that is not answered in time is sent again below us, and a server that was away answers both."""
+    create_run, create_model = MlflowClient.create_run, mlflow.create_external_model
+
+    def two_runs(*words: Any, **more: Any) -> Run:
+        create_run(*words, **more)
+        return create_run(*words, **more)
+
+    def two_models(**words: Any) -> Any:
+        MlflowClient().create_logged_model(words["experiment_id"], words["name"], words["source_run_id"])
+        return create_model(**words)
+
+    monkeypatch.setattr(MlflowClient, "create_run", two_runs)
+    monkeypatch.setattr(mlflow, "create_external_model", two_models)
+    tracked.finish("heads 0")
+    told = tracker(tracked)
+    told.sync()
+    known = dict(told.runs.ids)
+    told.finish({}, {}, {})
+    told.add_files([])
+    assert {run.info.run_id for run in all_runs(told).values()} == {*known.values()}
+    assert len(told.runs.client.search_logged_models([told.runs.experiment])) == 1
 
 
 def test_runs_of_another_home_are_nobody_to_end(tracked: Hand) -> None:

@@ -64,8 +64,8 @@ class Runs:
         self.sent: dict[str, int] = {}  # run id -> last journal step sent
         self.with_data: set[str] = set()  # run ids
         self.experiment = self._experiment()
-        self._find()
-        self.heard = time.monotonic()
+        self.heard = 0.0
+        self.find()
 
     def open(self, entry: Entry, began: Callable[[], int | None] = lambda: None) -> str:
         """The id of an entry's run, made where there is none yet, and as the entry says where it was otherwise.
@@ -200,12 +200,9 @@ class Runs:
         self.heard = time.monotonic()
 
     def add_model(self, run: str, name: str, key: str, artefacts: str) -> None:
-        """A logged model that points into the store; one that an earlier attempt left half made is made again."""
+        """A logged model that points into the store, in place of what earlier attempts left half made."""
         if MODEL in self.tags[run]:
             return
-        for half in self.client.search_logged_models([self.experiment], f"name = '{name}'"):
-            if half.source_run_id == run:  # another home may have one of that name
-                self.client.delete_logged_model(half.model_id)
         with tracking_at(self.home.tracking_uri):
             model = mlflow.create_external_model(
                 name=name,
@@ -214,6 +211,9 @@ class Runs:
                 model_type="layerswap-student",
                 experiment_id=self.experiment,
             )
+        for half in self.client.search_logged_models([self.experiment], f"name = '{name}'"):
+            if half.source_run_id == run and half.model_id != model.model_id:  # another home may have one of that name
+                self.client.delete_logged_model(half.model_id)
         self.renew(run, {MODEL: model.model_id})
         self.heard = time.monotonic()
 
@@ -270,8 +270,9 @@ class Runs:
             self.client.set_experiment_tag(found.experiment_id, KIND, "custom_model_development")
         return str(found.experiment_id)
 
-    def _find(self) -> None:
-        """Learn the home's runs that are there; where an answer was lost and a run made twice, the first one stays."""
+    def find(self) -> None:
+        """Learn the home's runs that are there; where an answer was lost and a run made twice, one stays: the one that
+        is known, else the first."""
         token = None
         of_this_home = "" if self.own else f"tags.`{HOME}` = '{self.home_id}'"
         while True:
@@ -282,10 +283,11 @@ class Runs:
                 identity = run.data.tags.get(IDENTITY)
                 if identity is None or run.data.tags.get(HOME, self.home_id) != self.home_id:
                     continue
-                if identity in self.ids:
+                if self.ids.get(identity, run.info.run_id) != run.info.run_id:
                     self.client.delete_run(run.info.run_id)
-                else:
+                elif identity not in self.ids:
                     self._know(identity, run)
+            self.heard = time.monotonic()
             token = page.token
             if not token:
                 return

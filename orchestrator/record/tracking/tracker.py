@@ -85,6 +85,7 @@ class Tracker:
 
     def finish(self, stopped: dict[str, int], failures: dict[str, str], summary: dict[str, float]) -> None:
         """Send the rest and give every run its true status: trials of `stopped` were ended early, the rest is read."""
+        self.runs.find()  # the client asks once more where no answer comes, and a server that was away does both
         self.sync()
         self._asked()
         alone = [self.plan.teacher, *self.plan.controls.values()]
