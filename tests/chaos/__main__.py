@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import random
+import shutil
 import signal
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from tests.chaos.checks import Expected, problems, remember
 from tests.chaos.faults import FAULTS, Fault
+from tests.chaos.others import can_be_another
 from tests.chaos.scene import HUNG, Run, Scene, can_mount
 
 USUAL = "study"
@@ -47,6 +49,11 @@ def main(words: list[str] | None = None) -> int:
     if not can_mount():
         kinds = [kind for kind in kinds if not FAULTS[kind].small_disk]
         print("no right to mount a small file system: faults that need one are left out", flush=True)
+    if not can_be_another():
+        kinds = [kind for kind in kinds if not FAULTS[kind].other_user]
+        print("no right to act as another user: faults that need it are left out", flush=True)
+    if not kinds:
+        return 0
     known: dict[Path, Expected] = {}
     events: list[Event] = []
     for seed in _seeds(options.seeds):
@@ -90,8 +97,11 @@ def disturbed(seed: int, study: Path, expected: Expected, kinds: list[str], logs
     events = [Event(seed, kind) for kind in chosen]
     words = dict.fromkeys(FAULTS[kind].words for kind in chosen)  # of each kind's own, once
     small = any(FAULTS[kind].small_disk for kind in chosen)
-    scene = Scene(study, seed, small_disk=small, words=[word for several in words for word in several])
+    server = any(FAULTS[kind].server for kind in chosen)
+    scene = Scene(study, seed, small_disk=small, server=server, words=[word for several in words for word in several])
     try:
+        if scene.server is not None:
+            scene.server.start()
         run = scene.start()
         orphans: list[str] = []
         for event, moment in zip(events, moments, strict=True):
@@ -200,8 +210,8 @@ def _keep_logs(scene: Scene, seed: int, logs: Path | None) -> None:
     if logs is None:
         return
     logs.mkdir(parents=True, exist_ok=True)
-    for run in scene.runs:
-        (logs / f"seed-{seed}-{run.log.name}").write_text(run.text)
+    for log in scene.root.glob("*.log"):
+        shutil.copy(log, logs / f"seed-{seed}-{log.name}")
 
 
 def _seeds(text: str) -> list[int]:

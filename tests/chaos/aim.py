@@ -140,7 +140,7 @@ def flipped(scene: Scene, blob: bytes) -> bytes:
 
 def find_database(scene: Scene) -> Path | None:
     """The MLflow database once it has runs."""
-    path = scene.home / "mlflow.db"
+    path = scene.database
     if not path.is_file():
         return None
     try:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sqlite3
+import stat
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -32,12 +34,12 @@ class Expected:
 
 
 def remember(home: Path, seconds: float) -> Expected:
-    """Read what a finished home holds."""
+    """Read what a finished home holds, its own records included."""
     manifests = _manifests(home)
     return Expected(
         {key: _result(manifest) for key, manifest in manifests.items()},
         {key: _files(manifest) for key, manifest in manifests.items()},
-        {identity: points for identity, (_, points) in _records(home).items()},
+        {identity: points for identity, (_, points) in _records(home / "mlflow.db").items()},
         seconds,
     )
 
@@ -45,9 +47,10 @@ def remember(home: Path, seconds: float) -> Expected:
 def problems(scene: Scene, expected: Expected) -> list[str]:
     """Everything that is not as it must be, a line each; none is a pass."""
     return [
+        *scene.wrong,
         *_wrong_stages(scene.home, expected),
         *_wrong_attempts(scene),
-        *_wrong_records(scene.home, expected),
+        *_wrong_records(scene.database, expected),
         *_leftovers(scene),
     ]
 
@@ -80,8 +83,8 @@ def _wrong_attempts(scene: Scene) -> list[str]:
     return told
 
 
-def _wrong_records(home: Path, expected: Expected) -> list[str]:
-    found = _records(home)
+def _wrong_records(database: Path, expected: Expected) -> list[str]:
+    found = _records(database)
     told = [f"MLflow lacks the run {name[:14]}" for name in expected.points.keys() - found.keys()]
     told += [f"MLflow has a run too many, {name[:14]}" for name in found.keys() - expected.points.keys()]
     for name, (statuses, points) in found.items():
@@ -98,9 +101,16 @@ def _wrong_records(home: Path, expected: Expected) -> list[str]:
 
 
 def _leftovers(scene: Scene) -> list[str]:
-    """Torn directories of finished stages, and temporary files anywhere in the home."""
+    """Torn directories of finished stages; temporary files, and what others cannot read or have written, anywhere in
+    the home."""
     told = [f"{path.relative_to(scene.home)} was left" for path in scene.home.rglob(".*.tmp")]
     told += [f"{ESCAPED} was written by a mirror"] if (scene.home / ESCAPED).exists() else []
+    for path in scene.home.rglob("*"):
+        about = path.lstat()
+        if about.st_uid != os.getuid():
+            told.append(f"{path.relative_to(scene.home)} is user {about.st_uid}'s")
+        if not about.st_mode & stat.S_IROTH:
+            told.append(f"{path.relative_to(scene.home)} cannot be read by others")
     for stage in scene.stages():
         for path in [p for name in ("out-*", "work", "failure.json") for p in stage.folder.glob(name)]:
             if stage.done:
@@ -124,15 +134,18 @@ def _result(manifest: dict[str, Any]) -> Any:
     return {name: value for name, value in manifest["result"].items() if name not in TIMES}
 
 
-def _records(home: Path) -> dict[str, tuple[list[str], Counter[Point]]]:
-    """Identity of each MLflow run -> statuses of the runs that have it, and their points."""
-    database = home / "mlflow.db"
+def _records(database: Path) -> dict[str, tuple[list[str], Counter[Point]]]:
+    """Identity of each MLflow run -> statuses of the runs that have it, and their points; runs that were deleted since
+    they were there twice are not looked at."""
     if not database.is_file():
         return {}
     with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
         names = dict(connection.execute("SELECT run_uuid, value FROM tags WHERE key = 'layerswap.id'").fetchall())
-        statuses = connection.execute("SELECT run_uuid, status FROM runs ORDER BY run_uuid").fetchall()
-        points = connection.execute("SELECT run_uuid, key, step, value FROM metrics").fetchall()
+        there = "FROM runs WHERE lifecycle_stage = 'active'"
+        statuses = connection.execute(f"SELECT run_uuid, status {there} ORDER BY run_uuid").fetchall()
+        points = connection.execute(
+            f"SELECT run_uuid, key, step, value FROM metrics WHERE run_uuid IN (SELECT run_uuid {there})"
+        ).fetchall()
     found: dict[str, tuple[list[str], Counter[Point]]] = {}
     for run, status in statuses:
         found.setdefault(names.get(run, f"unnamed {run}"), ([], Counter()))[0].append(status)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from tests.chaos import files, processes
+from tests.chaos import files, others, processes
 from tests.chaos.aim import Hit
 from tests.chaos.scene import Scene
 
@@ -25,7 +25,11 @@ class Fault:
     later: bool = False  # what it harms may have no reader before the next run, which then finds it
     readers: bool = False  # stages that read what it harms notice, and begin again
     any_code: bool = False  # Ray itself is hit: its client decides how the driver ends
-    words: tuple[str, ...] = ()  # that every run of its scene is given; {root} is the scene's own folder
+    server: bool = False  # records go to an MLflow server
+    other_user: bool = False  # it needs the right to act as another user
+    words: tuple[
+        str, ...
+    ] = ()  # that every run of its scene is given; {root} is the scene's own folder, {server} its server
     study: str = "study"  # the one of this folder that it is thrown at
 
     @property
@@ -35,6 +39,7 @@ class Fault:
 
 
 LEASED = ("--claims", "lease")
+SERVED = ("--tracking-uri", "{server}")
 MIRRORED = ("--mirror", "file://{root}/mirror")
 FAULTS: dict[str, Fault] = {
     "driver-kill": Fault(processes.kill_driver, (-9,)),
@@ -76,4 +81,7 @@ FAULTS: dict[str, Fault] = {
     "records-locked": Fault(files.lock_records),
     "records-deleted": Fault(files.delete_records, later=True),
     "records-hidden": Fault(files.hide_records),
+    "server-away": Fault(others.pause_server, server=True, words=SERVED),
+    "server-kill": Fault(others.kill_server, server=True, words=SERVED),
+    "second-user": Fault(others.look_and_try, other_user=True),
 }

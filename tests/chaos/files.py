@@ -238,8 +238,12 @@ def delete_records(scene: Scene) -> Hit:
     database = scene.wait(lambda: find_database(scene))
     if database is None:
         return None
-    for path in scene.home.glob("mlflow.db*"):
+    if scene.server is not None:
+        scene.server.kill()  # else it goes on in the deleted file
+    for path in database.parent.glob("mlflow.db*"):
         path.unlink()
+    if scene.server is not None:
+        scene.server.start()
     return "MLflow database deleted"
 
 

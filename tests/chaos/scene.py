@@ -23,6 +23,8 @@ from typing import Any, TypeVar
 
 import psutil
 
+from tests.chaos.server import Server
+
 ROOT = Path(__file__).resolve().parents[2]
 RUN_SECONDS = 300.0  # a run that takes longer hangs
 HUNG = -1000  # its exit code
@@ -65,15 +67,19 @@ class Run:
 
 class Scene:
     """A place where a study runs, by a command with these `words` more. `small_disk`: its home lies on a small file
-    system of its own."""
+    system of its own. `server`: there is an MLflow server for its records, to be started."""
 
-    def __init__(self, study: Path, seed: int = 0, *, small_disk: bool = False, words: Iterable[str] = ()) -> None:
+    def __init__(
+        self, study: Path, seed: int = 0, *, small_disk: bool = False, server: bool = False, words: Iterable[str] = ()
+    ) -> None:
         self.study = study
         self.random = random.Random(seed)
         self.root = Path(tempfile.mkdtemp(prefix="chaos-"))  # short: Ray's sockets lie below it
         self.home, self.mirror = self.root / "home", self.root / "mirror"
         self.home.mkdir()
-        self.words = [word.format(root=self.root) for word in words]
+        self.server = Server(self.root / "server") if server else None
+        self.database = self.server.database if self.server else self.home / "mlflow.db"
+        self.words = [word.format(root=self.root, server=self.server and self.server.uri) for word in words]
         self.mounted = small_disk
         if small_disk:
             mount_small(self.home)
@@ -82,10 +88,13 @@ class Scene:
         self.sessions: set[int] = set()
         self.allowed: Counter[str] = Counter()  # stage key -> attempts beyond the first that faults explain
         self.kinds: dict[str, str] = {}
+        self.wrong: list[str] = []  # what a fault saw that must not be
 
     def close(self) -> None:
         """End what still runs and delete everything."""
         self.kill_rest()
+        if self.server is not None:
+            self.server.kill()
         if self.mounted:
             subprocess.run(["umount", "--lazy", str(self.home)], check=False)
         shutil.rmtree(self.root, ignore_errors=True)
@@ -99,12 +108,12 @@ class Scene:
             self.forgive(stage for stage in self.stages() if not stage.done)
         log = self.root / f"run-{len(self.runs)}.log"
         environment = {**os.environ, "TMPDIR": str(self.root), "PYTHONUNBUFFERED": "1", **variables}
-        command = [sys.executable, "-m", "orchestrator.cli", "run", str(self.study)]
-        command += ["--home", str(self.home), "--checkpoint-seconds", "0.2", *self.words]
+        command = command_of(["run", str(self.study), "--checkpoint-seconds", "0.2", *self.words], self.home)
         with log.open("wb") as out:
             process = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
-            )
+                command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True,
+                umask=0o022,
+            )  # fmt: skip
         run = Run(process, log, time.monotonic(), beside)
         self.runs.append(run)
         self.sessions.add(process.pid)
@@ -239,6 +248,11 @@ class Scene:
         self.allowed.update({stage.key: times for stage in stages})
 
 
+def command_of(words: list[str], home: Path) -> list[str]:
+    """The program's command of these words on a home."""
+    return [sys.executable, "-m", "orchestrator.cli", *words, "--home", str(home)]
+
+
 def newest_checkpoints(stage: Stage) -> list[Path]:
     """Published checkpoints of an unfinished stage, the newest first."""
     return sorted((path.parent for path in stage.folder.glob("work/step-*/manifest.json")), reverse=True)
@@ -275,7 +289,7 @@ def can_mount() -> bool:
 
 def mount_small(place: Path) -> None:
     """Mount a small file system in memory; `CalledProcessError` where that is not allowed."""
-    options = ["-t", "tmpfs", "-o", f"size={TMPFS_BYTES}", "none", str(place)]
+    options = ["-t", "tmpfs", "-o", f"size={TMPFS_BYTES},mode=755", "none", str(place)]
     subprocess.run(["mount", *options], check=True, capture_output=True)
 
 
