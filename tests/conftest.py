@@ -47,10 +47,10 @@ def own_environment() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start a cluster, or have a time limit of their own, come first: tests run in two processes, file by
-    file, and what takes minutes must not be left for the end."""
+    """Files that start a cluster, or have a time limit of their own, come first, then those of this folder, which have
+    whole commands: tests run in two processes, file by file, and what takes minutes must not be left for the end."""
     long = {item.path for item in items if item.get_closest_marker("ray") or item.get_closest_marker("timeout")}
-    items.sort(key=lambda item: item.path not in long)
+    items.sort(key=lambda item: (item.path not in long, len(item.path.parts)))
 
 
 def pytest_collection() -> None:
