@@ -21,6 +21,7 @@ from orchestrator.distill.choosing.draw import draw
 from orchestrator.distill.context import RunContext, Workplace
 from orchestrator.record.home import Home
 from orchestrator.record.remembered import named
+from orchestrator.record.speeds import measurements
 from orchestrator.run.growing import Growing
 from orchestrator.run.store import Store
 from orchestrator.study.loader import dump
@@ -51,12 +52,13 @@ def hypervolume(points: Iterable[tuple[float, float]], worst: tuple[float, float
 
 
 def tried(home: Home, name: str, length: int) -> tuple[list[Tried], tuple[dict[str, object], ...]]:
-    """The finished trials of the study's newest run, and its search space."""
+    """The finished trials of the study's newest run, by their newest speeds, and its search space."""
     growing = Growing(named(home, name).asked().growing(store := Store(home.store, write=False)).planner, store)
     plan, found = growing.plan, []
     for trial in plan.trials:
         assert trial.end is not None and not trial.open, f"{trial.name} is not finished: run {name} first"
-        speed = store.result(growing.speeds[trial.end.train.key].key)["decode_ratio"][str(length)]
+        newest = measurements(store, growing.speeds[trial.end.train.key])[-1]
+        speed = store.result(newest.key)["decode_ratio"][str(length)]
         ratio = store.result(trial.end.evaluate.key)["perplexity_ratio"]
         tokens = {step.train.key: step.own_tokens for step in trial.steps}
         found.append(Tried(json.dumps(trial.values, sort_keys=True), ratio, speed, tokens))
@@ -118,7 +120,8 @@ def main(words: list[str] | None = None) -> int:
     cost = course(trials, worst, whole)[-1][0]
     print(f"{len(trials)} trials, {cost / 1e6:.2f} M tokens of distinct stages; the grid's best:")
     for each in sorted(trials, key=lambda trial: trial.ratio):
-        if not any(other.ratio <= each.ratio and other.decode > each.decode for other in trials):
+        others = [other for other in trials if (other.ratio, other.decode) != (each.ratio, each.decode)]
+        if not any(other.ratio <= each.ratio and other.decode >= each.decode for other in others):
             print(f"  {each.ratio:.3f} {each.decode:.2f}x {each.point}")
     print(f"| order | seeds | hypervolume at half the tokens | tokens until {NEAR:.0%} of it |\n|---|--:|--:|--:|")
     every = {each.point: each for each in trials}

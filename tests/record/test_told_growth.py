@@ -22,7 +22,7 @@ def test_what_a_plan_has_grown_by_reaches_records_home_and_terminal(
     recorder, told = Quiet(), []
     with scene.job.variant.running(Provenance.of("run")) as run:
         watch = driver._Watch(scene.job, hand.store, 2, run, recorder)  # type: ignore[arg-type]
-    monkeypatch.setattr(watch.progress, "_say", told.append)
+    monkeypatch.setattr(watch.progress, "say", told.append)
     watch._look()
     assert recorder.given == []
 
