@@ -12,6 +12,7 @@ from typing import Any
 
 from orchestrator.run.store import Store
 from orchestrator.study.decision import Decision
+from orchestrator.study.names import operator_name
 from orchestrator.study.plan import Plan, Trial
 from orchestrator.study.spec import ScoreSpec
 from orchestrator.study.stages import Step, stretches_of
@@ -41,7 +42,8 @@ class Chosen:
         measure: kl, loss, hits or gate; `scores` are by layer score and standard error, of loss and hits what is more
             than the teacher's own, `teacher`; of gates without errors.
         ascending: whether what costs least goes first: of layers swapped alone.
-        order: the candidates; `tied` those that could as well be first.
+        order: the candidates; `tied` those that could as well be first. `operators` has what each is swapped by, by
+            name, where there were several to choose from.
         tau: mean, low and high of Kendall's tau over windows; None where it has none.
     """
 
@@ -53,6 +55,7 @@ class Chosen:
     ascending: bool
     order: tuple[int, ...]
     scores: dict[int, tuple[float, float | None]]
+    operators: dict[int, str]
     teacher: tuple[float, float] | None
     tied: tuple[int, ...]
     tau: tuple[float, float, float] | None
@@ -105,8 +108,11 @@ def _chosen(store: Store, trials: tuple[str, ...], trial: Trial, number: int, de
     blended = spec.blend is not None
     scores = {int(layer): (told["score"], told.get("error")) for layer, told in result["scores"].items()}
     if spec.measure in EXCESS and not blended:
-        scores = {each.layer: _excess(store, each.score, EXCESS[spec.measure]) for each in spec.candidates}
+        best = {layer: result.get("operators", {}).get(str(layer), 0) for layer in scores}
+        told = {each.layer: each.score for each in spec.candidates if best.get(each.layer) == each.operator}
+        scores = {layer: _excess(store, key, EXCESS[spec.measure]) for layer, key in told.items()}
     teacher, tau = result.get("teacher"), result.get("tau")
+    names = list(map(operator_name, asked)) if isinstance(asked := trial.study.operator, tuple) else []
     return Chosen(
         key=spec.key,
         trials=trials,
@@ -116,6 +122,7 @@ def _chosen(store: Store, trials: tuple[str, ...], trial: Trial, number: int, de
         ascending=spec.ascending and not blended,
         order=tuple(result["order"]),
         scores=scores,
+        operators={int(layer): names[own] for layer, own in result.get("operators", {}).items() if names},
         teacher=None if teacher is None else (teacher["score"], teacher["error"]),
         tied=tuple(result.get("tied", ())),
         tau=None if tau is None else (tau["mean"], tau["low"], tau["high"]),
@@ -169,7 +176,8 @@ def gates_of(plan: Plan, store: Store) -> list[Gated]:
             if not known:
                 continue
             waits = trial.path.waits == steps[-1].evaluate.key
-            outcome = None if waits or len(known) < len(steps) else steps[-1].outcome
+            begun = steps[len(known) - 1].outcome if len(known) < len(steps) else None  # of what is trained on now
+            outcome = begun if begun == "extended" else None if waits or begun else steps[-1].outcome
             layers = tuple(getattr(steps[-1].train, "layers", ()))
             told = Gated((trial.name,), index, layers, known, limit, outcome)
             key = f"{steps[-1].train.key} {index} {limit} {outcome}"

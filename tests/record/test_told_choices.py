@@ -9,14 +9,9 @@ from pathlib import Path
 import pytest
 from mlflow.entities import Run
 
+from operators.config import HyenaConfig
 from orchestrator.distill.models.origin import Origin
-from orchestrator.record.answer.decided import (
-    choice_table,
-    decided_lines,
-    gate_table,
-    near,
-    score_table,
-)
+from orchestrator.record.answer.decided import choice_table, decided_lines, gate_table, score_table
 from orchestrator.record.answer.markdown import markdown
 from orchestrator.record.answer.page import page
 from orchestrator.record.answer.points import curves_of
@@ -24,13 +19,18 @@ from orchestrator.record.answer.text import answer, text_table
 from orchestrator.record.card import model_card
 from orchestrator.record.choice import exported_stage
 from orchestrator.record.choices import Cost, choices_of, decided_of
+from orchestrator.record.decisions import choice_text, decided, near
 from orchestrator.record.groups import best_by_layers, students
+from orchestrator.record.home import Home
 from orchestrator.record.records import Record, best_path, ends, make_records, pareto_front, trial_words
 from orchestrator.record.screen.logs import log_text
 from orchestrator.record.tracking.entry import choice_results, outcome_of, path_identity, stage_identity
 from orchestrator.record.tracking.names import shown
 from orchestrator.record.tracking.tracker import Tracker
-from tests.record.chosen import Chosen
+from orchestrator.run.growing import Growing
+from orchestrator.run.store import Store
+from tests.record.chosen import FOUR, Chosen
+from tests.record.handmade import asked
 
 
 @pytest.fixture
@@ -152,6 +152,50 @@ def test_the_lines_for_a_terminal(hand: Chosen) -> None:
     told = text.partition("swapped: attention")[0].splitlines()
     tables = [line for line in told if "at least as fast" not in line and not line.startswith("knee")]
     assert max(map(len, tables)) <= 110
+
+
+def test_what_is_decided_is_said_once_while_it_runs(tmp_path: Path) -> None:
+    growing = Chosen(tmp_path)
+    growing.teach()
+    told, before = [], growing.plan
+    for _ in range(9):
+        growing.grow()
+        told.append(list(decided(before, growing.plan, growing.store)))
+        before = growing.plan
+    lines = [line for some in told for line in some]
+    assert sorted(lines) == sorted({
+        "chosen trial-00 choice 1, at the teacher, by hits: 2 (+0.01), 0 (+0.02), 3 (+0.4), 1 (+0.5); tied with the "
+        "first: 0",
+        "chosen trial-00 choice 2, at stage 1, by hits: 0 (+0.03), 1 (+0.6), 3 (+0.7); tied with the first: 1",
+        "chosen trial-02 choice 1, at the teacher, by joint scalars: 3 (0.75), 1 (0.5), 0 (0.25), 2 (0.125)",
+        "trial-01 stage 1, layers 0-1: 1.300 above 1.1: trained on",
+        "trial-01 stage 1, layers 0-1: 1.300 above 1.1, trained on, then 1.200: given back",
+        "trial-03 stage 2, layers 0-1: 1.250 above 1.1: trained on",
+        "trial-03 stage 2, layers 0-1: 1.250 above 1.1, trained on, then 1.150: given back",
+    })  # fmt: skip
+    for trial in ("trial-01", "trial-03"):
+        assert [line.rpartition(" ")[2] for line in lines if line.startswith(trial)] == ["on", "back"]
+
+
+def test_layers_are_told_with_their_operators_and_those_scores(tmp_path: Path) -> None:
+    """Of several operators of a layer the score of the one that it is swapped by."""
+    operators = "operator=[{kind: hyena, heads: 2}, {kind: window, window: 4}]"
+    schedule = "schedule={choice: {score: hits, texts: 64, until: {layers: 1}}}"
+    space = "search={space: {seed: [0]}}"
+    two = Chosen.__new__(Chosen)
+    two.asked, two.home = asked(tmp_path, operators, schedule, space, *FOUR), Home(tmp_path / "home")
+    two.store = Store(two.home.store)
+    two.growing = Growing(two.asked.growing(two.store).planner, two.store)
+    [decision] = two.plan.trials[0].path.decisions
+    for spec in decision.needs:
+        told = (spec.layers[0] + 1) * (1.0 if isinstance(spec.operator, HyenaConfig) else 0.1) if spec.layers else 0.0
+        two.write(spec, {"tokens": 64, "excess_hit_loss": told, "excess_hit_loss_error": 0.25})
+    result = {"order": [3, 0], "operators": {"3": 0, "0": 1}, "scores": {"3": {"score": 9.0}, "0": {"score": 8.0}}}
+    two.write(decision.spec, result)
+    [chosen] = choices_of(two.plan, two.store)
+    assert chosen.scores == {3: (4.0, 0.25), 0: (0.1, 0.25)}
+    assert choice_text(chosen).endswith("by hits: 3 (hyena-2h, +4), 0 (window-4, +0.1)")
+    assert score_table(decided_of(two.plan, two.store))["layer"].tolist() == ["3 hyena-2h", "0 window-4"]
 
 
 def test_the_tables_of_the_report(hand: Chosen) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from operators.config import HyenaConfig
-from orchestrator.record.decisions import choice_text
 from orchestrator.record.records import trial_words
 from orchestrator.record.screen.facts import stage_names
 from orchestrator.study.loader import StudyError
@@ -126,12 +125,6 @@ def test_a_layer_that_was_given_back_is_not_chosen_by_another_operator(tmp_path:
     trial = World(tmp_path, "choice: {}, gate: {ratio: 1.2}", answer, LIST).trial()
     assert [(step.train.layers, step.outcome) for step in trial.steps][:2] == [((1,), "given_back"), ((3,), "kept")]
     assert trial.steps[-1].operator == placing({0: TWO, 2: HEADS, 3: TWO})
-
-
-def test_the_order_is_told_with_operators() -> None:
-    result = {"order": [3, 0], "scores": {"3": {"score": 0.25}, "0": {"score": 0.5}}, "operators": {"3": 1, "0": 0}}
-    assert choice_text(result, ["one", "two"]) == "layers by cost 3 (two, 0.25), 0 (one, 0.5)"
-    assert choice_text(result) == "layers by cost 3 (0.25), 0 (0.5)"
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.distill.training.journal import read_journal
-from orchestrator.record.answer.decided import choice_line
 from orchestrator.record.choices import Chosen, choices_of
+from orchestrator.record.decisions import choice_line
 from orchestrator.record.home import Home
 from orchestrator.record.probe_results import probe_numbers, probe_result
 from orchestrator.record.provenance import Provenance
