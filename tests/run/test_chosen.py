@@ -52,11 +52,9 @@ def test_layers_come_to_operators_of_their_own_one_by_one_or_all_at_once(tmp_pat
     """By the lowest score of a layer; and by a program, which is beside a walk through all sets here."""
     home, study = tmp_path / "home", str(ROOT / "tests/chaos/chosen.yaml")
     operators = "operator=[{kind: hyena, heads: 4}, {kind: window, window: 8, sinks: 1}]"
-    greedy, exact = (
-        f"{{choice: {{score: kl, texts: 1024, take: 2, solver: {solver}, until: {{layers: 2}}}}}}"
-        for solver in ("greedy", "exact")
-    )
-    layerswap(home, "run", study, "--set", operators, "--set", f"search.space.schedule=[{greedy}, {exact}]")
+    schedule = "schedule={choice: {score: kl, texts: 1024, take: 2, until: {layers: 2}}}"
+    solvers = "search={space: {schedule.choice.solver: [greedy, exact]}}"
+    layerswap(home, "run", study, "--set", operators, "--set", schedule, "--set", solvers)
     results = [manifest["result"] for manifest in finished(home).values() if manifest["kind"] == "choice"]
     [one_by_one] = [result for result in results if "speed" not in result]
     [at_once] = [result for result in results if "speed" in result]
@@ -76,7 +74,8 @@ def test_layers_come_to_operators_of_their_own_one_by_one_or_all_at_once(tmp_pat
     ]
     cheapest = min(sets, key=lambda chosen: sum(scores[pair] for pair in chosen.items()))
     assert at_once["operators"] == {str(layer): own for layer, own in cheapest.items()}
-    told = json.loads(layerswap(home, "report", "chosen", "--json", "-"))["records"]
+    layerswap(home, "report", "chosen", "--json", str(tmp_path / "records.json"))
+    told = json.loads((tmp_path / "records.json").read_text())["records"]
     [ends] = [{row["stage_key"] for row in told if row["kind"] == "stage"}]  # both come to the same student
     student = json.loads(next(home.glob(f"store/*/{ends.pop()}/spec.json")).read_text())
     assert student["layers"] == sorted(cheapest) and not ends
