@@ -21,6 +21,7 @@ ROOMS = [
     "orchestrator.record",
     "orchestrator.api",
     "orchestrator.cli",
+    "orchestrator.__main__",
 ]
 SOURCES = sorted(path for room in ("operators", "orchestrator") for path in (ROOT / room).rglob("*.py"))
 TORCH_FREE = [ROOT / "operators" / "__init__.py", ROOT / "operators" / "config.py", ROOT / "orchestrator" / "files.py"]

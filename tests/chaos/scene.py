@@ -250,7 +250,7 @@ class Scene:
 
 def command_of(words: list[str], home: Path) -> list[str]:
     """The program's command of these words on a home."""
-    return [sys.executable, "-m", "orchestrator.cli", *words, "--home", str(home)]
+    return [sys.executable, "-m", "orchestrator", *words, "--home", str(home)]
 
 
 def newest_checkpoints(stage: Stage) -> list[Path]:
