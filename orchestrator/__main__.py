@@ -13,13 +13,11 @@ EARLY = b"stopped before anything began\n"
 
 def main() -> None:
     """Load the command and run it."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    heard = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
-    for number in heard:
-        signal.signal(number, _leave)
+    numbers = [each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _leave) for number in numbers}
     from orchestrator.cli import app
 
-    for number, handler in heard.items():
+    for number, handler in before.items():
         signal.signal(number, handler)
     app()
 

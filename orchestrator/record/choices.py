@@ -176,8 +176,9 @@ def gates_of(plan: Plan, store: Store) -> list[Gated]:
             if not known:
                 continue
             waits = trial.path.waits == steps[-1].evaluate.key
-            begun = steps[len(known) - 1].outcome if len(known) < len(steps) else None  # of what is trained on now
-            outcome = begun if begun == "extended" else None if waits or begun else steps[-1].outcome
+            outcome = None if waits else steps[-1].outcome
+            if len(known) < len(steps):  # what is trained on now
+                outcome = "extended"
             layers = tuple(getattr(steps[-1].train, "layers", ()))
             told = Gated((trial.name,), index, layers, known, limit, outcome)
             key = f"{steps[-1].train.key} {index} {limit} {outcome}"

@@ -73,7 +73,10 @@ class Choice(Model):
     texts: Positive = 32_768  # tokens of held-out text
     # A choice that was made elsewhere, instead of a score: layers in the order in which they go, or those that stay. A
     # study file may name a JSON file of it. Layers that the order leaves out stay attention.
-    layers: Annotated[tuple[NonNegative, ...], Field(min_length=1)] | Kept | None = None
+    layers: Annotated[
+        Annotated[tuple[NonNegative, ...], Field(min_length=1)] | Kept | None,
+        Field(exclude_if=lambda value: value is None),
+    ] = None
 
     @model_validator(mode="after")
     def _fits(self) -> Choice:

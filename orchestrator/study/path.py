@@ -148,7 +148,8 @@ class _Walk:
         if most <= 0:
             return ()
         asks = isinstance(self.study.operator, tuple) or self.chooser.choice.solver == "exact"
-        next_ = tuple(sorted(free[: min(most, self.chooser.choice.take)]))
+        count = min(most, self.chooser.choice.take)
+        next_ = tuple(sorted(free[:count]))
         if self.chooser.choice.layers is not None or (len(free) == len(next_) and not asks):  # nothing to choose
             return next_
         swapped = tuple(layer for layer in picked if layer not in self.kept)
@@ -156,7 +157,7 @@ class _Walk:
         decision = self.chooser.decide(self.at.parent, operators, tuple(free), self.at.sequences, self._solve)
         told = self._known(decision.spec.key)
         order = [int(layer) for layer in told["order"]]
-        next_ = tuple(sorted([layer for layer in order if layer in free][: min(most, self.chooser.choice.take)]))
+        next_ = tuple(sorted([layer for layer in order if layer in free][:count]))
         self.chosen |= {layer: int(told.get("operators", {}).get(str(layer), 0)) for layer in next_}
         return next_
 

@@ -49,3 +49,11 @@ def test_before_anything_began(number: int, code: int) -> None:
 def test_the_command_finds_the_handlers_that_were_there(term: str) -> None:
     done = run(LOADED.format(term=term))
     assert (done.returncode, done.stdout) == (0, f"True {getattr(signal, term.removeprefix('signal.'))}\n"), done.stderr
+
+
+def test_what_is_ignored_stays_so() -> None:
+    """As in `nohup layerswap ... &` of a shell script."""
+    ignored = "import signal, sys\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    ignored += "sys.argv = ['layerswap', '--version']\n"
+    done = run(ignored + CUT.format(number=int(signal.SIGINT)))
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("layerswap ")

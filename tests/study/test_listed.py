@@ -57,6 +57,12 @@ def test_it_shares_its_stages_with_the_order_that_it_says(tmp_path: Path) -> Non
     assert [step.train.key for step in given.steps] == [step.train.key for step in by_hand.steps]
 
 
+def test_studies_without_a_list_are_named_as_before(tmp_path: Path) -> None:
+    """What names a path whose stages results decide is its schedule: a key that is not used is no part of it."""
+    plain = World(tmp_path, "choice: {score: kl}", costs()).plan().trials[0]
+    assert "layers" not in plain.study.model_dump(mode="json")["schedule"]["choice"]
+
+
 def test_an_axis_of_the_search_may_name_files(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text("[1]", encoding="utf-8")
     axis = "search.space={schedule.choice.layers: [made.json, other.json], seed: [0]}"
