@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,16 @@ def own_environment() -> Iterator[None]:
         own.delenv(name, raising=False)
     yield
     own.undo()
+
+
+@pytest.fixture(autouse=True)
+def core_as_found() -> Iterator[None]:
+    """A test that leaves the compiled core in use fails: those after it would compute other bits."""
+    yield
+    native = sys.modules.get("operators.native")
+    if native is not None and native.in_use():
+        native.use(False)
+        pytest.fail("this test left the compiled core in use: see operators.native.as_found")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

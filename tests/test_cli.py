@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import json
 import os
 import sqlite3
 import tomllib
@@ -104,6 +105,23 @@ def test_what_is_no_server_or_database_is_refused_with_where_it_was_said(
         f"--tracking-uri {uri} (of the environment): no URI of a server or database; write "
     )
     assert result.stderr.endswith("or home for the one in the home\n")
+
+
+def test_records_go_to_the_terminal_alone_where_their_file_is_called_minus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hand = Hand(tmp_path)
+    hand.all_done()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("orchestrator.record.given.check_files", lambda *_: None)  # there is one document
+    monkeypatch.setattr("orchestrator.record.driver.report", lambda *_: ([{"swapped": 2}], "the answer"))
+    words = ["report", str(hand.file), "--home", str(hand.home.root), "--tracking-uri", "home", "--json"]
+    alone = CliRunner().invoke(app, [*words, "-"])
+    assert alone.exit_code == 0, alone.output
+    told = json.loads(alone.stdout)
+    assert told["records"] == [{"swapped": 2}] and told["study"] == "handmade" and not Path("-").exists()
+    beside = CliRunner().invoke(app, [*words, "found.json"])
+    assert beside.stdout == "the answer\n" and json.loads(Path("found.json").read_text()) == told
 
 
 def test_numbers_are_written_as_people_write_them() -> None:

@@ -17,8 +17,10 @@ It serves float32 and bfloat16 on the CPU up to `LONGEST` positions; all else ta
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -48,6 +50,17 @@ def use(on: bool) -> bool:
 def in_use() -> bool:
     """Whether operators run through the core where it serves them."""
     return _used
+
+
+@contextlib.contextmanager
+def as_found() -> Iterator[None]:
+    """Whatever is switched inside, the core is in use afterwards if it was before."""
+    global _used
+    before = _used
+    try:
+        yield
+    finally:
+        _used = before
 
 
 def available() -> bool:

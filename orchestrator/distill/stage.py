@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from operators import native
 from orchestrator.distill.choosing.blend import blend
 from orchestrator.distill.choosing.choice import choose
 from orchestrator.distill.choosing.draw import draw
@@ -56,10 +57,11 @@ def run_stage(spec: Any, place: Workplace) -> Result:
     """Compute what `spec` names into `place.out` and return its result, JSON values only.
 
     The memory that was kept meanwhile is given back, models that refer to themselves included: the process may stay,
-    and wait for the next stage.
+    and wait for the next stage, or go on with something else, for which the compiled core is as it was.
     """
     try:
-        return STAGES[spec.kind](spec, place)
+        with native.as_found():
+            return STAGES[spec.kind](spec, place)
     finally:
         gc.collect()
         give_back_freed_memory()

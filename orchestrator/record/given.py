@@ -5,6 +5,7 @@ Place in the flow: the commands of `cli` begin here. Invariant: nothing is writt
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, NoReturn
 
 import typer
 
+from orchestrator.files import write_json
 from orchestrator.run.hardware import hardware
 from orchestrator.study.loader import Document, StudyError, read_document, validate
 from orchestrator.study.peek import check_files
@@ -101,6 +103,22 @@ def bad_input(error: object) -> NoReturn:
     """Say what is wrong and end the command with code 2."""
     print(error, file=sys.stderr)
     raise typer.Exit(EXIT_BAD_INPUT)
+
+
+def json_goes_to(file: Path | None) -> None:
+    """Bad input where `--json` names no file that can be written; `-` is the terminal."""
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        bad_input(f"--json {file} cannot be written: give the path of a file in a directory that exists, or -")
+
+
+def tell(text: str, file: Path | None, value: Any) -> None:
+    """Print what a command says, and its numbers into the file of `--json`; where that is `-`, numbers alone."""
+    if file == Path("-"):
+        print(json.dumps(value, indent=1, sort_keys=True, allow_nan=False))
+        return
+    print(text)
+    if file is not None:
+        write_json(file, value)
 
 
 def home_of(study: Path, home: Path | None) -> Any:

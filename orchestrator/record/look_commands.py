@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrator.record.given import bad_input, home_of, load, look_at, store_of
+from orchestrator.record.given import bad_input, home_of, json_goes_to, load, look_at, store_of, tell
 from orchestrator.record.options import (
     BestOf,
     HomeDirectory,
@@ -76,15 +76,15 @@ def report(
     study: StudyName,
     overrides: Overrides = None,
     home: HomeDirectory = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the records to this file")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="write the records to this file; - prints them alone")
+    ] = None,
     tracking_uri: TrackingUri = None,
 ) -> None:
     """Print the answer from what is finished, write the report's files and send MLflow what it lacks."""
     job = look_at(command, study, overrides, home, tracking_uri)
     store_of(study, home, must_exist=True)
-    if json_file is not None and (json_file.is_dir() or not json_file.parent.is_dir()):
-        bad_input(f"--json {json_file} cannot be written: give the path of a file in a directory that exists")
-    from orchestrator.files import write_json
+    json_goes_to(json_file)
     from orchestrator.record import driver
     from orchestrator.record.tracking.recorder import Recorder
 
@@ -94,9 +94,7 @@ def report(
             f"{job.home.root} is not yours to write: its report and MLflow's records stay as they are", file=sys.stderr
         )
     records, text = driver.report(job, recorder)
-    if json_file is not None:
-        write_json(json_file, {"study": job.name, "run": driver.cost_of(job), "records": records})
-    print(text)
+    tell(text, json_file, {"study": job.name, "run": driver.cost_of(job), "records": records})
 
 
 def export(

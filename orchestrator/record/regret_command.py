@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.record.given import bad_input, look_at, store_of
+from orchestrator.record.given import bad_input, json_goes_to, look_at, store_of, tell
 from orchestrator.record.options import HomeDirectory, StudyName
 
 Truthful = Annotated[
@@ -27,14 +27,15 @@ def regret(
     study: StudyName,
     truth: Truthful,
     home: HomeDirectory = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write every number to this file")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="write every number to this file; - prints them alone")
+    ] = None,
 ) -> None:
     """Hold a study's ways of choosing layers against the best set of as many; exit code 2 where no set is known."""
     job, other = look_at(command, study, None, home), look_at(command, truth, None, home)
     store = store_of(study, home, must_exist=True)
-    if json_file is not None and (json_file.is_dir() or not json_file.parent.is_dir()):
-        bad_input(f"--json {json_file} cannot be written: give the path of a file in a directory that exists")
-    from orchestrator.files import write_json, write_text
+    json_goes_to(json_file)
+    from orchestrator.files import write_text
     from orchestrator.record.answer.regret_table import draw_regret, regret_json, regret_markdown, regret_text
     from orchestrator.record.regretting import judged, truth_of
 
@@ -50,12 +51,11 @@ def regret(
     if not any(each.rows for each in ways if each.way.cost is not None):
         bad_input(f"{other.name} has none of the sets that {job.name} comes to")
     title = f"{job.name}: regret against the best of all sets of {other.name}"
-    print(regret_text(title, ways))
-    if json_file is not None:
-        write_json(json_file, regret_json(job.name, other.name, known, ways))
+    tell(regret_text(title, ways), json_file, regret_json(job.name, other.name, known, ways))
     if job.home.writable:
         folder = job.variant.folder
         folder.mkdir(parents=True, exist_ok=True)
         draw_regret(title, ways, folder / "regret.png")
         write_text(folder / "regret.md", regret_markdown(title, ways, notes))
-        print(f"\nregret:   {folder / 'regret.md'}")
+        if json_file != Path("-"):
+            print(f"\nregret:   {folder / 'regret.md'}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from operators.config import HyenaConfig, OperatorConfig, SkipConfig
+from orchestrator.distill import stage
 from orchestrator.distill.measuring import throughput as module
 from orchestrator.distill.measuring.throughput import measure_throughput
 from orchestrator.distill.models.sites import attention_of
@@ -123,6 +124,25 @@ def test_prefill_and_decode_run_through_the_core_where_there_is_one_and_training
     assert seen == {"_prefill": {(built, 2)}, "_decode": {(built, 2)}, "_train": {(False, 2)}}
     assert halves == {0.0}, "random filters were measured with the smallest numbers"
     assert float(torch.tensor(1e-40) * 0.5) > 0.0, "and what comes after has lost them"
+
+
+def test_the_core_is_as_it_was_after_a_measurement_and_after_any_stage(
+    place: Any, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.native, "available", lambda: True)
+    monkeypatch.setattr(module.native, "_used", False)
+    spec = spec_of(HyenaConfig(), True)
+    monkeypatch.setattr(module, "_compare", lambda *_: {"{}_ratio": module.native.in_use()})
+    monkeypatch.setattr(module, "_cache_mb", lambda *_: 0.0)
+    found = measure_throughput(spec, place(inputs={"teacher": tiny_teacher}))
+    assert found["decode_ratio"] == {"16": True} and found["train_ratio"] is False
+    assert not module.native.in_use()
+    monkeypatch.setitem(stage.STAGES, "throughput", lambda *_: module.native.use(True))
+    assert stage.run_stage(spec, place()) and not module.native.in_use()
+    monkeypatch.setattr(module.native, "_used", True)
+    monkeypatch.setitem(stage.STAGES, "throughput", lambda *_: module.native.use(False))
+    assert not stage.run_stage(spec, place()) and module.native.in_use()
+    monkeypatch.setattr(module.native, "_used", False)
 
 
 def test_a_clock_waits_for_the_device_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,8 @@ def test_the_command_prints_writes_and_says_what_is_missing(
     assert max(map(len, lines[1 : lines.index(LEGEND.splitlines()[0])])) <= 110
     assert "note: sets has 3 of the 6 sets of 2 layers" in done.output
     told = read_json(tmp_path / "regret.json")
+    alone = CliRunner().invoke(app, [*words, "--json", "-"])
+    assert json.loads(alone.stdout) == told and not (tmp_path / "-").exists()
     assert told["ways"][0]["regret"] == pytest.approx([0.015, 0.0]) and told["truth"] == "sets"
     page = tmp_path / done.stdout.splitlines()[-1].removeprefix("regret:").strip()
     assert "| by hits, every stage, until 2 layers | 2 | 0,2 | 1.2200 ± 0.0000 |" in page.read_text()

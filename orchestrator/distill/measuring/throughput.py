@@ -48,6 +48,7 @@ def _denormals_as_zero() -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
+@native.as_found()
 @_denormals_as_zero()
 def measure_throughput(spec: ThroughputSpec, place: Workplace) -> dict[str, Any]:
     """Tokens per second and ratios to the teacher (above 1 is faster).
