@@ -137,7 +137,8 @@ class Numerics(Model):
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast; parameters, filters and FFTs stay float32
     # torch.set_float32_matmul_precision of stages that train. medium: float32 products by oneDNN, in float32 on CPUs
-    # without matrix units for bfloat16 (and there up to twice as fast), in bfloat16 on those that have them.
+    # without matrix units for bfloat16 (and there up to twice as fast), in bfloat16 on those that have them; but for
+    # attention's, which are small and stay in float32 on CPUs.
     matmul: Literal["highest", "high", "medium"] = "highest"
     # native: channel-wise operators by the compiled core (make build-ext), up to twice as fast on CPUs; other bits.
     core: Literal["torch", "native"] = "torch"

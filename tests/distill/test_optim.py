@@ -31,7 +31,7 @@ def rates(model: Any, optimizers: list[torch.optim.Optimizer]) -> dict[str, tupl
     """Parameter name -> optimizer and learning rate."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
-        names[id(parameter)]: (type(optimizer).__name__, group["lr"])
+        names[id(parameter)]: (type(optimizer).__name__.removeprefix("Batched"), group["lr"])
         for optimizer in optimizers
         for group in optimizer.param_groups
         for parameter in group["params"]

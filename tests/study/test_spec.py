@@ -73,15 +73,15 @@ SPECS: dict[str, Any] = {
 # A change of these is a new identity of every stage computed so far: say so in the CHANGELOG, and raise STAGE_VERSION
 # where the same specification would give another result.
 KEYS = {
-    "tokens": "1cd08c244d3a786d4d5df5de02d1fd2958c703930c65f16c6f054a046b8ac819",
-    "import": "067ea57c4bb62c31e6a0f81546942838cbb7da60af1000c1b2e0ad683dcde620",
-    "teacher": "77478c7d1a8f82a7ff67bf21643aa651ad4f900effc1b98ac8581d0ba2bd9096",
-    "distil": "a6723f047573c89c12cfd3d5bfba9d8d0a9a8b24a5d0c93391cb9fc5eebd4305",
-    "scratch": "39d32cd8aa8588f69a1dcb0d729240f1cee0f80e4194759ed7e73efa7047ee18",
-    "evaluate": "5382173ea4b18f85dec4fe0ba1b95cb07373c65e75b32720425fde0c3b5ed4a6",
-    "throughput": "0014251d7d042c7d69e18a2a9e599900124801da4911a4f9990502a1d77effbc",
-    "probes": "aa0dfd0dd9de50bbdd0252a2e876611891652096d9a3441790176d96be4c41cd",
-    "tasks": "2ee5cf077f62a94852c10293c7b5f5aa35b371f7149052c1111bf9d051936ae6",
+    "tokens": "89c9836f6321b4a26314043eb016dfd756df21910d90a36667fb06bfb507dfb0",
+    "import": "2a5f2a04b464040039d050e61e935fbe622c7f78d0e360f3488badcfe3285067",
+    "teacher": "f967fac2edf0a73ae3ee6ab12d2c1f77f9b6b2788e62e651a5e97f7cd0342634",
+    "distil": "61c7376117d6b6abff7898045044ae51af62421daa1cefc267c5b794fc9a6e3d",
+    "scratch": "706aea614406040747e237444daea77435976019bd092c92ff0f684a04d12f2b",
+    "evaluate": "06a5dfc0099eb2d99974802f90de675e78175b5ba105b2511e4ee48b505846e4",
+    "throughput": "c0b361bcbf314bb180cb8fdeafafeb292c595dae21c7e07f9a8a5625e3f8e322",
+    "probes": "c94e1f23602cb93fb6485ceca61d0f001686ebdf78aac5d63cfd0eba72203a0e",
+    "tasks": "f92a2d230da1c68568401cb25bf7ac8640e0bf1a7869df45c7208ee0ebee6ccb",
 }
 WORDS = {  # another value for a field whose words are given
     "source": "jsonl", "method": "adamw", "dtype": "bfloat16", "window": "linear", "init": "random",

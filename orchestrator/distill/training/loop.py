@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from operators import native
 from orchestrator.distill.context import Stopped, Workplace
 from orchestrator.distill.models.shards import whole
+from orchestrator.distill.training.attention import attend_in_float32
 from orchestrator.distill.training.average import WeightAverage
 from orchestrator.distill.training.checkpoint import Pace, expected_seconds, load_checkpoint, save_checkpoint
 from orchestrator.distill.training.journal import Journal
@@ -71,6 +72,7 @@ def prepare(numerics: Numerics, seed: int = 0) -> None:
     keep_freed_memory()
     torch.set_num_threads(numerics.threads)
     torch.set_float32_matmul_precision(numerics.matmul)
+    attend_in_float32()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read before the first product; CPUs do not
     torch.use_deterministic_algorithms(True)  # with warnings only, attention's gradients would differ on a GPU
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # nobody reads it

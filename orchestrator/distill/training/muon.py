@@ -1,8 +1,9 @@
-"""Muon for accelerators: torch's, with all matrices of one shape together.
+"""Muon: torch's, with all matrices of one shape together.
 
 torch's takes matrices one at a time, some twenty small operations each, which a GPU finishes sooner than its processor
 asks for them: a quarter of a student's step at Pythia-70M's shape, nearly half of its teacher's. Together they are
-batched products. On CPUs there is nothing to gain. Method: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
+batched products. On CPUs too, where matrices are small: the default study's take half of the time on two threads.
+Method: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
 
 Shapes: N matrices of R rows and C columns, R <= C.
 """
@@ -18,6 +19,7 @@ from torch import Tensor
 from orchestrator.distill.models.shards import spread_as, whole
 
 TOGETHER = 1 << 26  # numbers of one batch at most: what is made on the way takes a few times its memory
+ON_CPU = 1 << 22  # large matrices gain nothing there
 BUFFER = "momentum_buffer"
 
 
@@ -76,11 +78,11 @@ def orthogonal(x_NRC: Tensor, coefficients: tuple[float, float, float], steps: i
 
 
 def _alike(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The matrices by shape and device, at most `TOGETHER` numbers at a time."""
+    """The matrices by shape and device, some of them at a time."""
     found: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
         found.setdefault((parameter.shape, parameter.device), []).append(parameter)
-    for (shape, _), alike in found.items():
-        most = max(1, TOGETHER // shape.numel())
+    for (shape, device), alike in found.items():
+        most = max(1, min(TOGETHER, ON_CPU if device.type == "cpu" else TOGETHER) // shape.numel())
         for start in range(0, len(alike), most):
             yield alike[start : start + most]

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from orchestrator.distill.models.sites import decoder_layers
 from orchestrator.distill.training.muon import BatchedMuon
@@ -137,8 +136,5 @@ def _optimizer(
     if not settings:
         return None
     if matrices:
-        several = [p for group in settings for p in group["params"]]
-        alone = all(p.device.type == "cpu" and not isinstance(p, DTensor) for p in several)
-        muon = torch.optim.Muon if alone else BatchedMuon
-        return muon(settings, lr=base, weight_decay=config.weight_decay, momentum=MUON_MOMENTUM)
+        return BatchedMuon(settings, lr=base, weight_decay=config.weight_decay, momentum=MUON_MOMENTUM)
     return torch.optim.AdamW(settings, lr=base, betas=config.betas, weight_decay=config.weight_decay)
