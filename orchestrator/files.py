@@ -99,9 +99,9 @@ def write_bytes(path: Path, content: bytes) -> None:
     fsync_directory(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
     """Replace a JSON file atomically and durably; NaN and infinities raise `ValueError`."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    write_text(path, json.dumps(value, indent=1, sort_keys=sort_keys, allow_nan=False) + "\n")
 
 
 def below(root: Path) -> Iterator[Path]:

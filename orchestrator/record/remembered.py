@@ -159,7 +159,10 @@ class Variant:
         return dict(decided[-1]) if decided else {}
 
     def remember(self, asked: Asked, keys: set[str]) -> None:
-        """Write down what is about to run, and make it the newest of its name."""
+        """Write down what is about to run, and make it the newest of its name.
+
+        Keys keep their order: a grid's numbers and names of trials follow it.
+        """
         write_text(self.folder / "study.yaml", asked.text)
         told = {
             field.name: getattr(asked, field.name)
@@ -167,7 +170,7 @@ class Variant:
             if field.name not in ("text", "places")
         }
         resolved = RESOLVED.dump_python(asked.resolved, mode="json")
-        write_json(self.folder / ASKED, {**told, "resolved": resolved, "keys": sorted(keys)})
+        write_json(self.folder / ASKED, {**told, "resolved": resolved, "keys": sorted(keys)}, sort_keys=False)
         _link(self.folder.parent / NEWEST, self.id)
 
     def _unreadable(self, error: Exception) -> UnknownStudyError:

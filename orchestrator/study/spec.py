@@ -177,6 +177,11 @@ class ProbesSpec(Spec):
 Again = Annotated[int, Field(ge=0, exclude_if=lambda value: value == 0)]
 
 
+# Seconds of all turns of one comparison of speeds, where more turns than asked for can tell more: small models have
+# thirty turns in it, large ones those asked for.
+CHEAP_SECONDS = 1.5
+
+
 class ThroughputSpec(Spec):
     """Speed of a student's architecture against its teacher's; weights do not enter, hardware and device do."""
 

@@ -28,7 +28,7 @@ from orchestrator.record.remembered import (
 )
 from orchestrator.study.loader import read_document
 from orchestrator.study.sources import resolve
-from tests.record.handmade import Hand
+from tests.record.handmade import Hand, asked
 
 WHO = Provenance("layerswap run s.yaml", "ada", "there", "a processor x2", "3.11", {"torch": "2"}, "abc")
 
@@ -55,12 +55,25 @@ def test_a_plan_is_the_same_without_the_files_it_was_made_from(hand: Hand, tmp_p
     variant = remembered(hand)
     (tmp_path / "text.txt").unlink()
     hand.file.unlink()
-    asked = variant.asked()
-    assert asked == hand.asked
-    plan = asked.plan()
+    found = variant.asked()
+    assert found == hand.asked
+    plan = found.plan()
     assert plan == hand.plan
     assert (variant.folder / "study.yaml").read_text() == hand.asked.text
     assert variant.needed() == set(hand.plan.specs)
+
+
+def test_trials_keep_their_numbers_and_the_order_in_which_they_are_told(hand: Hand, tmp_path: Path) -> None:
+    """A grid counts its last axis first, and names say what differs in the order of the file."""
+    losses = "{kl: 1.0, ce: 0.5}"
+    given = asked(tmp_path, f"search.space={{seed: [0, 1], recipe.joint.0.losses: [{{kl: 1.0}}, {losses}]}}")
+    variant = variant_of(hand.home, given.plan())
+    variant.remember(given, set())
+    told = [list(trial.values.items()) for trial in variant.asked().plan().trials]
+    assert [(values[0], list(values[1][1])) for values in told] == [
+        (("seed", 0), ["kl"]), (("seed", 0), ["kl", "ce"]), (("seed", 1), ["kl"]), (("seed", 1), ["kl", "ce"]),
+    ]  # fmt: skip
+    assert told == [list(trial.values.items()) for trial in given.plan().trials]
 
 
 def test_equal_plans_are_one_variant_and_others_have_an_id_of_their_own(hand: Hand, tmp_path: Path) -> None:

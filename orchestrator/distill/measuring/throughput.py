@@ -31,11 +31,10 @@ from orchestrator.distill.training.losses import next_token_loss, train_operator
 from orchestrator.distill.training.memory import peak_mb, reset_peak
 from orchestrator.distill.training.optimizers import set_trainable
 from orchestrator.study.placing import by_layer
-from orchestrator.study.spec import ThroughputSpec
+from orchestrator.study.spec import CHEAP_SECONDS, ThroughputSpec
 
 Timed = Callable[[Any], float]  # model -> seconds
 NARROW = 0.02  # of the ratio, to either side
-CHEAP_SECONDS = 1.5  # of all turns of one comparison; small models have thirty turns in it, large ones those asked for
 MOST_TURNS = 31
 
 
