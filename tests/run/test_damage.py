@@ -208,7 +208,10 @@ def test_a_manifest_without_a_digest_of_its_own_is_taken(text: Small) -> None:
     assert store.withdraw_damaged([spec.key]) == []
 
 
-@pytest.mark.parametrize("harm", ["flip", "delete", "stage deleted", "manifest torn"])
+@pytest.mark.parametrize(
+    "harm",
+    [*(pytest.param(harm, marks=pytest.mark.slow) for harm in ("flip", "delete")), "stage deleted", "manifest torn"],
+)
 def test_a_child_of_a_damaged_stage_waits_for_it_and_is_no_failure(
     family: tuple[Small, TokensSpec], harm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -267,6 +267,7 @@ def test_damage_after_the_start_is_said_and_computed_again(
     assert all(known[key] == blob for key, blob in weights(home).items() if key in known)
 
 
+@pytest.mark.slow
 def test_a_dead_tracking_server_delays_nothing_and_a_report_sends_everything(finished: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         dead = f"http://127.0.0.1:{free.getsockname()[1]}"

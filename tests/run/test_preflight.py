@@ -28,6 +28,7 @@ STUDY = "study: s\nrecipe: {phases: [{tokens: 1024, losses: {kl: 1.0}}]}\n"
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_plan_that_does_not_fit_a_running_cluster_is_told_and_nothing_is_written(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(STUDY)
     words = ["run", "s.yaml", "--home", "home", "--set", "numerics.threads=2"]
