@@ -118,6 +118,7 @@ def test_default_study_sweeps_what_it_promises() -> None:
     assert study.teacher.tokens <= 2_500_000  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_pythia_study_runs_with_the_hub_replaced(hub: Path, tmp_path: Path) -> None:
     changes = [*local(hub), "search.space=[{schedule.layers_per_stage: [3]}]", "controls.skip=false"]
     study = ROOT / "studies" / "pythia-70m.yaml"

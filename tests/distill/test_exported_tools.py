@@ -51,6 +51,7 @@ def model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["gpt_neox"], indirect=True)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_a_compiled_student_gives_the_same_logits_and_gradients(model: Any) -> None:

@@ -46,7 +46,10 @@ ELSEWHERE = (
     "every_input_meets",
     "no_step_transforms",
     "sizes_of_transforms",
-)  # float64, or no operator
+    "longer_than_built_for",
+    "no_position_is_an_error",
+    "misused_states",
+)  # float64, or no operator, or nothing computed
 
 
 def plain(value: Any) -> Any:

@@ -55,9 +55,14 @@ def size_of(state: State) -> int:
 
 
 @every_mode
-@pytest.mark.parametrize("croppable", [True, False])
 @pytest.mark.parametrize(
-    "prompt", [1, PIECE, pytest.param(3, marks=pytest.mark.slow), pytest.param(300, marks=pytest.mark.slow)]
+    ("prompt", "croppable"),
+    [
+        (1, True),
+        (PIECE, False),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in [(1, False), (PIECE, True)]),
+        *(pytest.param(prompt, kept, marks=pytest.mark.slow) for prompt in (3, 300) for kept in (True, False)),
+    ],
 )
 @torch.no_grad()
 def test_hundreds_of_steps_are_exact(name: str, mode: str, prompt: int, croppable: bool) -> None:

@@ -284,7 +284,7 @@ def test_trials_that_were_stopped_stay_so_for_the_same_plan(scene: Scene, tmp_pa
 def test_a_disk_that_is_full_from_the_start_ends_a_run_before_it_begins(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(remembered, name, full)

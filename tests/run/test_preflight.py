@@ -126,6 +126,7 @@ STRANGER = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_nobody_else_reaches_the_ray_of_a_run(tmp_path: Path) -> None:
     """Its services listen on the loopback interface, and who comes with another token is turned away."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
