@@ -124,6 +124,18 @@ def test_records_go_to_the_terminal_alone_where_their_file_is_called_minus(
     assert beside.stdout == "the answer\n" and json.loads(Path("found.json").read_text()) == told
 
 
+def test_the_ui_of_a_home_needs_no_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[Path] = []
+    monkeypatch.setattr("orchestrator.record.tracking.server.serve", lambda home, *_: served.append(home.root))
+    monkeypatch.chdir(tmp_path)
+    for home in (tmp_path / "runs", tmp_path / "other"):
+        home.mkdir()
+        (home / "mlflow.db").touch()
+    for words in ([], ["s.yaml"], ["--home", "other"], ["s.yaml", "--home", "other"]):
+        assert CliRunner().invoke(app, ["ui", *words]).exit_code == 0
+    assert [home.name for home in served] == ["runs", "runs", "other", "other"]
+
+
 def test_numbers_are_written_as_people_write_them() -> None:
     told = commands("run", "--checkpoint-seconds", "15.0", "--gpus-per-stage", "1e-1")["run"]
     assert told == "layerswap run s.yaml --gpus-per-stage 0.1 --checkpoint-seconds 15"

@@ -121,14 +121,14 @@ def tell(text: str, file: Path | None, value: Any) -> None:
         write_json(file, value)
 
 
-def home_of(study: Path, home: Path | None) -> Any:
-    """The `Home` that was given, or the study's usual one."""
+def home_of(study: Path | None, home: Path | None) -> Any:
+    """The `Home` that was given, or the study's usual one; without a study that of a study which lies here."""
     from orchestrator.record.home import Home, default_home
 
-    return Home(home or default_home(study))
+    return Home(home or default_home(study or Path("study")))
 
 
-def store_of(study: Path, home: Path | None, *, write: bool = False, must_exist: bool = False) -> Any:
+def store_of(study: Path | None, home: Path | None, *, write: bool = False, must_exist: bool = False) -> Any:
     """Its `Store`, to be read unless `write`; bad input where it is unusable, or must exist and does not."""
     from orchestrator.run.store import Store, StoreError
 

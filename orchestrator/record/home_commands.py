@@ -10,7 +10,6 @@ import typer
 from orchestrator.record.given import bad_input, home_of, look_at, needed_of_all, store_of
 from orchestrator.record.options import HomeDirectory, Kept, Overrides, StudyName
 
-NAMED = Path("study")  # what a home is looked for from where no study is given
 Yes = Annotated[bool, typer.Option("--yes", help="do it; without it what would go is only listed")]
 
 
@@ -18,8 +17,8 @@ def list_studies(home: HomeDirectory = None) -> None:
     """List what was run in a home, newest first."""
     from orchestrator.record.catalogue import listed, table
 
-    store_of(NAMED, home)
-    place = home_of(NAMED, home)
+    store_of(None, home)
+    place = home_of(None, home)
     found = listed(place)
     print(table(found) if found else f"nothing was run in {place.root} yet")
 
@@ -127,8 +126,8 @@ def doctor(
 ) -> None:
     """Name what interrupted runs left behind, and what to do about it; exit code 1 where something needs attention."""
     needed = None if study is None else look_at(command, study, overrides, home).keys
-    place = home_of(study or Path("study"), home)
-    store_of(study or Path("study"), home)
+    place = home_of(study, home)
+    store_of(study, home)
     from orchestrator.record.doctor import doctor_text, examine
 
     text, code = doctor_text(examine(place, needed), fix)

@@ -147,13 +147,15 @@ def export(
 
 
 def ui(
-    study: StudyName,
+    study: Annotated[
+        Path | None, typer.Argument(metavar="[STUDY]", help="a study of the home; default: none needed")
+    ] = None,
     home: HomeDirectory = None,
     host: Annotated[str, typer.Option(help="address to serve it on; 0.0.0.0: all of this machine's")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port of the MLflow UI", min=1, max=65_535)] = 5000,
     auth: Annotated[bool, typer.Option("--auth", help="ask for user and password (MLflow's basic auth)")] = False,
 ) -> None:
-    """Serve the MLflow UI on the study's records until Ctrl-C."""
+    """Serve the MLflow UI on the records of all studies of a home until Ctrl-C."""
     place = home_of(study, home)
     if not (place.root / "mlflow.db").exists():
         bad_input(f"{place.root} holds nothing yet: run the study first, or give its --home")

@@ -94,6 +94,22 @@ def test_every_step_and_trial_has_a_run_below_the_right_one(told: Told) -> None:
     assert told.runs.client.get_experiment(told.runs.experiment).name == "handmade"
 
 
+def test_an_experiment_says_what_its_study_asks_until_a_person_says_something_else(told: Told) -> None:
+    runs, kept = told.runs, "mlflow.note.content"
+
+    def description() -> str | None:
+        found: str | None = runs.client.get_experiment(runs.experiment).tags.get(kept)
+        return found
+
+    assert description() == "Which of two operators costs less?"
+    runs.describe("Which costs least?")
+    assert description() == "Which costs least?"
+    for mine in ("mine", ""):
+        runs.client.set_experiment_tag(runs.experiment, kept, mine)
+        runs.describe("Which costs more?")
+        assert description() == mine
+
+
 def test_a_run_lasts_as_long_as_its_work(told: Told) -> None:
     """Stage n begins n minutes after the first, trains for ten seconds and is evaluated in two."""
     assert {run.info.status for run in told.all.values()} == {"FINISHED"}

@@ -128,6 +128,15 @@ class Runs:
         if tags.get(f"{SHARED}{name}") != view:
             self.client.set_experiment_tag(self.experiment, f"{SHARED}{name}", view)
 
+    def describe(self, text: str) -> None:
+        """Give the experiment a description, unless a person wrote or removed it: the list of experiments shows it."""
+        tags = self.client.get_experiment(self.experiment).tags
+        there = tags.get(NOTE)
+        if text and (there == text or tags.get(NOTED) == (digest(there) if there else None)):
+            for name, value in ((NOTE, text[: LONGEST["note"]]), (NOTED, digest(text))):
+                if tags.get(name) != value:
+                    self.client.set_experiment_tag(self.experiment, name, value)
+
     def set_aside(self, wanted: set[str]) -> None:
         """Mark the runs that the study, as it was run last, does not ask for."""
         for identity in self.ids.keys() - wanted:

@@ -99,6 +99,7 @@ class Tracker:
         study, failed = self._study_run(), bool(failures) or any(self._failure(step) for step in self.plan.steps)
         if not self.newest:  # its own runs only: the study's tells of the newest
             return
+        self.runs.describe(self.plan.study.question)
         self.runs.score(study, summary)
         status = "FINISHED" if complete and not failures else "FAILED" if failed else "KILLED"
         self.runs.close(study, status, None if self.runs.live else self._ended(tuple(self.plan.steps)))
