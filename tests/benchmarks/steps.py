@@ -1,8 +1,10 @@
-"""Training steps of a study's teacher and students on a GPU, Muon's matrices one at a time and in batches.
+"""Training steps of a study's teacher and students: Muon's matrices one at a time and in batches, and on a CPU
+attention rounded like other products (`numerics.matmul: medium`) and in float32.
 
-`python -m tests.benchmarks.steps studies/gpu.yaml`, or another study that makes its teacher and trains by Muon. Steps
-are those of stages, with optimizer, losses and the check of their numbers, but the tokens are random and there before,
-and students start random, since speed does not depend on it. Medians of turns.
+`python -m tests.benchmarks.steps studies/gpu.yaml`, or another study that makes its teacher and trains by Muon;
+`--device cpu` measures the default one. Steps are those of stages, with optimizer, losses and the check of their
+numbers, but the tokens are random and there before, and students start random, since speed does not depend on it.
+Medians of turns, and of ratios to the first way with an interval of 95 %.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from typing import Any
 import torch
 
 from operators.config import HyenaConfig
+from orchestrator.distill.measuring.intervals import median_interval
 from orchestrator.distill.models.student import new_teacher
 from orchestrator.distill.models.swap import swap
 from orchestrator.distill.training import muon
 from orchestrator.distill.training import optimizers as optim
+from orchestrator.distill.training.attention import ATTENTIONS, SDPA
 from orchestrator.distill.training.loop import Parts, Training, autocast, prepare
 from orchestrator.distill.training.loop import _step as step
 from orchestrator.distill.training.losses import batch_losses, next_token_loss, train_operators_only
@@ -31,8 +35,14 @@ from orchestrator.study.plan import make_plan
 from orchestrator.study.sources import resolve
 from orchestrator.study.spec import DistilSpec, TeacherSpec
 
-WAYS = {"one at a time": torch.optim.Muon, "in batches": muon.BatchedMuon}
-STEPS, TURNS = 4, 6
+# Muon, and whether attention is in float32 where other products are rounded.
+WAYS = {"one at a time": (torch.optim.Muon, True), "in batches": (muon.BatchedMuon, True)}
+ON_CPU = {
+    "one at a time, attention rounded": (torch.optim.Muon, False),
+    "in batches": (muon.BatchedMuon, False),
+    "and attention in float32": (muon.BatchedMuon, True),
+}
+STEPS, TURNS = 4, 9
 
 
 def teaching(spec: TeacherSpec, teacher: Any, device: str) -> Training:
@@ -68,22 +78,39 @@ def distilling(spec: DistilSpec, teacher: Any, device: str) -> Training:
     return Training(student, made, spec.optimizer, 1000, ids_BL.numel(), loss)
 
 
-def compare(make: Callable[[], Training]) -> dict[str, float]:
-    """Milliseconds of a step by way, the ways in turn."""
-    runs = {}
-    for way, optim.BatchedMuon in WAYS.items():  # type: ignore[misc]
-        runs[way] = make()
-    taken: dict[str, list[float]] = {way: [] for way in WAYS}
+def compare(make: Callable[[], Training], device: str) -> dict[str, str]:
+    """Milliseconds of a step by way, the ways in turn, and how long it takes of the first way's."""
+    ways = ON_CPU if device == "cpu" else WAYS
+    runs: dict[str, tuple[Training, Any]] = {}
+    exact = ATTENTIONS[SDPA]
+    for way, (kind, in_float32) in ways.items():
+        setattr(optim, "BatchedMuon", kind)  # noqa: B010
+        runs[way] = make(), exact if in_float32 else exact.function
+    taken: dict[str, list[float]] = {way: [] for way in ways}
     for turn in range(TURNS):
-        for way, training in runs.items():
-            torch.cuda.synchronize()
+        for way, (training, ATTENTIONS[SDPA]) in runs.items():
+            wait(device)
             began = time.perf_counter()
             for index in range(STEPS):
                 step(training, index)
-            torch.cuda.synchronize()
+            wait(device)
             if turn:  # the first warms up
                 taken[way].append(1e3 * (time.perf_counter() - began) / STEPS)
-    return {way: statistics.median(times) for way, times in taken.items()}
+    ATTENTIONS[SDPA] = exact
+    first, *others = taken
+    told = {first: f"{statistics.median(taken[first]):.1f} ms"}
+    for way in others:
+        ratios = [one / before for one, before in zip(taken[way], taken[first], strict=True)]
+        low, high = median_interval([ratios]) or (ratios[0], ratios[0])
+        shown = f"{statistics.median(ratios):.2f} [{low:.2f}, {high:.2f}]"
+        told[way] = f"{statistics.median(taken[way]):.1f} ms, {shown}"
+    return told
+
+
+def wait(device: str) -> None:
+    """Until the device has done what it was asked for."""
+    if device != "cpu":
+        torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -91,9 +118,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.steps", description=__doc__)
     parser.add_argument("study", type=Path)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", default="", help="kinds whose name has this in it")
     options = parser.parse_args()
-    if not options.device.startswith("cuda"):
-        parser.error("on a CPU there is one kind of Muon: give --device cuda")
     device, document = options.device, read_document(options.study)
     study = validate(document)
     specs = make_plan(document, study, resolve(study, options.study.parent)).specs.values()
@@ -102,12 +128,16 @@ def main() -> None:
         parser.error(f"{options.study} must make its teacher and train by Muon: see studies/gpu.yaml")
     prepare(taught.numerics, taught.seed)
     teacher = new_teacher(taught.architecture, taught.seed).to(device).eval().requires_grad_(False)
-    kinds: dict[str, Callable[[], Training]] = {"teacher": lambda: teaching(taught, teacher, device)}
+    kinds: dict[str, tuple[Any, Callable[[], Training]]] = {}
+    kinds["teacher"] = taught.numerics, lambda: teaching(taught, teacher, device)
     for spec in specs:
         if isinstance(spec, DistilSpec) and spec.phases and isinstance(spec.operator, HyenaConfig):
-            kinds[str(spec.operator)] = lambda spec=spec: distilling(spec, teacher, device)  # type: ignore[misc]
-    for name, make in kinds.items():
-        print(name, {way: round(milliseconds, 1) for way, milliseconds in compare(make).items()}, flush=True)
+            name = f"layers {', '.join(map(str, spec.layers))}, {spec.operator}"
+            kinds[name] = spec.numerics, lambda spec=spec: distilling(spec, teacher, device)  # type: ignore[misc]
+    for name, (numerics, make) in kinds.items():
+        if options.only in name:
+            prepare(numerics)
+            print(name, compare(make, device), flush=True)
 
 
 if __name__ == "__main__":
