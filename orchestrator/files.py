@@ -101,7 +101,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
     """Replace a JSON file atomically and durably; NaN and infinities raise `ValueError`."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=sort_keys, allow_nan=False) + "\n")
+    write_text(path, json_text(value, sort_keys=sort_keys) + "\n")
+
+
+def json_text(value: Any, *, sort_keys: bool = True) -> str:
+    """JSON as people read it; NaN and infinities raise `ValueError`."""
+    return json.dumps(value, indent=1, sort_keys=sort_keys, allow_nan=False)
 
 
 def below(root: Path) -> Iterator[Path]:

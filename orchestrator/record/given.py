@@ -5,7 +5,6 @@ Place in the flow: the commands of `cli` begin here. Invariant: nothing is writt
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from orchestrator.files import write_json
+from orchestrator.files import json_text, write_json
 from orchestrator.run.hardware import hardware
 from orchestrator.study.loader import Document, StudyError, read_document, validate
 from orchestrator.study.peek import check_files
@@ -114,7 +113,7 @@ def json_goes_to(file: Path | None) -> None:
 def tell(text: str, file: Path | None, value: Any) -> None:
     """Print what a command says, and its numbers into the file of `--json`; where that is `-`, numbers alone."""
     if file == Path("-"):
-        print(json.dumps(value, indent=1, sort_keys=True, allow_nan=False))
+        print(json_text(value))
         return
     print(text)
     if file is not None:

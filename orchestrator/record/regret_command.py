@@ -51,11 +51,11 @@ def regret(
     if not any(each.rows for each in ways if each.way.cost is not None):
         bad_input(f"{other.name} has none of the sets that {job.name} comes to")
     title = f"{job.name}: regret against the best of all sets of {other.name}"
-    tell(regret_text(title, ways), json_file, regret_json(job.name, other.name, known, ways))
+    text = regret_text(title, ways)
     if job.home.writable:
         folder = job.variant.folder
         folder.mkdir(parents=True, exist_ok=True)
         draw_regret(title, ways, folder / "regret.png")
         write_text(folder / "regret.md", regret_markdown(title, ways, notes))
-        if json_file != Path("-"):
-            print(f"\nregret:   {folder / 'regret.md'}")
+        text += f"\n\nregret:   {folder / 'regret.md'}"
+    tell(text, json_file, regret_json(job.name, other.name, known, ways))

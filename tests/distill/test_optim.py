@@ -31,7 +31,7 @@ def rates(model: Any, optimizers: list[torch.optim.Optimizer]) -> dict[str, tupl
     """Parameter name -> optimizer and learning rate."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
-        names[id(parameter)]: (type(optimizer).__name__.removeprefix("Batched"), group["lr"])
+        names[id(parameter)]: (type(optimizer).__name__, group["lr"])
         for optimizer in optimizers
         for group in optimizer.param_groups
         for parameter in group["params"]
@@ -41,9 +41,9 @@ def rates(model: Any, optimizers: list[torch.optim.Optimizer]) -> dict[str, tupl
 def test_muon_takes_the_matrices_adamw_the_rest_and_the_rest_is_slower(student: Any) -> None:
     found = rates(student, make_optimizers(student, Optimizer(**RATES)))
     layer = "gpt_neox.layers.1."
-    assert found[f"{layer}attention.operator.in_proj.weight"] == ("Muon", 0.1)
-    assert found[f"{layer}mlp.dense_h_to_4h.weight"] == ("Muon", 0.05)
-    assert found["gpt_neox.layers.0.attention.query_key_value.weight"] == ("Muon", 0.05)
+    assert found[f"{layer}attention.operator.in_proj.weight"] == ("BatchedMuon", 0.1)
+    assert found[f"{layer}mlp.dense_h_to_4h.weight"] == ("BatchedMuon", 0.05)
+    assert found["gpt_neox.layers.0.attention.query_key_value.weight"] == ("BatchedMuon", 0.05)
     for name in ("in_proj.bias", "short_weight", "short_bias", "direct", "filter.readout.weight"):
         assert found[f"{layer}attention.operator.{name}"] == ("AdamW", 0.01), name
     for name in ("gpt_neox.embed_in.weight", "lm_head.weight", f"{layer}input_layernorm.weight"):
@@ -53,7 +53,7 @@ def test_muon_takes_the_matrices_adamw_the_rest_and_the_rest_is_slower(student: 
 
 def test_every_matrix_that_muon_takes_is_a_map_between_hidden_states(student: Any) -> None:
     found = rates(student, make_optimizers(student, Optimizer()))
-    muon = {name for name, (optimizer, _) in found.items() if optimizer == "Muon"}
+    muon = {name for name, (optimizer, _) in found.items() if optimizer == "BatchedMuon"}
     assert all(student.get_parameter(name).ndim == 2 for name in muon)
     assert not [name for name in muon if ".filter." in name or "embed" in name or "short" in name]
 
@@ -168,7 +168,7 @@ def test_a_factor_scales_each_groups_own_rate_and_is_not_remembered(student: Any
 @pytest.mark.parametrize(("decay", "nesterov"), [(0.1, True), (0.0, False)])
 def test_muon_of_many_matrices_is_torchs(decay: float, nesterov: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wide, tall, square, one of its kind, one without a gradient; batches that are cut."""
-    monkeypatch.setattr(muon, "TOGETHER", 2 * 24 * 40)
+    monkeypatch.setattr(muon, "ON_CPU", 2 * 24 * 40)
     generator = torch.Generator().manual_seed(0)
     shapes = [(24, 40), (40, 24), (24, 40), (24, 24), (24, 40), (1, 7), (40, 24), (24, 40)]
     start = [torch.randn(shape, generator=generator) for shape in shapes]
@@ -211,7 +211,7 @@ def test_muon_in_batches_tells_what_its_closure_told() -> None:
 
 
 def test_muons_batches_have_at_most_so_many_numbers_or_one_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(muon, "TOGETHER", 6)
+    monkeypatch.setattr(muon, "ON_CPU", 6)
     many = [torch.empty(shape) for shape in ((1, 2), (2, 2), (1, 2), (3, 3), (1, 2), (3, 3), (1, 2), (2, 2))]
     found = [[tuple(x.shape) for x in batch] for batch in muon._alike(many)]
     assert found == [[(1, 2)] * 3, [(1, 2)], [(2, 2)], [(2, 2)], [(3, 3)], [(3, 3)]]

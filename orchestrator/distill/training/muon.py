@@ -83,6 +83,6 @@ def _alike(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
     for parameter in parameters:
         found.setdefault((parameter.shape, parameter.device), []).append(parameter)
     for (shape, device), alike in found.items():
-        most = max(1, min(TOGETHER, ON_CPU if device.type == "cpu" else TOGETHER) // shape.numel())
+        most = max(1, (ON_CPU if device.type == "cpu" else TOGETHER) // shape.numel())
         for start in range(0, len(alike), most):
             yield alike[start : start + most]

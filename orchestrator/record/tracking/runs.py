@@ -119,7 +119,7 @@ class Runs:
         if not text or digest(text) == self.tags[run].get(NOTED):
             return
         there = self.client.get_run(run).data.tags.get(NOTE)  # somebody may have written since
-        ours = self.tags[run].get(NOTED) == (digest(there) if there else None)
+        ours = _is_ours(there, self.tags[run].get(NOTED))
         self.renew(run, {NOTED: digest(text), **({NOTE: text} if ours else {})})
 
     def show(self, name: str, view: str) -> None:
@@ -130,10 +130,10 @@ class Runs:
 
     def describe(self, text: str) -> None:
         """Give the experiment a description, unless a person wrote or removed it: the list of experiments shows it."""
-        tags = self.client.get_experiment(self.experiment).tags
+        text, tags = text[: LONGEST["note"]], self.client.get_experiment(self.experiment).tags
         there = tags.get(NOTE)
-        if text and (there == text or tags.get(NOTED) == (digest(there) if there else None)):
-            for name, value in ((NOTE, text[: LONGEST["note"]]), (NOTED, digest(text))):
+        if text and (there == text or _is_ours(there, tags.get(NOTED))):
+            for name, value in ((NOTE, text), (NOTED, digest(text))):
                 if tags.get(name) != value:
                     self.client.set_experiment_tag(self.experiment, name, value)
 
@@ -325,3 +325,8 @@ def _mark(result: Result) -> str:
     """A result and its place on the curve, in few letters: a tag holds those of all stages of a path."""
     key, points = result
     return digest(f"{key} {points[0][3] if points else 0}")[:MARK]
+
+
+def _is_ours(note: str | None, noted: str | None) -> bool:
+    """Whether a note is what this program wrote last, told by its digest; none where it never wrote one."""
+    return noted == (digest(note) if note else None)
