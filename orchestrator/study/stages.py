@@ -164,17 +164,21 @@ def throughput_of(step: Step, study: Study, teacher: str, hardware: str) -> Thro
     student = step.train if isinstance(step.train, DistilSpec | ScratchSpec) and step.own_tokens else None
     rest_scale = (student.optimizer if student else study.recipe.optimizer).rest_scale
     freeze = study.recipe.freeze if student is None else getattr(student, "freeze", ())
+    freeze = tuple(sorted(set(freeze))) if step.swapped else ()
+    rest_trains = rest_scale > 0 or not step.swapped
+    # The layers of a teacher that is trained here look alike: where all of it trains, their number says the speed.
+    alike = isinstance(study.teacher, Pretrain) and rest_trains and not freeze and not isinstance(operator, PerLayer)
     return ThroughputSpec(
         teacher=teacher,
         operator=operator,
-        layers=step.swapped,
+        layers=tuple(range(len(step.swapped))) if alike else step.swapped,
         throughput=study.throughput,
         train_batch_size=student.batch_size if student else study.recipe.batch_size,
         sequence_length=study.data.sequence_length,
         numerics=alone(student.numerics if student else study.numerics),
         hardware=hardware,
-        rest_trains=rest_scale > 0 or not step.swapped,
-        freeze=tuple(sorted(set(freeze))) if step.swapped else (),
+        rest_trains=rest_trains,
+        freeze=freeze,
     )
 
 

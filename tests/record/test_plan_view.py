@@ -55,7 +55,7 @@ def test_the_default_study_fits_a_screen(tmp_path: Path) -> None:
     lines = plan(tmp_path / "home", study="layerwise").splitlines()
     assert len(lines) <= 32
     assert max(map(len, lines)) <= 120
-    assert sum("trial-" in line for line in lines) == 17
+    assert sum("trial-" in line for line in lines) == 14
 
 
 def test_memory_is_told_for_every_stage_that_holds_a_model(tmp_path: Path) -> None:

@@ -148,7 +148,8 @@ def test_what_does_not_fit_is_told_with_its_remedy(tmp_path: Path, schedule: str
 EXACT = "choice: {solver: exact, until: {decode: 1.5}, take: 2}"
 
 
-def test_an_exact_choice_solves_by_the_speeds_of_single_layers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("alike", [True, False])
+def test_an_exact_choice_solves_by_the_speeds_of_single_layers(tmp_path: Path, alike: bool) -> None:
     def answer(spec: Any) -> Mapping[str, Any]:
         if spec.kind == "throughput":
             (layer,) = spec.layers
@@ -158,13 +159,13 @@ def test_an_exact_choice_solves_by_the_speeds_of_single_layers(tmp_path: Path) -
             return {"order": [3, 1, 0], "operators": {"3": 1, "1": 0, "0": 1}}
         return {"perplexity_ratio": 1.0}
 
-    world = World(tmp_path, EXACT, answer, LIST)
+    world = World(tmp_path, EXACT, answer, LIST, *([] if alike else ["recipe.freeze=['*layers.0.*']"]))
     speeds = [spec for spec in world.plan().specs.values() if spec.kind == "throughput"]
-    assert [spec.layers for spec in speeds] == [(layer,) for layer in range(4) for _ in range(2)]
+    assert [spec.layers for spec in speeds] == [(layer,) for layer in range(1 if alike else 4) for _ in range(2)]
     trial = world.trial()
     solve = trial.path.decisions[0].spec.solve
     assert solve is not None and (solve.decode, solve.layers, solve.seconds) == (1.5, None, 0.01)
-    students = [120.0, 220.0, 130.0, 230.0, 140.0, 240.0, 150.0, 250.0]
+    students = [120.0, 220.0] * 4 if alike else [120.0, 220.0, 130.0, 230.0, 140.0, 240.0, 150.0, 250.0]
     assert solve.added == pytest.approx([1 / student - 0.01 for student in students])
     assert layers(trial) == [(1, 3), (0,)]  # and layer 2 stays attention
     assert trial.steps[-1].operator == placing({0: HEADS, 1: TWO, 3: HEADS})
