@@ -17,7 +17,7 @@ from orchestrator.record.job import Job
 from orchestrator.run.cluster import Cluster, ClusterError
 from orchestrator.run.interrupt import Interrupt
 from orchestrator.run.mirror import Mirror, MirrorError
-from orchestrator.run.preflight import check_memory, check_run, cores_asked, idle_gpus
+from orchestrator.run.preflight import check_memory, check_run, cores_asked, idle_gpus, slow_products
 from orchestrator.run.store import Store
 from orchestrator.study.sources import Resolved
 
@@ -63,6 +63,8 @@ def start(job: Job, resolved: Resolved, where: Where, interrupt: Interrupt) -> i
         cluster = Cluster(where.ray_address, cores_asked(where.cpus, where.ray_address))
         copies = Mirror(where.mirror) if where.mirror is not None else None
         check_run(job.plan, context, cluster)
+        if slow := slow_products(job.plan, context, cluster):
+            print(f"note: {slow}", file=sys.stderr)
         known = Store(job.home.store, write=False)
         done = {key for key in known.all_keys() if known.finished(key)}
         check_memory(job.plan, job.speeds, context, cluster, done)

@@ -117,6 +117,22 @@ def idle_gpus(context: RunContext, cluster: Cluster) -> int:
     return cluster.gpus if cluster.address is None and context.device == "cpu" else 0
 
 
+def slow_products(plan: Plan, context: RunContext, cluster: Cluster) -> str | None:
+    """What is told where this machine computes in a precision that its processor has no instructions for."""
+    numerics = [getattr(spec, "numerics", None) for spec in plan.specs.values()]
+    narrow = any(one is not None and one.dtype == "bfloat16" for one in numerics)
+    if not narrow or context.device != "cpu" or cluster.address is not None:
+        return None
+    from orchestrator.distill.training.muon import multiplies_bfloat16  # imports torch
+
+    if multiplies_bfloat16("cpu"):
+        return None
+    return (
+        "numerics.dtype is bfloat16, which this processor has no instructions for: products take many times as long as "
+        "in float32; set numerics.dtype (and teacher_dtype) to float32, or take --device cuda or another machine"
+    )
+
+
 def _check_core(plan: Plan) -> None:
     """Raise `ClusterError` where stages ask for a compiled core and this machine has none."""
     numerics = [getattr(spec, "numerics", None) for spec in plan.specs.values()]

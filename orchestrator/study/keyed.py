@@ -14,7 +14,7 @@ from pydantic import Field
 from orchestrator.files import canonical_json
 from orchestrator.study.values import Model
 
-STAGE_VERSION = 7  # raise it with any change that makes an old result differ from a new one
+STAGE_VERSION = 8  # raise it with any change that makes an old result differ from a new one
 DOMAIN = b"layerswap/stage\n"
 
 Device = Literal["cpu", "cuda"]

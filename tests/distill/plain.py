@@ -331,9 +331,11 @@ def by_adamw(p: Tensor, g: Tensor, rate: float, rates: Rates, memory: dict[str, 
 
 
 def by_muon(p: Tensor, g: Tensor, rate: float, rates: Rates, memory: dict[str, Any]) -> Tensor:
-    """Nesterov momentum 0.95, made orthogonal by five rounds of Newton and Schulz in bfloat16, larger for tall ones."""
+    """Nesterov momentum 0.95, orthogonal by five rounds of Newton and Schulz, larger for tall ones; in bfloat16, or
+    from it on in float32 on CPUs that have no other products."""
     memory["m"] = 0.95 * memory.get("m", torch.zeros_like(p)) + 0.05 * g
     x = (0.95 * memory["m"] + 0.05 * g).bfloat16()
+    x = x if torch.ops.mkldnn._is_mkldnn_bf16_supported() else x.float()
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     x = x / x.norm().clamp(min=1e-7)

@@ -169,6 +169,7 @@ def test_a_factor_scales_each_groups_own_rate_and_is_not_remembered(student: Any
 def test_muon_of_many_matrices_is_torchs(decay: float, nesterov: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wide, tall, square, one of its kind, one without a gradient; batches that are cut."""
     monkeypatch.setattr(muon, "ON_CPU", 2 * 24 * 40)
+    monkeypatch.setattr(muon, "multiplies_bfloat16", lambda _: True)  # as torch's do, however slowly
     generator = torch.Generator().manual_seed(0)
     shapes = [(24, 40), (40, 24), (24, 40), (24, 24), (24, 40), (1, 7), (40, 24), (24, 40)]
     start = [torch.randn(shape, generator=generator) for shape in shapes]
@@ -188,6 +189,34 @@ def test_muon_of_many_matrices_is_torchs(decay: float, nesterov: bool, monkeypat
     assert torch.equal(ours[4], start[4]) and not torch.equal(ours[0], start[0])
     names = [list(optimizer.state_dict()["state"][0]) for optimizer in optimizers]
     assert names[0] == names[1] == [muon.BUFFER]
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6)])
+def test_muon_multiplies_in_float32_where_bfloat16_would_be_slow(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(muon, "multiplies_bfloat16", lambda device: device != "cpu")
+    start, gradient = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    parameter = nn.Parameter(start.clone())
+    parameter.grad = gradient
+    muon.BatchedMuon([parameter], lr=0.1, weight_decay=0.0, nesterov=False).step()
+    x = (0.05 * gradient).bfloat16().double()
+    x = x / x.norm()
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    rate = 0.1 * max(1.0, shape[0] / shape[1]) ** 0.5
+    torch.testing.assert_close(parameter.detach(), start - rate * x.float(), rtol=0, atol=1e-6)
+
+
+def test_bfloat16_is_multiplied_where_torch_has_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert muon.multiplies_bfloat16("cuda")
+    for has in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=has: has)
+        assert muon.multiplies_bfloat16("cpu") == has
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert not muon.multiplies_bfloat16("cpu")
 
 
 def test_muon_in_batches_knows_one_rule_for_learning_rates() -> None:

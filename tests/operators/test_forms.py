@@ -223,6 +223,14 @@ PATHS: list[tuple[HyenaConfig, int, torch.dtype, Path]] = [
 ]
 
 
+def test_the_far_part_of_a_window_takes_the_path_of_what_lies_beyond_it() -> None:
+    operator = hyena(replace(SQUARED, window=64), 8, 4096)
+    operator.initialise(None, generator())
+    assert operator.path(1, 64, torch.bfloat16) == Path("masked", "torch", False)  # nothing is far
+    assert operator.path(1, 64 + 16, torch.bfloat16) == Path("masked", "torch", True)
+    assert operator.path(1, 64 + 2048, torch.bfloat16) == Path("recurrence", "torch", True)
+
+
 @pytest.mark.parametrize(("config", "length", "dtype", "path"), PATHS)
 def test_an_operator_says_which_path_it_takes_and_takes_it(
     config: HyenaConfig, length: int, dtype: torch.dtype, path: Path, monkeypatch: pytest.MonkeyPatch

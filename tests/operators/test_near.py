@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from operators.mixing.near import joined
+from operators.near import EPSILON, Near
+from operators.transfer.attention import AttentionWeights, QueryKeyNorm
+from operators.transfer.rotation import Rotation
 from tests.operators.cases import B, D, close, draw, make
 
 FAR = torch.cat([draw(1, 1, 3, 2, seed=2), torch.ones(1, 1, 1, 2)], dim=2)
@@ -45,3 +52,40 @@ def test_a_state_counts_what_it_holds() -> None:
         operator.extend(draw(B, 20, D), one)
     assert state.held_bytes() == 2 * 4 * (B * 2 * 4 * 6 + B * 2 * 4 * 2) + 8 * B
     assert kept.held_bytes() == 2 * state.held_bytes() + 4 * B * D * (64 + 16)  # and a mark to go back to
+
+
+def rms(x_HK: Tensor) -> Tensor:
+    return x_HK / (x_HK.square().mean(-1, keepdim=True) + EPSILON).sqrt()
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("normed", [False, True])
+def test_queries_and_keys_in_order_have_the_logits_of_the_attention(scale: float | None, normed: bool) -> None:
+    """Of two heads of six channels, of which a rotation turns channels 4 and 0, and 1 and 5."""
+    heads, width = 2, 6
+    drawn = torch.Generator().manual_seed(0)
+    x_D, y_D, norms_HK = (torch.randn(*size, generator=drawn).double() for size in ((5,), (5,), (2, heads, width)))
+    rows = {name: torch.randn(heads * width, 5, generator=drawn).double() for name in ("query", "key")}
+    biases = {f"{name}_bias": torch.randn(heads * width, generator=drawn).double() for name in ("query", "key")}
+    norm = {f"{name}_norm": QueryKeyNorm(each) for name, each in zip(("query", "key"), norms_HK, strict=True)}
+    rest: dict[str, Any] = {"value": rows["key"], "output": rows["key"].t(), **(norm if normed else {})}
+    attention = AttentionWeights(heads=heads, scale=scale, **rows, **biases, **rest)
+    rotation = Rotation(torch.tensor([0.75, -0.25]), torch.tensor([4, 1]), torch.tensor([0, 5]), factor=1.1)
+
+    def by_definition(name: str, x_D: Tensor, place: int) -> Tensor:
+        x_HK = (rows[name] @ x_D + biases[f"{name}_bias"]).view(heads, width)
+        x_HK = rms(x_HK) * norm[f"{name}_norm"].weight if normed else x_HK
+        found_HK = x_HK.clone()
+        for first, second, frequency in ((4, 0, 0.75), (1, 5, -0.25)):
+            c, s = math.cos(place * frequency), math.sin(place * frequency)
+            found_HK[:, first] = 1.1 * (c * x_HK[:, first] - s * x_HK[:, second])
+            found_HK[:, second] = 1.1 * (c * x_HK[:, second] + s * x_HK[:, first])
+        return found_HK
+
+    near = Near((heads, heads), width, "rms" if normed else "none", level=False).double()
+    of_query, of_key = near.follow(attention, rotation)
+    pairs = ((of_query, x_D), (of_key, y_D))
+    q_BHK1, k_BHK1 = ((of @ x + bias).view(1, heads, width, 1) for (of, bias), x in pairs)
+    found = near.products(q_BHK1, k_BHK1, 9)[0] * near.products(q_BHK1, k_BHK1, 4)[2]
+    wanted = by_definition("query", x_D, 9) * by_definition("key", y_D, 4)
+    torch.testing.assert_close(found[0, ..., 0].sum(1), wanted.sum(1) * (scale or width**-0.5))

@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from orchestrator.cli import app
 from orchestrator.distill.context import RunContext
+from orchestrator.distill.training import muon
 from orchestrator.run import preflight
 from orchestrator.run.cluster import ClusterError
-from orchestrator.run.preflight import check_memory, idle_gpus
+from orchestrator.run.preflight import check_memory, idle_gpus, slow_products
 from orchestrator.run.sweep import Cluster, connected
 from orchestrator.study.plan import stage_memory
 from orchestrator.study.recipe import Numerics, Optimizer
@@ -58,6 +59,35 @@ def test_a_plan_that_does_not_fit_a_running_cluster_is_told_and_nothing_is_writt
 def test_gpus_that_nobody_asked_for_are_counted(address: str | None, gpus: int, device: str, idle: int) -> None:
     context = RunContext(store="s", device=device)
     assert idle_gpus(context, Cluster(address, cpus=2, gpus=gpus)) == idle
+
+
+@pytest.mark.parametrize(
+    ("dtype", "address", "device", "multiplies", "told"),
+    [
+        ("bfloat16", None, "cpu", False, True),
+        ("bfloat16", None, "cpu", True, False),
+        ("bfloat16", None, "cuda", False, False),
+        ("bfloat16", "10.0.0.1:6379", "cpu", False, False),
+        ("float32", None, "cpu", False, False),
+    ],
+)
+def test_a_precision_that_the_processor_has_no_instructions_for_is_told(
+    dtype: str, address: str | None, device: str, multiplies: bool, told: bool,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(muon, "multiplies_bfloat16", lambda device: multiplies)
+    plan, context = Hand(tmp_path, f"numerics.dtype={dtype}").plan, RunContext(store="s", device=device)
+    found = slow_products(plan, context, Cluster(address, cpus=2, gpus=1))
+    assert (found is not None) == told
+    assert not told or "set numerics.dtype (and teacher_dtype) to float32" in str(found)
+
+
+def test_a_run_tells_that_its_precision_is_slow_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muon, "multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr(preflight, "available_bytes", lambda context: 0)  # which ends it
+    (tmp_path / "s.yaml").write_text(STUDY)
+    words = ["run", str(tmp_path / "s.yaml"), "--home", str(tmp_path / "home"), "--set", "numerics.dtype=bfloat16"]
+    assert "note: numerics.dtype is bfloat16, which this" in CliRunner().invoke(app, words).stderr
 
 
 def test_a_stage_that_cannot_fit_this_machine_ends_the_run_before_it_begins(tmp_path: Path) -> None:

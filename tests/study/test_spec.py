@@ -73,15 +73,15 @@ SPECS: dict[str, Any] = {
 # A change of these is a new identity of every stage computed so far: say so in the CHANGELOG, and raise STAGE_VERSION
 # where the same specification would give another result.
 KEYS = {
-    "tokens": "89c9836f6321b4a26314043eb016dfd756df21910d90a36667fb06bfb507dfb0",
-    "import": "2a5f2a04b464040039d050e61e935fbe622c7f78d0e360f3488badcfe3285067",
-    "teacher": "f967fac2edf0a73ae3ee6ab12d2c1f77f9b6b2788e62e651a5e97f7cd0342634",
-    "distil": "61c7376117d6b6abff7898045044ae51af62421daa1cefc267c5b794fc9a6e3d",
-    "scratch": "706aea614406040747e237444daea77435976019bd092c92ff0f684a04d12f2b",
-    "evaluate": "06a5dfc0099eb2d99974802f90de675e78175b5ba105b2511e4ee48b505846e4",
-    "throughput": "c0b361bcbf314bb180cb8fdeafafeb292c595dae21c7e07f9a8a5625e3f8e322",
-    "probes": "c94e1f23602cb93fb6485ceca61d0f001686ebdf78aac5d63cfd0eba72203a0e",
-    "tasks": "f92a2d230da1c68568401cb25bf7ac8640e0bf1a7869df45c7208ee0ebee6ccb",
+    "tokens": "a3c29648cf4c3c83878f3625f8fd165a1776c2ad4e18a371c20913d8945f238c",
+    "import": "16fb7e49f22494d5aef97d99e4332836411ccd7a3a8d709a2db6f6fce82d5d21",
+    "teacher": "86aafd5deaedca684f8bf23d454f4a6d04c5de591676f0bda3cc4e0310432370",
+    "distil": "a76d94b83fcc2d3254804c6567ddc17873335d278c4b1b9287d0921e45b3f6e3",
+    "scratch": "cec5d1935c2645618e29234c47a60e9d71cac5460607ca3e4247ed7ff4baaa16",
+    "evaluate": "305008efe3edcac4da50b083ac83d9ed398e29bf6aa86bb50d143296e7d68480",
+    "throughput": "6c531c89323516578b920652317655d2fab06a6aa90a38b5382445bd9003f5cc",
+    "probes": "1daea340dbc89a369aeddf9ddf081c717874daeab4644d89920da59c0d78e9d4",
+    "tasks": "04ccb8ddbcb329333c111d27ff49f895bca2429a184b9674992790d0e01fb6cb",
 }
 WORDS = {  # another value for a field whose words are given
     "source": "jsonl", "method": "adamw", "dtype": "bfloat16", "window": "linear", "init": "random",
