@@ -18,6 +18,7 @@ import torch
 from filelock import FileLock
 
 HEADERS = (
+    "vec.h",
     "fft.h",
     "rows.h",
     "conv.h",

@@ -15,15 +15,13 @@
 #include <cstdint>
 #include <vector>
 
-#define FORCED inline __attribute__((always_inline))  // else vectors travel through memory
+#include "vec.h"
 
 namespace layerswap {
 
-constexpr int64_t kLanes = 16;
 constexpr int64_t kSmallest = 16;       // sizes of transforms: powers of two between these
 constexpr int64_t kLargest = 1 << 18;
 
-typedef float Vec __attribute__((vector_size(64)));
 struct Complex {
   Vec re, im;
 };

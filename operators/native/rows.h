@@ -1,10 +1,6 @@
 // Sixteen channels as vectors of sixteen and back, stored either way, and their short convolution.
 #pragma once
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
 #include <cstring>
 #include <utility>
@@ -12,62 +8,6 @@
 #include "fft.h"
 
 namespace layerswap {
-
-struct BFloat {
-  uint16_t bits;
-};
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-
-FORCED Vec read(const float* from) {
-  Vec v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
-}
-FORCED Vec read(const BFloat* from) {
-  Halves h;
-  std::memcpy(&h, from, sizeof h);
-  const Words w = __builtin_convertvector(h, Words) << 16;
-  return (Vec)w;
-}
-FORCED void write(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
-#ifdef __AVX512BF16__
-FORCED void write(BFloat* to, Vec v) {
-  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
-  std::memcpy(to, &h, sizeof h);
-}
-#else
-FORCED void write(BFloat* to, Vec v) {  // to the nearest, ties to even; what is no number stays none
-  const Words w = (Words)v;
-  const Words rounded = (w + 0x7fffu + ((w >> 16) & 1u)) >> 16;
-  const Halves h = __builtin_convertvector((v == v) ? rounded : (w >> 16 | 0x40u), Halves);
-  std::memcpy(to, &h, sizeof h);
-}
-#endif
-
-// e^x of numbers up to 0.
-FORCED Vec exp_of(Vec x) {
-  const Vec magic = Vec{} + 12582912.0f;
-  x = (x > -87.0f) ? x : Vec{} - 87.0f;
-  const Vec t = x * 1.44269504f + magic, n = t - magic;
-  const Vec r = x - n * 0.693145752f - n * 1.42860677e-6f;
-  const Vec p = 1.0f + r * (1.0f + r * (0.5f + r * (0.16666667f + r * (0.041666668f + r * 0.0083333338f))));
-  return (Vec)((Words)p + ((Words)t << 23));
-}
-
-FORCED Words narrow(Vec v) {
-  BFloat rounded[16];
-  write(rounded, v);
-  Halves h;
-  std::memcpy(&h, rounded, sizeof h);
-  return __builtin_convertvector(h, Words);
-}
-
-// Sixteen pairs in bfloat16, the first in the lower half.
-FORCED void pair_of(Vec first, Vec second, uint32_t* to) {
-  const Words both = narrow(first) | narrow(second) << 16;
-  std::memcpy(to, &both, sizeof both);
-}
 
 // The first `count` of sixteen.
 template <class T>
@@ -84,13 +24,6 @@ FORCED void write_some(T* to, Vec v, int64_t count) {
   T part[16];
   write(part, v);
   std::memcpy(to, part, count * sizeof(T));
-}
-
-FORCED float total(Vec v) {
-  const auto eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                     __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-  const auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
-  return (four[0] + four[1]) + (four[2] + four[3]);
 }
 
 // f of a product and its derivative: the product itself, or (1 + product / degree)^degree.
@@ -122,26 +55,6 @@ struct Rows {
 };
 
 constexpr int64_t kPrefetch = 24;  // positions: where the channels of a position touch, each lies on a page of its own
-
-template <int Step, size_t... J>
-FORCED void exchange(Vec& a, Vec& b, std::index_sequence<J...>) {
-  const Vec low = __builtin_shufflevector(a, b, ((J & Step) ? 16 + J - Step : J)...);
-  b = __builtin_shufflevector(a, b, ((J & Step) ? 16 + J : J + Step)...);
-  a = low;
-}
-
-template <int Step>
-FORCED void exchange_all(Vec* v) {
-  for (int i = 0; i < 16; ++i)
-    if (!(i & Step)) exchange<Step>(v[i], v[i + Step], std::make_index_sequence<16>());
-}
-
-FORCED void transpose(Vec* v) {
-  exchange_all<8>(v);
-  exchange_all<4>(v);
-  exchange_all<2>(v);
-  exchange_all<1>(v);
-}
 
 // Positions start to start + count, at most sixteen, each as a vector of channels; zeros where there is nothing.
 template <class T>

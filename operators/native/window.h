@@ -139,12 +139,12 @@ class WindowMixer {
 
   // A key's products where it counts as near, `other` where it does not.
   void row_of(const float* products, int64_t s, int64_t t0, float other, Vec* row) const {
-    constexpr Vec kPlace = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const float first = float(s - t0), last = s < head_.sinks ? float(kQueries) : float(s - t0 + head_.window);
+    const Vec first = Vec{} + float(s - t0) - 0.5f;
+    const Vec last = Vec{} + (s < head_.sinks ? float(kQueries) : float(s - t0 + head_.window));
     for (int j = 0; j < kVecs; ++j) {
-      const Vec place = kPlace + float(j * kLanes);
-      const auto counts = (place >= first) & (place < last);
-      row[j] = counts ? read(products + j * kLanes) : Vec{} + other;
+      const Vec place = places() + float(j * kLanes);
+      const Vec seen = where_larger(place, first, read(products + j * kLanes), Vec{} + other);
+      row[j] = where_larger(last, place, seen, Vec{} + other);
     }
   }
 
@@ -159,7 +159,7 @@ class WindowMixer {
     Vec row[kVecs], next[kVecs];
     for (int64_t i = 0; i < all; ++i) {
       row_of(&near_[i * kQueries], place(i), t0, -1e30f, row);
-      for (int j = 0; j < kVecs; ++j) largest_[j] = row[j] > largest_[j] ? row[j] : largest_[j];
+      for (int j = 0; j < kVecs; ++j) largest_[j] = larger(row[j], largest_[j]);
     }
     const auto weigh = [&](int64_t i, int64_t end, Vec* to) {
       if (i >= end) return std::fill(to, to + kVecs, Vec{});

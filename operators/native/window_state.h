@@ -92,7 +92,6 @@ class WindowState {
   // What queries, rows of 64 of each channel, gather of it: (V + 1) rows of 64 to y. The first lies `lag` behind the last
   // position taken in and the window.
   void read(const float* queries, int64_t lag, float* y) {
-    constexpr Vec kPlace = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     std::fill(read_.begin(), read_.end(), Word{});
     for (int64_t j = 0; j < kTaken / kLanes; ++j) {
       Vec channel[kMostSquared], decay;
@@ -105,7 +104,7 @@ class WindowState {
         else Packed<P>::put(held, weighed, &read_[(at / 2 - 1) * kRows * kTaken + j * kLanes], kTaken);
       };
       for (int64_t mode = 0; mode < modes_.count; ++mode) {
-        decay = modes_.residue[mode] * exp_of(modes_.log_pole[mode] * (kPlace + float(lag + j * kLanes)));
+        decay = modes_.residue[mode] * exp_of(modes_.log_pole[mode] * (places() + float(lag + j * kLanes)));
         each_square(channel, keys_, put);
       }
       if (at % 2) put(Vec{});
