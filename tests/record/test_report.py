@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from orchestrator.record.answer import redrawn, report
-from orchestrator.record.answer.frames import table
+from orchestrator.record.answer.frames import lead_table, table
 from orchestrator.record.answer.markdown import pipe_table
 from orchestrator.record.answer.report import write_report
 from orchestrator.record.answer.text import answer, text_table
@@ -19,6 +19,7 @@ from orchestrator.record.records import best_path, pareto_front
 from orchestrator.run.store import Store
 from orchestrator.study.loader import read_document, validate
 from orchestrator.study.plan import Plan, make_plan
+from orchestrator.study.reported import Report
 from orchestrator.study.sources import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,3 +144,10 @@ def test_answer_ends_with_the_commands_that_come_next(plan: Plan, rows: list[dic
     text = answer(plan, rows, RUN, ["browse:   make ui"])
     assert text.endswith("browse:   make ui")
     assert "best path: trial-01" in text
+
+
+def test_tables_without_rows_have_their_columns() -> None:
+    assert list(table([], "128", columns=("ratio", "hit")).columns) == ["row", "ratio", "hit"]
+    assert list(lead_table([], "128", Report(columns=("swapped", "layers", "ratio"))).columns) == [
+        "swapped", "layers", "ratio", "stage",
+    ]  # fmt: skip
