@@ -252,6 +252,8 @@ def test_gradients_in_bfloat16_near_those_of_the_definition(case: str) -> None:
             most = 0.2 if case == "power, full" else 0.03  # its gates, up to exp(10), stretch what is rounded
             # Features of squares are rounded too, and a centre that heads share has a small difference as its gradient.
             most = 0.06 if case.endswith(("squares", "tied, groups")) else most
+            # So has what shifts a level, a number a head: by the processor it was off by up to .031.
+            most = max(most, 0.05) if name == "near.shift" else most
             assert off < most, f"{name} is off by {off:.2g}"
 
 

@@ -61,28 +61,28 @@ def test_the_estimate_is_the_measured_rates_times_what_is_left(measured: Hand) -
     """What is left, in seconds: two 1 of 160 / 40 + 6 = 10, two joint ones of 320 / 40 + 6 = 14, heads 1 of 160 / 20 +
     2 = 10, their joint one of 320 / 20 + 2 = 18, two skips of 1.5, six evaluations of 2 and two of 9: together 99. Of
     scratch nothing was measured: other training of this model gives 640 / 80 + 3 = 11, 640 / 40 + 6 = 22 or
-    640 / 20 + 2 = 34, so 5.5 to 68. Five measurements of 5. The longest chains: heads with 10 + 18 + 9 = 37, scratch
+    640 / 20 + 2 = 34, so 5.5 to 68. Four measurements of 5. The longest chains: heads with 10 + 18 + 9 = 37, scratch
     with 68 + 2 = 70.
     """
     found = estimate(measured.plan, measured.store, measured.speeds, 2)
     assert found == {
-        "wall_seconds": span(104.5 / 2 + 25, 167 / 2 + 25),
-        "unit_seconds": span(104.5 + 25, 167 + 25),
-        "megabytes": span(3 * 3 + 4 * 1 + 8 / 2 + 5 / 4 + 1 / 2, 3 * 3 + 4 * 1 + 8 / 2 + 5 / 4 + 4 * 2),
+        "wall_seconds": span(104.5 / 2 + 20, 167 / 2 + 20),
+        "unit_seconds": span(104.5 + 20, 167 + 20),
+        "megabytes": span(3 * 3 + 4 * 1 + 8 / 2 + 4 / 4 + 1 / 2, 3 * 3 + 4 * 1 + 8 / 2 + 4 / 4 + 4 * 2),
         "device": "cpu",
         "units": 2,
         "near": ["scratch"],
         "unknown": [],
     }
     many = estimate(measured.plan, measured.store, measured.speeds, 8)
-    assert many["wall_seconds"] == span(37 + 25, 70 + 25)
+    assert many["wall_seconds"] == span(37 + 20, 70 + 20)
 
 
 def test_a_resumed_stage_tells_its_rate_and_not_what_it_took_beside(measured: Hand) -> None:
     told = measured.store.result(measured.key("two 0")) | {"resumed_at": 5}
     measured.write(measured.steps["two 0"].train, told, seconds=1.0)
     found = estimate(measured.plan, measured.store, measured.speeds, 2)
-    assert found["unit_seconds"] == span(104.5 + 25 - 3 * 6, 167 + 25 - 3 * 6)  # three stages of its sort
+    assert found["unit_seconds"] == span(104.5 + 20 - 3 * 6, 167 + 20 - 3 * 6)  # three stages of its sort
 
 
 def test_a_stage_of_more_cores_costs_more_core_time(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_the_plan_of_a_measured_store_word_by_word(measured: Hand, two_cores: No
     assert lines[-4:] == [
         "in the store: 3 of them; with teacher and controls 4 of 12",
         "memory of a stage: throughput 660 MB, scratch 661 MB, evaluate 660 MB, distil 660-661 MB",
-        "to do: 1760 tokens to train; about 71 s to 2 min on 2 cores (2 min to 3 min of core time), 18 MB to 26 MB",
+        "to do: 1760 tokens to train; about 66 s to 2 min on 2 cores (2 min to 3 min of core time), 18 MB to 26 MB",
         "       (by what others took, other models, operators, losses or lengths: scratch)",
     ]
 

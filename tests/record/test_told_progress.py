@@ -118,8 +118,8 @@ def test_every_event_once_and_in_words(hand: Hand, monkeypatch: pytest.MonkeyPat
         "[ 11:07] done   trial-00 stage 1/3 layers 0: perplexity 8.40, ratio 1.050, agreement 0.714 "
         "(1.23 M operator and 0.45 M other parameters trained)",
         "[ 11:07] done   trial-00 joint layers 0,1: perplexity 8.80, ratio 1.100, agreement 0.682, resumed at step 7",
-        "[ 11:07] speed  1 of 8 architectures measured",
-        "[ 11:07] speed  2 of 8 architectures measured",
+        "[ 11:07] speed  1 of 7 architectures measured",
+        "[ 11:07] speed  2 of 7 architectures measured",
     ]
     assert terminal.tick(after=1.0) == []
 

@@ -47,7 +47,7 @@ def test_a_frame_with_room_for_all(hand: Hand) -> None:
         f"   ▸ layers 0  {bar}  50%  1,234 tokens/s  kl 0.500  1,024 MB",
         "controls  scratch hyena-2 ✗  skip 0 ✓  skip 1  skip all",
         "  ✗ scratch hyena-2: NonFiniteLoss: step 4",
-        "speeds 0 of 8",
+        "speeds 0 of 7",
         "  ▸ speed of hyena-2 layers 0  1:01",
         "[  8:20] about 4 min left",
     ]
