@@ -7,7 +7,9 @@ import shlex
 import shutil
 import sqlite3
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -15,9 +17,11 @@ from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 
 from orchestrator.record.doctor import examine
 from orchestrator.record.home import Home, sqlite_uri
+from orchestrator.record.tracking import recorder as recorder_module
 from orchestrator.record.tracking.client import AnotherVersionError, make_database
 from orchestrator.record.tracking.entry import Entry
 from orchestrator.record.tracking.runs import Runs
+from tests.record.handmade import Hand
 
 
 def test_two_makers_and_a_torn_beginning_give_one_whole_database(tmp_path: Path) -> None:
@@ -32,6 +36,35 @@ def test_two_makers_and_a_torn_beginning_give_one_whole_database(tmp_path: Path)
     assert [maker.exitcode for maker in makers] == [0, 0]
     assert [e.name for e in MlflowClient(tracking_uri=home.database).search_experiments()] == ["Default"]
     assert not (tmp_path / "mlflow.db.part").exists()
+
+
+@pytest.mark.parametrize(("making", "hopeless"), [(250.0, False), (0.1, True)])
+def test_a_run_that_ends_waits_for_a_database_that_takes_long_to_make(
+    making: float, hopeless: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it would leave half made the next run begins anew, so that it might never be there."""
+    hand = Hand(tmp_path)
+
+    class Slow:
+        heard = 0.0
+
+        def __init__(self, *_: Any) -> None:
+            self.closed: set[str] = set()
+            time.sleep(2.0)
+            (hand.home.root / "mlflow.db").touch()
+
+        def replan(self, *_: Any) -> None: ...
+
+        def sync(self) -> None: ...
+
+    monkeypatch.setattr(recorder_module, "Tracker", Slow)
+    monkeypatch.setattr(recorder_module, "MAKING", making)
+    recorder = recorder_module.Recorder(hand.home, hand.plan, hand.speeds)
+    recorder.patience = 0.5
+    recorder.catch_up()
+    assert recorder.hopeless == hopeless
+    recorder.asked.put(None)
+    recorder.thread.join()
 
 
 @pytest.fixture

@@ -35,6 +35,9 @@ for noisy in ("mlflow", "alembic", "urllib3"):  # what fails is raised too, and 
     logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
 
+DATABASE = "mlflow.db"  # of a home
+
+
 class AnotherVersionError(RuntimeError):
     """A database that another version of MLflow wrote; the message says what to do about it."""
 
@@ -83,13 +86,18 @@ def _of_this_version(uri: str) -> Iterator[None]:
         ) from None
 
 
+def wants_database(home: Home) -> bool:
+    """Whether the home keeps its records in a database of its own, which is still to be made."""
+    return home.tracking is None and not (home.root / DATABASE).exists()
+
+
 def make_database(home: Home) -> None:
     """Make the home's own database where there is none: whole or not at all, by one process.
 
     MLflow makes its tables step by step; two makers at a time, or a killed one, would leave what no later one can mend.
     """
-    database, unfinished = home.root / "mlflow.db", home.root / "mlflow.db.part"
-    if database.exists():
+    database, unfinished = home.root / DATABASE, home.root / f"{DATABASE}.part"
+    if not wants_database(home):
         return
     home.root.mkdir(parents=True, exist_ok=True)
     with FileLock(home.root / "mlflow.lock"):

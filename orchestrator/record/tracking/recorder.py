@@ -20,7 +20,7 @@ from orchestrator.record.passwords import without_passwords
 from orchestrator.record.provenance import Provenance
 from orchestrator.record.tracking.beside import Beside
 from orchestrator.record.tracking.boards import asked, lacking
-from orchestrator.record.tracking.client import AnotherVersionError
+from orchestrator.record.tracking.client import AnotherVersionError, wants_database
 from orchestrator.record.tracking.tracker import Tracker
 from orchestrator.run.store import Store
 from orchestrator.study.plan import Plan
@@ -29,7 +29,8 @@ from orchestrator.study.stages import Step
 
 EVERY = 3.0  # seconds between rounds
 PATIENCE = 6.0  # seconds without an answer after which the end of a run does not wait any more
-REPORT_PATIENCE = 60.0  # and a report, which may have to make a database first
+REPORT_PATIENCE = 60.0  # and a report
+MAKING = 60.0  # seconds more that a home's own database may take to be made: what is half made is made anew
 
 Action = Callable[[Tracker], None]
 
@@ -113,10 +114,13 @@ class Recorder:
         if self.hopeless:
             return
         done, began = threading.Event(), time.monotonic()
+        made = began
         self.asked.put((action, done))
         while not done.wait(0.1):
+            if time.monotonic() - began < MAKING and wants_database(self.home):
+                made = time.monotonic()
             heard = 0.0 if self.tracker is None else self.tracker.heard
-            if time.monotonic() - max(began, heard) > self.patience:
+            if time.monotonic() - max(made, heard) > self.patience:
                 self.hopeless = True
                 return
 
