@@ -21,6 +21,7 @@ from orchestrator.run.cluster import Cluster, ClusterError, absent, check_before
 from orchestrator.run.limits import cores, memory_left
 from orchestrator.run.temporary import TemporaryError, temporary_root
 from orchestrator.study.plan import Plan, stage_memory
+from orchestrator.study.recipe import Numerics
 from orchestrator.study.spec import DEVICES, DistilSpec, EvaluateSpec, ScratchSpec, TeacherSpec, ThroughputSpec, short
 
 ANSWER_SECONDS = 5.0
@@ -119,9 +120,7 @@ def idle_gpus(context: RunContext, cluster: Cluster) -> int:
 
 def slow_products(plan: Plan, context: RunContext, cluster: Cluster) -> str | None:
     """What is told where this machine computes in a precision that its processor has no instructions for."""
-    numerics = [getattr(spec, "numerics", None) for spec in plan.specs.values()]
-    narrow = any(one is not None and one.dtype == "bfloat16" for one in numerics)
-    if not narrow or context.device != "cpu" or cluster.address is not None:
+    if context.device != "cpu" or cluster.address is not None or all(n.dtype != "bfloat16" for n in _numerics(plan)):
         return None
     from orchestrator.distill.training.muon import multiplies_bfloat16  # imports torch
 
@@ -133,10 +132,14 @@ def slow_products(plan: Plan, context: RunContext, cluster: Cluster) -> str | No
     )
 
 
+def _numerics(plan: Plan) -> list[Numerics]:
+    """What the plan's stages compute in, of those that compute."""
+    return [spec.numerics for spec in plan.specs.values() if hasattr(spec, "numerics")]
+
+
 def _check_core(plan: Plan) -> None:
     """Raise `ClusterError` where stages ask for a compiled core and this machine has none."""
-    numerics = [getattr(spec, "numerics", None) for spec in plan.specs.values()]
-    if not any(one is not None and one.core == "native" for one in numerics):
+    if all(one.core != "native" for one in _numerics(plan)):
         return
     from operators.native import available  # imports torch
 
