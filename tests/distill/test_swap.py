@@ -13,7 +13,8 @@ from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
 from operators.config import HyenaConfig, ModalFilterConfig, OperatorConfig, SkipConfig
 from operators.transfer.attention import AttentionWeights
-from orchestrator.distill.models.families import family_of, read
+from orchestrator.distill.models.families import family_of
+from orchestrator.distill.models.reading import read
 from orchestrator.distill.models.sites import attention_of
 from orchestrator.distill.models.student import load_teacher
 from orchestrator.distill.models.swap import SwappedAttention, decode_by, fit_errors, swap

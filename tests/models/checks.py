@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from operators.config import HyenaConfig, SkipConfig
 from orchestrator.distill.measuring.statistics import attention_statistics
-from orchestrator.distill.models.families import read
+from orchestrator.distill.models.reading import read
 from orchestrator.distill.models.sites import Site, call_of, decoder_layers, sites
 from orchestrator.distill.models.swap import SwappedAttention, swap, swapped
 from orchestrator.distill.training.head import check_output_head

@@ -1,4 +1,4 @@
-"""What `families.read` gives of an attention computes what the attention's own code computes."""
+"""What `reading.read` gives of an attention computes what the attention's own code computes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from operators.transfer.attention import AttentionWeights, QueryKeyNorm
-from orchestrator.distill.models.families import GATES, QUERY_NORMS, VALUE_NORMS, family_of, part, read
+from orchestrator.distill.models.families import family_of
+from orchestrator.distill.models.projections import GATES, QUERY_NORMS, VALUE_NORMS, part
+from orchestrator.distill.models.reading import read
 from orchestrator.distill.models.sites import Site, call_of, sites
 from tests.models.models import logits, near, takes, teacher_of, text
 

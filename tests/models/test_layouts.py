@@ -7,7 +7,7 @@ import torch
 
 from operators.config import HyenaConfig
 from operators.transfer.attention import AttentionStatistics
-from orchestrator.distill.models.families import read
+from orchestrator.distill.models.reading import read
 from orchestrator.distill.models.sites import attention_of, site_of, sites
 from orchestrator.distill.models.swap import swap
 from orchestrator.distill.models.verify import check_reading

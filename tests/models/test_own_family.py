@@ -15,6 +15,7 @@ from operators.config import HyenaConfig
 from orchestrator.distill.measuring.statistics import attention_statistics
 from orchestrator.distill.models import families as module
 from orchestrator.distill.models.families import Family
+from orchestrator.distill.models.projections import Parts
 from orchestrator.distill.models.sites import sites
 from orchestrator.distill.models.swap import swap
 from orchestrator.distill.models.verify import check_reading
@@ -80,7 +81,7 @@ def test_without_its_entry_it_is_refused(example: dict[str, Any]) -> None:
 def test_an_entry_that_reads_wrong_is_found_out(example: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def swapped(attention: Any) -> Any:
         parts = example["parts"](attention)
-        return module.Parts(parts.query, parts.value, parts.key)
+        return Parts(parts.query, parts.value, parts.key)
 
     wrong = Family(parts=swapped, attention="mixer")
     monkeypatch.setattr(module, "entry_points", lambda group: [Entry("pairs", wrong)])

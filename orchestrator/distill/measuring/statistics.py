@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from operators.transfer.attention import AttentionStatistics
 from operators.transfer.rotation import Rotation
 from orchestrator.distill.measuring.rotary import rotation_of
-from orchestrator.distill.models.families import on_processor, read
+from orchestrator.distill.models.reading import on_processor, read
 from orchestrator.distill.models.sites import Site, call_of, site_of, trunk_of
 from orchestrator.distill.training.loop import DIVERGED
 

@@ -16,7 +16,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from orchestrator.distill.models.families import (
+from orchestrator.distill.models.families import Family, families, family_of
+from orchestrator.distill.models.projections import (
     BOTH_NORMS,
     FUSED,
     GATES,
@@ -27,9 +28,6 @@ from orchestrator.distill.models.families import (
     QUERY_NORMS,
     VALUE_NORMS,
     VALUES,
-    Family,
-    families,
-    family_of,
     part,
 )
 

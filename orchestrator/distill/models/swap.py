@@ -23,8 +23,9 @@ from operators.registry import build
 from operators.skip import Skip
 from operators.transfer.attention import AttentionStatistics, AttentionWeights
 from orchestrator.distill.models.cache import OperatorCacheLayer, layer_for
-from orchestrator.distill.models.families import Family, on_processor, read, widths
+from orchestrator.distill.models.families import Family
 from orchestrator.distill.models.masks import by_document, packed_documents, pattern_of
+from orchestrator.distill.models.reading import on_processor, read, widths
 from orchestrator.distill.models.sites import (
     Call,
     Replacement,

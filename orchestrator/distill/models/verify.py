@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from operators.transfer.attention import AttentionStatistics
-from orchestrator.distill.models.families import read
+from orchestrator.distill.models.reading import read
 from orchestrator.distill.models.sites import REMEDY, Replacement, Site, call_of, sites
 
 FAR = 0.02  # of the output's size, which bfloat16 keeps within
