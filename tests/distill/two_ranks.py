@@ -95,12 +95,11 @@ def main(rank: int, folder: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(minutes=2)
     )
-    gc.freeze()  # what is imported: looking through it for tensors takes longer than a stage
+    gc.freeze()  # what is imported, from here on: looking through it for tensors takes longer than a stage
     try:
         for name, job in json.loads((folder / "jobs.json").read_text()).items():
             run_job(job, folder / name, rank)
     finally:
-        gc.unfreeze()
         dist.destroy_process_group()
 
 

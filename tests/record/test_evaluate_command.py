@@ -6,7 +6,6 @@ import gc
 import json
 import shutil
 import signal
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,11 +70,9 @@ def evaluate(ran: Ran, *words: str | Path, model: Path | None = None, code: int 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def light_collections() -> Iterator[None]:
-    """Stages collect garbage when they end: what the libraries of a test's process hold is not looked through."""
+def light_collections() -> None:
+    """Stages collect garbage when they end: what lm-eval's libraries hold is not looked through, then and later."""
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
