@@ -197,7 +197,7 @@ def test_sine_network_and_its_gradients(lags: int, features: int, width: int, de
 
 def both(case: str, length: int, *, masked: bool = False) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """Outputs and gradients under autocast to bfloat16 by the kernels, and in float64 on the CPU."""
-    width = 8 if WIDE[case].heads is None else 32
+    width = 2 if WIDE[case].heads is None else 32
     operator: Any = build(WIDE[case], width, 100)
     operator.initialise(None, generator())
     mask_BL = (torch.arange(length) >= torch.tensor([[length // 3], [0]])) if masked else None
