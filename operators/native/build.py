@@ -12,7 +12,9 @@ import os
 import platform
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from filelock import FileLock
@@ -33,7 +35,7 @@ HEADERS = (
     "window.h",
 )
 SOURCES = ("core.cpp", "decode.cpp", "near.cpp", "window.cpp", "mixing.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi")
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-fopenmp", "-Wno-psabi")
 PATIENCE = 900  # seconds that a build, or another process's, may take
 
 
@@ -71,19 +73,30 @@ def build() -> Path:
 
 
 def _compile(target: Path) -> None:
+    """Every source by a compiler of its own, as many at a time as there are processors, then all into one library."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
+    if shutil.which(compiler()) is None:
+        raise FileNotFoundError(f"no C++ compiler {compiler()!r}")
     unfinished = target.with_suffix(".part")
-    command = [compiler(), *FLAGS, *(f"-I{path}" for path in include_paths()), "-o", str(unfinished)]
-    command += [*(str(Path(__file__).parent / name) for name in SOURCES), *(f"-L{path}" for path in library_paths())]
-    command += ["-lc10", "-ltorch", "-ltorch_cpu"]
-    if shutil.which(command[0]) is None:
-        raise FileNotFoundError(f"no C++ compiler {command[0]!r}")
+    headers = [f"-I{path}" for path in include_paths()]
+    with TemporaryDirectory(dir=target.parent) as folder:
+        sources = [str(Path(__file__).parent / name) for name in SOURCES]
+        objects = [f"{folder}/{name}.o" for name in SOURCES]
+        commands = [["-c", source, "-o", made, *headers] for source, made in zip(sources, objects, strict=True)]
+        with ThreadPoolExecutor(os.cpu_count() or 1) as several:
+            list(several.map(_compiled, commands))
+        searched = [f"-L{path}" for path in library_paths()]
+        _compiled(["-shared", *objects, "-o", str(unfinished), *searched, "-lc10", "-ltorch", "-ltorch_cpu"])
+    unfinished.replace(target)
+
+
+def _compiled(words: list[str]) -> None:
+    command = [compiler(), *FLAGS, *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
         raise OSError(f"{command[0]} failed: {(errors or ['no message'])[0]}")
-    unfinished.replace(target)
 
 
 def _processor() -> str:
