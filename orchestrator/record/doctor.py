@@ -149,7 +149,7 @@ def _marks(store: Path) -> Iterator[Finding]:
 
 def _zombies(home: Home) -> Iterator[Finding]:
     """MLflow runs that say RUNNING, where nobody runs in this home."""
-    if not (home.root / "mlflow.db").is_file():
+    if not home.database_file.is_file():
         return
     from orchestrator.record.tracking.client import (  # takes seconds, so only where there is a database
         AnotherVersionError,
@@ -165,7 +165,7 @@ def _zombies(home: Home) -> Iterator[Finding]:
     except Exception as error:  # whatever MLflow raises
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         yield Finding(
-            f"MLflow's database {home.root / 'mlflow.db'} cannot be read ({reason})",
+            f"MLflow's database {home.database_file} cannot be read ({reason})",
             "move it away: `layerswap report STUDY` makes it again from the store",
         )
         return

@@ -26,9 +26,14 @@ class Home:
         return self.root / "store"
 
     @property
+    def database_file(self) -> Path:
+        """The home's own MLflow database."""
+        return self.root / "mlflow.db"
+
+    @property
     def database(self) -> str:
-        """URI of the home's own MLflow database."""
-        return sqlite_uri(self.root / "mlflow.db")
+        """Its URI."""
+        return sqlite_uri(self.database_file)
 
     @property
     def tracking_uri(self) -> str:

@@ -157,7 +157,7 @@ def ui(
 ) -> None:
     """Serve the MLflow UI on the records of all studies of a home until Ctrl-C."""
     place = home_of(study, home)
-    if not (place.root / "mlflow.db").exists():
+    if not place.database_file.exists():
         bad_input(f"{place.root} holds nothing yet: run the study first, or give its --home")
     from orchestrator.record.tracking.server import serve
 

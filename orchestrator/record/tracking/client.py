@@ -35,9 +35,6 @@ for noisy in ("mlflow", "alembic", "urllib3"):  # what fails is raised too, and 
     logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
 
-DATABASE = "mlflow.db"  # of a home
-
-
 class AnotherVersionError(RuntimeError):
     """A database that another version of MLflow wrote; the message says what to do about it."""
 
@@ -88,7 +85,7 @@ def _of_this_version(uri: str) -> Iterator[None]:
 
 def wants_database(home: Home) -> bool:
     """Whether the home keeps its records in a database of its own, which is still to be made."""
-    return home.tracking is None and not (home.root / DATABASE).exists()
+    return home.tracking is None and not home.database_file.exists()
 
 
 def make_database(home: Home) -> None:
@@ -96,7 +93,8 @@ def make_database(home: Home) -> None:
 
     MLflow makes its tables step by step; two makers at a time, or a killed one, would leave what no later one can mend.
     """
-    database, unfinished = home.root / DATABASE, home.root / f"{DATABASE}.part"
+    database = home.database_file
+    unfinished = database.with_name(f"{database.name}.part")
     if not wants_database(home):
         return
     home.root.mkdir(parents=True, exist_ok=True)

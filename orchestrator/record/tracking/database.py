@@ -22,7 +22,7 @@ def renew_places(home: Home) -> None:
     now = home.root.resolve()
     with (
         FileLock(home.root / "mlflow.lock"),
-        contextlib.closing(sqlite3.connect(home.root / "mlflow.db", timeout=10)) as database,
+        contextlib.closing(sqlite3.connect(home.database_file, timeout=10)) as database,
         database,
     ):
         for before in _other_roots(database, now.as_uri()):

@@ -41,7 +41,7 @@ def serve(home: Home, host: str, port: int, auth: bool) -> None:
     try:
         renew_places(home)
     except sqlite3.Error as error:
-        told = f"{home.root / 'mlflow.db'} cannot be read ({error})"
+        told = f"{home.database_file} cannot be read ({error})"
         raise ValueError(f"{told}: `layerswap doctor` says what to do about it") from None
     more, lines = prepare_auth(home) if auth else ({}, [])
     if not auth and not is_loopback(host):
