@@ -20,8 +20,9 @@ from orchestrator.record.home import Home
 from orchestrator.record.provenance import Provenance
 from orchestrator.record.tracking.client import still_running
 from orchestrator.record.tracking.entry import path_entry
-from orchestrator.record.tracking.identity import FILE, home_id
-from orchestrator.record.tracking.runs import HOME, IDENTITY, NOTE
+from orchestrator.record.tracking.experiment import NOTE
+from orchestrator.record.tracking.identity import FILE, HOME, home_id
+from orchestrator.record.tracking.runs import IDENTITY
 from orchestrator.record.tracking.tracker import Tracker
 from orchestrator.study.plan import Plan, throughput_specs
 from tests.record.handmade import RATIOS, START, Hand, planned, put, quality

@@ -12,6 +12,7 @@ from mlflow.entities import Run
 
 from orchestrator.record.remembered import identity
 from orchestrator.record.tracking.entry import SUMMARY
+from orchestrator.record.tracking.experiment import describe
 from orchestrator.record.tracking.identity import home_id
 from orchestrator.record.tracking.runs import Runs
 from orchestrator.record.tracking.tracker import Tracker
@@ -102,13 +103,13 @@ def test_an_experiment_says_what_its_study_asks_until_a_person_says_something_el
         return found
 
     assert description() == "Which of two operators costs less?"
-    runs.describe("Which? " * 2_000)  # longer than MLflow takes
+    describe(runs.client, runs.experiment, "Which? " * 2_000)  # longer than MLflow takes
     assert description() == ("Which? " * 2_000)[:7_500]
-    runs.describe("Which costs least?")
+    describe(runs.client, runs.experiment, "Which costs least?")
     assert description() == "Which costs least?"
     for mine in ("mine", ""):
         runs.client.set_experiment_tag(runs.experiment, kept, mine)
-        runs.describe("Which costs more?")
+        describe(runs.client, runs.experiment, "Which costs more?")
         assert description() == mine
 
 

@@ -7,7 +7,6 @@ them, other tags are not looked at.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,19 +17,17 @@ from mlflow.entities import DatasetInput, Metric, Param, RunTag
 
 from orchestrator.record.home import Home
 from orchestrator.record.tracking.client import connect, tracking_at
-from orchestrator.record.tracking.database import renew_places
 from orchestrator.record.tracking.entry import MARKER, Entry, Point, Result
+from orchestrator.record.tracking.experiment import LONGEST_NOTE, NOTE, NOTED, digest, experiment_of, is_ours
 from orchestrator.record.tracking.identity import HOME, home_id
-from orchestrator.record.tracking.view import SHARED
 
 IDENTITY = "layerswap.id"
 TOLD = "layerswap.told"  # tag: which results of the run's stages were sent
 MODEL = "layerswap.model"
 IN_PLAN = "layerswap.in_plan"  # tag: whether the study, as it was run last, asks for the run
-NAMED, NOTED = "layerswap.name", "layerswap.note"  # tags: what this program wrote last, the note by its digest
-NAME, NOTE, PARENT = "mlflow.runName", "mlflow.note.content", "mlflow.parentRunId"
-KIND = "mlflow.experimentKind"  # tag of the experiment: the UI then opens on runs and metrics
-LONGEST = {"note": 7_500, "value": 500}  # letters; MLflow refuses 8,000 and 6,000
+NAMED = "layerswap.name"  # tag: how this program called the run last
+NAME, PARENT = "mlflow.runName", "mlflow.parentRunId"
+LONGEST_VALUE = 500  # letters; MLflow refuses 6,000
 BATCH = 500  # metrics in a call; MLflow takes 1,000
 MARK = 8  # letters that tell what was sent
 
@@ -63,7 +60,7 @@ class Runs:
         self.status: dict[str, str] = {}  # run id -> RUNNING, FINISHED, FAILED or KILLED
         self.sent: dict[str, int] = {}  # run id -> last journal step sent
         self.with_data: set[str] = set()  # run ids
-        self.experiment = self._experiment()
+        self.experiment = experiment_of(self.client, home, study, self.home_id)
         self.heard = 0.0
         self.find()
 
@@ -72,7 +69,7 @@ class Runs:
 
         `began` tells when the work of a new run began, in milliseconds since 1970; None stands for now.
         """
-        parameters = {key: value[: LONGEST["value"]] for key, value in entry.parameters.items()}
+        parameters = {key: value[:LONGEST_VALUE] for key, value in entry.parameters.items()}
         run = self.ids.get(entry.identity)
         if (
             run is not None
@@ -115,27 +112,12 @@ class Runs:
 
     def note(self, run: str, text: str) -> None:
         """Give a run a note for people, unless a person wrote or removed it."""
-        text = text[: LONGEST["note"]]
+        text = text[:LONGEST_NOTE]
         if not text or digest(text) == self.tags[run].get(NOTED):
             return
         there = self.client.get_run(run).data.tags.get(NOTE)  # somebody may have written since
-        ours = _is_ours(there, self.tags[run].get(NOTED))
+        ours = is_ours(there, self.tags[run].get(NOTED))
         self.renew(run, {NOTED: digest(text), **({NOTE: text} if ours else {})})
-
-    def show(self, name: str, view: str) -> None:
-        """Keep a view of the experiment for people to open."""
-        tags = self.client.get_experiment(self.experiment).tags
-        if tags.get(f"{SHARED}{name}") != view:
-            self.client.set_experiment_tag(self.experiment, f"{SHARED}{name}", view)
-
-    def describe(self, text: str) -> None:
-        """Give the experiment a description, unless a person wrote or removed it: the list of experiments shows it."""
-        text, tags = text[: LONGEST["note"]], self.client.get_experiment(self.experiment).tags
-        there = tags.get(NOTE)
-        if text and (there == text or _is_ours(there, tags.get(NOTED))):
-            for name, value in ((NOTE, text), (NOTED, digest(text))):
-                if tags.get(name) != value:
-                    self.client.set_experiment_tag(self.experiment, name, value)
 
     def set_aside(self, wanted: set[str]) -> None:
         """Mark the runs that the study, as it was run last, does not ask for."""
@@ -260,25 +242,6 @@ class Runs:
             self.close(run, "KILLED")
         self.renew(run, {IN_PLAN: "false", HOME: self.home_id, **(more or {})})  # last: then nothing is left to do
 
-    def _experiment(self) -> str:
-        name, artefacts = self.study, self.home.artefacts
-        found = self.client.get_experiment_by_name(name)
-        if found is not None and artefacts is not None and found.tags.get(HOME, self.home_id) != self.home_id:
-            name = f"{self.study} {self.home_id[:8]}"  # files of the other one lie in another home
-            found = self.client.get_experiment_by_name(name)
-        place = None if artefacts is None else f"{artefacts}/{name}"
-        if found is None:
-            return str(
-                self.client.create_experiment(name, place, {KIND: "custom_model_development", HOME: self.home_id})
-            )
-        if self.home.tracking is None and found.artifact_location != place:  # the home was moved
-            renew_places(self.home)
-        if found.lifecycle_stage == "deleted":  # in the UI, by its owner, who now runs the study again
-            self.client.restore_experiment(found.experiment_id)
-        if KIND not in found.tags:
-            self.client.set_experiment_tag(found.experiment_id, KIND, "custom_model_development")
-        return str(found.experiment_id)
-
     def find(self) -> None:
         """Learn the home's runs that are there; where an answer was lost and a run made twice, one stays: the one that
         is known, else the first."""
@@ -312,21 +275,11 @@ class Runs:
 
 def _named(entry: Entry) -> dict[str, str]:
     """Tags of a new run's name and note."""
-    note = entry.note[: LONGEST["note"]]
+    note = entry.note[:LONGEST_NOTE]
     return {NAME: entry.name, NAMED: entry.name, **({NOTE: note, NOTED: digest(note)} if note else {})}
-
-
-def digest(text: str) -> str:
-    """A text in few letters, to know it again by."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _mark(result: Result) -> str:
     """A result and its place on the curve, in few letters: a tag holds those of all stages of a path."""
     key, points = result
     return digest(f"{key} {points[0][3] if points else 0}")[:MARK]
-
-
-def _is_ours(note: str | None, noted: str | None) -> bool:
-    """Whether a note is what this program wrote last, told by its digest; none where it never wrote one."""
-    return noted == (digest(note) if note else None)

@@ -22,9 +22,10 @@ from orchestrator.record.remembered import variant_of, variants
 from orchestrator.record.task_results import task_numbers, task_results
 from orchestrator.record.tracking import entry as entries
 from orchestrator.record.tracking.entry import OUTCOME, Entry, Point, path_identity, stage_identity
+from orchestrator.record.tracking.experiment import describe, digest, show
 from orchestrator.record.tracking.names import Path as TrialPath
 from orchestrator.record.tracking.names import shown
-from orchestrator.record.tracking.runs import BATCH, Runs, digest
+from orchestrator.record.tracking.runs import BATCH, Runs
 from orchestrator.record.tracking.source import data_of, remembered_source, source_tags, study_text
 from orchestrator.record.tracking.view import front_view, view_link, view_name
 from orchestrator.run.store import Store
@@ -99,7 +100,7 @@ class Tracker:
         study, failed = self._study_run(), bool(failures) or any(self._failure(step) for step in self.plan.steps)
         if not self.newest:  # its own runs only: the study's tells of the newest
             return
-        self.runs.describe(self.plan.study.question)
+        describe(self.runs.client, self.runs.experiment, self.plan.study.question)
         self.runs.score(study, summary)
         status = "FINISHED" if complete and not failures else "FAILED" if failed else "KILLED"
         self.runs.close(study, status, None if self.runs.live else self._ended(tuple(self.plan.steps)))
@@ -195,7 +196,8 @@ class Tracker:
                 self.runs.renew(run, self.source)
             if self.newest:
                 paths = {path_identity(path) for path in self.shown.paths}
-                self.runs.show(view_name(self.runs.home_id), front_view(self.plan, self.shown, self.runs.home_id))
+                view = front_view(self.plan, self.shown, self.runs.home_id)
+                show(self.runs.client, self.runs.experiment, view_name(self.runs.home_id), view)
                 self.runs.set_aside({"study", *paths, *(stage_identity(step) for step in self.plan.steps)})
         return run
 
