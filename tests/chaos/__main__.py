@@ -133,9 +133,9 @@ def disturbed(seed: int, study: Path, expected: Expected, kinds: list[str], logs
 
 
 def _act(scene: Scene, fault: Fault) -> str | None:
-    """Let a fault hit. What reads what it harms begins again, once; so does what it ends under a driver that goes on
-    beside."""
-    if not (fault.readers or (fault.interrupts and scene.beside())):
+    """Let a fault hit. What reads what it harms begins again, once; so does what it ends, or lets fail, under a driver
+    that goes on beside."""
+    if not (fault.readers or ((fault.interrupts or fault.small_disk) and scene.beside())):
         return fault.act(scene)
     before = {stage.key: stage for stage in scene.stages() if not stage.done}
     hit = fault.act(scene)

@@ -23,6 +23,8 @@ from typing import Any, TypeVar
 
 import psutil
 
+from orchestrator.run.claims import LOCK
+from orchestrator.run.lock import Flock
 from tests.chaos.server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,9 +105,9 @@ class Scene:
 
     def start(self, *, beside: bool = False, **variables: str) -> Run:
         """Run the study's command with these environment variables more; what was begun and is not finished may be
-        tried once more."""
-        if not beside:
-            self.forgive(stage for stage in self.stages() if not stage.done)
+        tried once more, but for what another run computes now that goes on beside."""
+        begun = [stage for stage in self.stages() if not stage.done]
+        self.forgive(stage for stage in begun if not (beside and Flock(stage.folder / LOCK).held_by_other()))
         log = self.root / f"run-{len(self.runs)}.log"
         environment = {**os.environ, "TMPDIR": str(self.root), "PYTHONUNBUFFERED": "1", **variables}
         command = command_of(["run", str(self.study), "--checkpoint-seconds", "0.2", *self.words], self.home)
