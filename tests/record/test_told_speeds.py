@@ -42,10 +42,17 @@ def rows(hand: Hand) -> list[Record]:
 def test_every_architecture_has_a_line_a_length(rows: list[Record]) -> None:
     measured = speed_table.measured_rows(rows)
     measured[HEADS]["probes"] = {"nll": {"16": 2.5}, "teacher": {"nll": {"16": 2.25}}}
-    assert list(measured) == [TWO, HEADS, "skip 0", "skip 1", "skip all"]  # trial-01 has the layers of trial-00
+    assert list(measured) == [TWO, HEADS, "skip 0, 1", "skip all"]  # trial-01 has the layers of trial-00
     frame = speed_table.speed_table({name: measured[name] for name in (TWO, HEADS)})
     assert list(frame.columns) == ["row", "tokens", "prefill", "decode", "cache", "cache MB", "apart"]
     assert frame.to_numpy().tolist() == LINES
+
+
+def test_controls_of_one_measurement_are_one_line(rows: list[Record]) -> None:
+    assert list(speed_table.measured_rows(rows)) == [TWO, HEADS, "skip 0, 1", "skip all"]
+    [one] = [row for row in rows if row["name"] == "skip 1"]
+    one["metrics"]["decode_ratio"] = {**one["metrics"]["decode_ratio"], "32": 3.0}
+    assert list(speed_table.measured_rows(rows)) == [TWO, HEADS, "skip 0", "skip 1", "skip all"]
 
 
 def test_one_length_is_no_table(rows: list[Record], tmp_path: Path) -> None:

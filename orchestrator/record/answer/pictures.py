@@ -111,7 +111,7 @@ def _heights(axes: Any, points: Sequence[Point], gap: tuple[float, float] | None
         for axis in row:
             axis.set_yscale("log")
             axis.set_ylim(low, high)
-            _plain(axis.yaxis, low, high)
+            plain_axis(axis.yaxis, low, high)
             axis.grid(axis="y", color="0.92", zorder=0)
     for upper, lower in axes.T if gap else ():
         upper.spines["bottom"].set_visible(False)
@@ -134,7 +134,8 @@ def ticks(low: float, high: float) -> list[float]:
     return [float(tick) for tick in locator.tick_values(low, high)]
 
 
-def _plain(axis: Any, low: float, high: float) -> None:
+def plain_axis(axis: Any, low: float, high: float) -> None:
+    """Let a logarithmic axis between two numbers have few plain ones."""
     axis.set_major_locator(ticker.FixedLocator(ticks(low, high)))
     axis.set_major_formatter("{x:.3g}")
     axis.set_minor_locator(ticker.NullLocator())
@@ -204,7 +205,7 @@ def draw_curves(title: str, curves: Sequence[Curves], path: Path) -> bool:
         for tokens in one.stages[:-1]:
             axis.axvline(tokens, color="0.85", lw=1, zorder=0)
         axis.set_yscale("log")
-        _plain(axis.yaxis, *axis.get_ylim())
+        plain_axis(axis.yaxis, *axis.get_ylim())
         axis.set_title("\n".join(textwrap.wrap(one.title, 44)[:2]), fontsize=8)
         axis.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e6:g} M" if tokens >= 1e6 else f"{tokens:,.0f}")
         axis.tick_params(labelsize=7)

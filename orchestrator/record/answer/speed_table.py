@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from orchestrator.record.answer.frames import bounds_of, times
+from orchestrator.record.answer.pictures import plain_axis
 from orchestrator.record.groups import Record
 from orchestrator.record.records import best_path, ends
 
@@ -20,26 +21,38 @@ LEGEND = (
 )
 SPEEDS = {"prefill": "reads prompts", "decode": "decodes"}
 PANELS = {
-    "prefill_ratio": "prefill, times as fast as the teacher (up is better)",
-    "decode_ratio": "decode, times as fast as the teacher (up is better)",
+    "prefill_ratio": "prefill over the teacher's (up is faster)",
+    "decode_ratio": "decode over the teacher's (up is faster)",
     "cache_mb": "memory of decoding, MB (down is better)",
 }
 
 
 def measured_rows(records: list[Record]) -> dict[str, Record]:
     """By name the best path's last stage, every trial's and the controls without training, those of one architecture
-    once; none where speeds are of one length."""
+    once, as are controls whose layers look alike and have one speed; none where speeds are of one length."""
     path = best_path(records)
     named = [(f"{row['label']} {row['words']}".strip(), row) for row in [*path[-1:], *ends(records)]]
-    named += [(row["name"], row) for row in records if row["kind"] == "control" and row["name"].startswith("skip")]
+    controls = [row for row in records if row["kind"] == "control" and row["name"].startswith("skip")]
     rows: dict[str, Record] = {}
     seen: set[Any] = set()
-    for name, row in named:
+    for name, row in [*named, *_alike(controls)]:
         architecture = (str(row["metrics"].get("prefill_ratio")), row["operator"], tuple(row["swapped_layers"]))
         if len(row["metrics"].get("prefill_ratio", {})) > 1 and architecture not in seen:
             seen.add(architecture)
             rows[name] = row
     return rows
+
+
+def _alike(controls: list[Record]) -> list[tuple[str, Record]]:
+    """Controls by name, those of one measurement as one: `skip 0, 1, 2`."""
+    found: dict[str, list[Record]] = {}
+    for row in controls:
+        found.setdefault(str((row["metrics"].get("prefill_ratio"), row["metrics"].get("decode_ratio"))), []).append(row)
+    joined = [
+        ", ".join([rows[0]["name"], *(row["name"].removeprefix("skip ") for row in rows[1:])])
+        for rows in found.values()
+    ]
+    return [(name, rows[0]) for name, rows in zip(joined, found.values(), strict=True)]
 
 
 def pays_from(metrics: dict[str, Any], speed: str) -> int | None:
@@ -125,6 +138,7 @@ def draw_speed(title: str, rows: dict[str, Record], path: Path) -> bool:
         _line(axis, first.get(f"teacher_{metric}") or dict.fromkeys(first["prefill_ratio"], 1.0), "teacher", "k")
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
+        plain_axis(axis.yaxis, *axis.get_ylim())
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.set_xlabel("tokens")
         axis.set_ylabel(label)
