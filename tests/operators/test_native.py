@@ -356,11 +356,23 @@ def test_a_killed_build_blocks_nobody(fresh: pytest.MonkeyPatch, tmp_path: Path)
 
 
 def test_many_builds_at_once_compile_once(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every source once, several at a time, and then all into one library."""
     compiler, log = tmp_path / "compiler", tmp_path / "log"
-    script = f'#!/bin/sh\necho run >> {log}; sleep 0.2\nwhile [ "$1" != -o ]; do shift; done\necho done > "$2"\n'
-    compiler.write_text(script)
+    compiler.write_text(
+        f"""#!/bin/sh
+while [ "$1" != -o ]; do shift; done
+echo "begin $(basename "$2")" >> {log}; sleep 0.5; echo "end $(basename "$2")" >> {log}
+echo done > "$2"
+"""
+    )
     compiler.chmod(0o755)
     fresh.setenv("CXX", str(compiler))
+    fresh.setattr(build.os, "cpu_count", lambda: len(build.SOURCES))
     with ThreadPoolExecutor(4) as pool:
         built = list(pool.map(lambda _: build.build(), range(4)))
-    assert len(set(built)) == 1 and log.read_text() == "run\n"
+    assert len(set(built)) == 1 and built[0].read_text() == "done\n"
+    *compiled, begin, end = log.read_text().splitlines()
+    assert sorted(compiled) == sorted(f"{when} {name}.o" for name in build.SOURCES for when in ("begin", "end"))
+    assert [line.split()[0] for line in compiled[:2]] == ["begin", "begin"]
+    assert (begin, end) == ("begin core.part", "end core.part")
+    assert {path.name for path in built[0].parent.iterdir()} == {"core.so", "core.lock"}
