@@ -81,13 +81,12 @@ def _compile(target: Path) -> None:
     unfinished = target.with_suffix(".part")
     headers = [f"-I{path}" for path in include_paths()]
     with TemporaryDirectory(dir=target.parent) as folder:
-        sources = [str(Path(__file__).parent / name) for name in SOURCES]
-        objects = [f"{folder}/{name}.o" for name in SOURCES]
-        commands = [["-c", source, "-o", made, *headers] for source, made in zip(sources, objects, strict=True)]
+        objects = {name: f"{folder}/{name}.o" for name in SOURCES}
+        commands = [["-c", str(Path(__file__).parent / name), "-o", made, *headers] for name, made in objects.items()]
         with ThreadPoolExecutor(os.cpu_count() or 1) as several:
             list(several.map(_compiled, commands))
         searched = [f"-L{path}" for path in library_paths()]
-        _compiled(["-shared", *objects, "-o", str(unfinished), *searched, "-lc10", "-ltorch", "-ltorch_cpu"])
+        _compiled(["-shared", *objects.values(), "-o", str(unfinished), *searched, "-lc10", "-ltorch", "-ltorch_cpu"])
     unfinished.replace(target)
 
 

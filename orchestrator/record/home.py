@@ -32,7 +32,7 @@ class Home:
 
     @property
     def database(self) -> str:
-        """Its URI."""
+        """URI of `database_file`."""
         return sqlite_uri(self.database_file)
 
     @property

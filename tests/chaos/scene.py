@@ -23,8 +23,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from orchestrator.run.claims import LOCK
-from orchestrator.run.lock import Flock
+from orchestrator.run.lock import LOCK, Flock
 from tests.chaos.server import Server
 
 ROOT = Path(__file__).resolve().parents[2]

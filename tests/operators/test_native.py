@@ -356,12 +356,15 @@ def test_a_killed_build_blocks_nobody(fresh: pytest.MonkeyPatch, tmp_path: Path)
 
 
 def test_many_builds_at_once_compile_once(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Every source once, several at a time, and then all into one library."""
+    """Every source once, several at a time, and then all into one library: here a compiler waits for a second one."""
     compiler, log = tmp_path / "compiler", tmp_path / "log"
     compiler.write_text(
         f"""#!/bin/sh
 while [ "$1" != -o ]; do shift; done
-echo "begin $(basename "$2")" >> {log}; sleep 0.5; echo "end $(basename "$2")" >> {log}
+echo "begin $(basename "$2")" >> {log}
+tries=0
+until [ "$(grep -c begin {log})" -ge 2 ] || [ $tries -ge 200 ]; do sleep 0.1; tries=$((tries + 1)); done
+echo "end $(basename "$2")" >> {log}
 echo done > "$2"
 """
     )

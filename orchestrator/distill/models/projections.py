@@ -56,6 +56,7 @@ def head_size(attention: Any) -> int:
 
 
 def separate(attention: Any) -> Parts:
+    """Each part by a projection of its own, under a usual name."""
     value, gate = part(attention, VALUES), part(attention, GATES)
     key = rows_of(part(attention, KEYS))
     gates = None if gate is None else rows_of(gate)
@@ -93,6 +94,7 @@ def queries_then_groups(attention: Any) -> Parts:
 
 
 def big_code(attention: Any) -> Parts:
+    """GPT-BigCode's, whose order hangs on whether heads share one key."""
     return (queries_then_groups if attention.multi_query else heads_with_three)(attention)
 
 

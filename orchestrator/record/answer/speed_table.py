@@ -48,11 +48,10 @@ def _alike(controls: list[Record]) -> list[tuple[str, Record]]:
     found: dict[str, list[Record]] = {}
     for row in controls:
         found.setdefault(str((row["metrics"].get("prefill_ratio"), row["metrics"].get("decode_ratio"))), []).append(row)
-    joined = [
-        ", ".join([rows[0]["name"], *(row["name"].removeprefix("skip ") for row in rows[1:])])
-        for rows in found.values()
+    return [
+        (", ".join([first["name"], *(row["name"].removeprefix("skip ") for row in others)]), first)
+        for first, *others in found.values()
     ]
-    return [(name, rows[0]) for name, rows in zip(joined, found.values(), strict=True)]
 
 
 def pays_from(metrics: dict[str, Any], speed: str) -> int | None:
